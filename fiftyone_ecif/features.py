@@ -1,0 +1,127 @@
+"""Features of pairs, from the store where they are, else from the encoder.
+
+An image is known by its path, size and time of change, a caption by its text,
+so that a changed one is encoded anew and an unchanged one never twice, whoever
+asks for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Generator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .encoder import Encoder
+from .progress import Progress
+from .store import Store, Table
+
+_PART = 1024  # rows computed between two writes to the store
+_BATCH = 128
+
+
+def image_key(path: str) -> str:
+    """What an image file is known by; raises OSError if there is none."""
+    stat = os.stat(path)
+    return _digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}")
+
+
+def caption_key(caption: str) -> str:
+    """What a caption is known by."""
+    return _digest(caption)
+
+
+def cached_features(
+    store: Store, encoder: Encoder, paths: Sequence[str], captions: Sequence[str], num_workers: int
+) -> Generator[Progress, None, tuple[Tensor, Tensor, dict[int, str]]]:
+    """Features of image-caption pairs.
+
+    Args:
+        store: the encoder's store.
+        encoder: computes what is not in it.
+        paths: the image of each pair.
+        captions: the caption of each pair.
+        num_workers: processes that load images.
+
+    Returns:
+        image features ``(N, w_image)``, caption features ``(N, w_text)``, both
+        float32, and ``{index: reason}`` of pairs whose image cannot be read;
+        their image features are zero
+    """
+    image_keys = [image_key(path) for path in paths]
+    caption_keys = [caption_key(caption) for caption in captions]
+    reasons = yield from _encode_images(store.table("images"), encoder, dict(zip(image_keys, paths, strict=True)), num_workers)
+    yield from _encode_captions(store.table("captions"), encoder, dict(zip(caption_keys, captions, strict=True)))
+    failures = {index: reasons[key] for index, key in enumerate(image_keys) if key in reasons}
+    return _gather(store.table("images"), image_keys), _gather(store.table("captions"), caption_keys), failures
+
+
+def _encode_images(
+    table: Table, encoder: Encoder, wanted: dict[str, str], num_workers: int
+) -> Generator[Progress, None, dict[str, str]]:
+    missing = _missing(table, wanted)
+    failures: dict[str, str] = {}
+    done = 0
+    for start in range(0, len(missing), _PART):
+        keys = missing[start : start + _PART]
+        found: list[str] = []
+        features: list[Tensor] = []
+        for indices, rows, reasons in encoder.image_features([wanted[key] for key in keys], _BATCH, num_workers):
+            found += [keys[index] for index in indices]
+            features += [rows] if indices else []
+            failures |= {keys[index]: reason for index, reason in reasons.items()}
+            done += len(indices) + len(reasons)
+            yield Progress("Encoding images", done, len(missing))
+        _write(table, found, features)
+    return failures
+
+
+def _encode_captions(table: Table, encoder: Encoder, wanted: dict[str, str]) -> Generator[Progress, None, None]:
+    missing = _missing(table, wanted)
+    done = 0
+    for start in range(0, len(missing), _PART):
+        keys = missing[start : start + _PART]
+        features = []
+        for rows in encoder.text_features([wanted[key] for key in keys], _BATCH):
+            features.append(rows)
+            done += len(rows)
+            yield Progress("Encoding captions", done, len(missing))
+        _write(table, keys, features)
+
+
+def _missing(table: Table, wanted: dict[str, str]) -> list[str]:
+    known = {key for part in table.parts() for key in _keys(table, part)}
+    return [key for key in wanted if key not in known]
+
+
+def _keys(table: Table, part: str) -> list[str]:
+    return [key.decode() for key in table.read(part, "key")["key"]]
+
+
+def _write(table: Table, keys: list[str], features: list[Tensor]) -> None:
+    if keys:
+        part = _digest("".join(keys))  # the same rows make the same part, whoever writes it
+        table.write(part, {"key": np.array(keys, dtype="S32"), "features": torch.cat(features).numpy()})
+
+
+def _gather(table: Table, keys: Sequence[str]) -> Tensor:
+    rows: dict[str, np.ndarray] = {}
+    wanted = set(keys)
+    for part in table.parts():
+        found = _keys(table, part)
+        if not wanted.isdisjoint(found):
+            features = table.read(part, "features")["features"]
+            rows |= {key: row for key, row in zip(found, features, strict=True) if key in wanted}
+    width = len(next(iter(rows.values()))) if rows else 0
+    gathered = np.zeros((len(keys), width), dtype=np.float32)
+    for index, key in enumerate(keys):
+        if key in rows:
+            gathered[index] = rows[key]
+    return torch.from_numpy(gathered)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -1,0 +1,67 @@
+"""Bringing a scope to a stationary point of its objective.
+
+Influence functions presume one: the first-order change of the minimiser is only
+defined where the gradient is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .errors import EcifError
+from .objective import ContrastiveLoss
+
+_MAGNIFY = 1e8  # torch's L-BFGS forgets steps whose curvature product is below 1e-10
+
+
+def minimise(
+    objective: ContrastiveLoss, tolerance: float = 1e-5, max_iterations: int = 1000
+) -> Iterator[tuple[Tensor, float]]:
+    """Minimises the objective from its scope's starting weights by L-BFGS.
+
+    Args:
+        objective: what to minimise.
+        tolerance (1e-5): the gradient norm to reach, relative to
+            :meth:`ContrastiveLoss.gradient_scale` at the start.
+        max_iterations (1000): L-BFGS steps to spend at most.
+
+    Yields:
+        the parameters, shape ``(p,)``, and the relative gradient norm after
+        each step; the last one meets the tolerance
+
+    Raises:
+        EcifError: if it is not reached
+    """
+    theta = objective.scope.start.clone()
+    scale = objective.gradient_scale(theta)
+    optimiser = torch.optim.LBFGS(
+        [theta],
+        max_iter=1,  # a step at a time, so that the caller can show progress or stop
+        max_eval=25,
+        history_size=20,
+        tolerance_grad=0,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+    seen: list[Tensor] = []  # the last parameters evaluated, their gradient and value
+
+    def evaluate() -> Tensor:
+        if not seen or not torch.equal(seen[0], theta):
+            seen[:] = theta.clone(), *objective.gradient_and_value(theta)
+        theta.grad = _MAGNIFY * seen[1]
+        return _MAGNIFY * seen[2]
+
+    for _ in range(max_iterations):
+        optimiser.step(evaluate)  # type: ignore[arg-type]  # typed for floats, takes tensors
+        evaluate()
+        relative = (seen[1].norm() / scale).item()
+        yield theta.clone(), relative
+        if relative <= tolerance:
+            return
+    raise EcifError(
+        f"fit did not reach a stationary point in {max_iterations} steps: the relative gradient norm is "
+        f"{relative:.1e}, wanted {tolerance:.0e}. Raise proximal"
+    )

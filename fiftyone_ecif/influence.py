@@ -1,0 +1,63 @@
+"""Influence of every pair on a target, by one forward-mode pass a batch.
+
+    influence_n = f(theta without n) - f(theta) ~ (1/N) grad f . H^-1 grad (positive_n + negative_n)
+
+With ``s = H^-1 grad f`` solved once, the right-hand side is the derivative of
+the removal roles along ``s``: one ``torch.func.jvp`` of the similarity matrix
+gives it for a whole batch, for any scope, without a gradient per pair.
+
+Sign: positive means that removing the pair raises the target's loss, so the
+pair is valuable; negative means harmful. Unit: nats of the target's mean pair
+loss. Source: Section 4 of arXiv 2411.11667, with exact removal roles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from .contrastive import removal_tangents
+from .objective import Scope
+
+
+def batch_influence(scope: Scope, theta: Tensor, batch: Any, solution: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """The positive and the negative part of the influence of each pair of a batch.
+
+    Args:
+        scope: what varies.
+        theta: its parameters, shape ``(p,)``.
+        batch: what :meth:`Scope.similarity` takes.
+        solution: ``H^-1 grad f``, shape ``(p,)``.
+        pairs: ``N``, the number of pairs in the whole objective.
+
+    Returns:
+        ``(positive, negative)``, each of shape ``(n,)``; the influence is their sum
+    """
+    similarity, direction = jvp(lambda at: scope.similarity(at, batch), (theta,), (solution,))
+    positive, negative = removal_tangents(similarity, direction)
+    return positive / pairs, negative / pairs
+
+
+def self_influence(gradients: Tensor, damping: float = 0.1) -> Tensor:
+    """How much each pair moves the model on itself, in the space of projected gradients.
+
+        g_n . (C + damping * mean eigenvalue of C)^-1 g_n / N
+
+    with ``C`` the mean outer product of the gradients: LoGra's approximation of
+    the curvature (arXiv 2405.13954). Good for ranking pairs, not a loss change.
+
+    Args:
+        gradients: projected removal gradients, shape ``(N, r)``.
+        damping (0.1): relative to the mean eigenvalue of ``C``.
+
+    Returns:
+        shape ``(N,)``, never negative, without a unit
+    """
+    gradients = gradients.double()
+    curvature = gradients.T @ gradients / len(gradients)
+    curvature.diagonal().add_(damping * curvature.diagonal().mean())
+    factor = torch.linalg.cholesky(curvature)
+    return torch.linalg.solve_triangular(factor, gradients.T, upper=False).square().sum(0) / len(gradients)

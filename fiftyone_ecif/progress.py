@@ -1,0 +1,73 @@
+"""How long work reports where it is.
+
+Work that takes long is a generator: it yields a :class:`Progress` every now and
+then and returns its result. Whoever drives it shows the progress its own way,
+and stops it by closing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import NamedTuple, TypeVar
+
+import fiftyone.core.utils as fou
+
+T = TypeVar("T")
+
+#: The stages of a scoring job, in order.
+STAGES = (
+    "Training the model",
+    "Loading the model",
+    "Reading pairs",
+    "Encoding images",
+    "Encoding captions",
+    "Fitting the heads",
+    "Solving",
+    "Computing gradients",
+    "Scoring",
+    "Writing fields",
+)
+
+
+class Progress(NamedTuple):
+    """``done`` of ``total`` steps of a stage."""
+
+    stage: str
+    done: int
+    total: int
+
+    @property
+    def overall(self) -> float:
+        """The share of the whole job, in [0, 1], all stages weighing the same."""
+        share = self.done / self.total if self.total else 1.0
+        return (STAGES.index(self.stage) + share) / len(STAGES)
+
+
+def follow(work: Generator[Progress, None, T], progress: bool | Callable[..., None] | None = None) -> T:
+    """Drives work to its end behind FiftyOne's progress bars, one a stage.
+
+    Args:
+        work: what to do.
+        progress (None): whether to show bars (True/False), FiftyOne's default
+            (None), or a callback that takes the bar, as everywhere in FiftyOne.
+
+    Returns:
+        what the work returns
+    """
+    stage, bar = None, None
+    try:
+        while True:
+            step = next(work)
+            if step.stage != stage:
+                if bar is not None:
+                    bar.__exit__(None, None, None)
+                stage = step.stage
+                bar = fou.ProgressBar(total=step.total, start_msg=stage, iters_str="steps", progress=progress)
+                bar.__enter__()
+            bar.set_iteration(step.done)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+        work.close()

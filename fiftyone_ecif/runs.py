@@ -1,0 +1,185 @@
+"""Influence runs as FiftyOne knows them.
+
+FiftyOne stores the names of these classes in its database and imports them to
+list, load and delete runs, so this module and its classes keep their names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fiftyone.core.brain as fob
+import numpy as np
+
+from .errors import EcifError
+from .store import Store
+
+
+class InfluenceConfig(fob.BrainMethodConfig):  # type: ignore[misc]
+    """Everything a run of :func:`fiftyone_ecif.compute_influence` was computed from.
+
+    Args:
+        caption_field: the field of the captions.
+        model: the model's name.
+        pretrained: its tag or checkpoint.
+        encoder: fingerprint of the loaded model.
+        scope: the parameters that are attributed.
+        fit: whether they were brought to a stationary point first.
+        proximal: the strength of the pull to the loaded weights.
+        batch_size: of the partition.
+        seed: of the partition.
+        target: the target view as its stages in JSON, and its dataset's name.
+        store: where the run's tables lie below the cache folder.
+    """
+
+    def __init__(
+        self,
+        *,
+        caption_field: str,
+        model: str,
+        pretrained: str | None,
+        encoder: str,
+        scope: str,
+        fit: bool,
+        proximal: float,
+        batch_size: int,
+        seed: int,
+        target: dict[str, Any],
+        store: list[str],
+        **kwargs: Any,
+    ) -> None:
+        self.caption_field = caption_field
+        self.model = model
+        self.pretrained = pretrained
+        self.encoder = encoder
+        self.scope = scope
+        self.fit = fit
+        self.proximal = proximal
+        self.batch_size = batch_size
+        self.seed = seed
+        self.target = target
+        self.store = store
+        super().__init__(**kwargs)
+
+    @property
+    def type(self) -> str:
+        return "influence"
+
+    @property
+    def method(self) -> str:
+        return "ecif"
+
+
+def influence_fields(key: str) -> dict[str, str]:
+    """The fields of a run and what they hold."""
+    unit = "nats of the target's mean pair loss"
+    return {
+        f"{key}_influence": f"Change of the target loss if this pair had not been trained on, in {unit}: "
+        "positive = valuable, negative = harmful",
+        f"{key}_positive": f"The part of {key}_influence that comes from this pair's own loss, in {unit}",
+        f"{key}_negative": f"The part of {key}_influence that comes from serving as a negative of others, in {unit}",
+    }
+
+
+class Influence(fob.BrainMethod):  # type: ignore[misc]
+    """Lists, renames and cleans up influence runs for FiftyOne."""
+
+    def get_fields(self, samples: Any, key: str) -> list[str]:
+        return [self.config.caption_field, *influence_fields(key)]
+
+    def rename(self, samples: Any, key: str, new_key: str) -> None:
+        dataset = samples._root_dataset
+        renamed = dict(zip(influence_fields(key), influence_fields(new_key), strict=True))
+        dataset.rename_sample_fields(renamed)
+        for field, description in influence_fields(new_key).items():
+            set_description(dataset, field, description)
+
+    def cleanup(self, samples: Any, key: str) -> None:
+        """Deletes the run's fields, and its tables unless another run uses them."""
+        samples._root_dataset.delete_sample_fields(list(influence_fields(key)), error_level=1)
+        release_store(samples._root_dataset, key, self.config.store)
+
+
+def release_store(dataset: Any, key: str, store: list[str]) -> None:
+    """Deletes the tables that run ``key`` used and no other run of its dataset uses."""
+    others = [
+        dataset.get_brain_info(other).config.store
+        for other in dataset.list_brain_runs(type=InfluenceConfig)
+        if other != key
+    ]
+    if store not in others:
+        Store(*store).delete()
+    if store[:-1] not in [other[:-1] for other in others]:
+        Store(*store[:-1]).delete()
+
+
+class InfluenceResults(fob.BrainResults):  # type: ignore[misc]
+    """What a run found, beside the fields that it wrote.
+
+    Attributes:
+        ids: the scored samples.
+        skipped: ``{sample id: reason}`` of those that were not scored.
+        diagnostics: what tells how far to trust the scores; see
+            :func:`fiftyone_ecif.compute_influence`.
+    """
+
+    def __init__(
+        self,
+        samples: Any,
+        config: InfluenceConfig,
+        key: str,
+        ids: list[str],
+        skipped: dict[str, str],
+        diagnostics: dict[str, Any],
+        backend: Influence | None = None,
+    ) -> None:
+        super().__init__(samples, config, key, backend=backend)
+        self.ids = ids
+        self.skipped = skipped
+        self.diagnostics = diagnostics
+
+    def gradients(self) -> tuple[np.ndarray, np.ndarray]:
+        """Projected removal gradients from the store, positive and negative apart.
+
+        Returns:
+            two arrays of shape ``(N, r)``, rows in the order of :attr:`ids`
+
+        Raises:
+            EcifError: if the run's store was deleted
+        """
+        positive, negative = self._stored("positive", "negative")
+        return positive, negative
+
+    def self_influence(self) -> np.ndarray:
+        """How much each pair moves the model on itself, from the store, shape ``(N,)``.
+
+        See :func:`fiftyone_ecif.influence.self_influence`.
+        """
+        import torch  # here, so that FiftyOne can list runs without it
+
+        from .influence import self_influence
+
+        positive, negative = self.gradients()
+        return self_influence(torch.from_numpy(positive + negative)).numpy()
+
+    def clip_score(self) -> np.ndarray:
+        """Cosine similarity of each pair's image and caption, from the store, shape ``(N,)``."""
+        return self._stored("cosine")[0]
+
+    def _stored(self, *columns: str) -> list[np.ndarray]:
+        found = Store(*self.config.store).table("gradients").read_all("row", *columns)
+        if len(found["row"]) != len(self.ids):
+            raise EcifError(f"The store of run {self.key!r} is gone. Run compute_influence again with overwrite=True")
+        order = np.argsort(found["row"])
+        return [found[column][order] for column in columns]
+
+    @classmethod
+    def _from_dict(cls, d: dict[str, Any], samples: Any, config: InfluenceConfig, key: str) -> InfluenceResults:
+        return cls(samples, config, key, d["ids"], d["skipped"], d["diagnostics"])
+
+
+def set_description(dataset: Any, field: str, description: str) -> None:
+    """Sets what the App shows about a field."""
+    schema = dataset.get_field(field)
+    schema.description = description
+    schema.save()
