@@ -9,12 +9,26 @@ from .errors import EcifError
 
 if TYPE_CHECKING:
     from .api import compute_influence
+    from .curation import export_pairs, select_by_influence, tag_by_influence
     from .runs import InfluenceResults
 
 __version__ = "0.1.0"
-__all__ = ["EcifError", "InfluenceResults", "compute_influence"]
+__all__ = [
+    "EcifError",
+    "InfluenceResults",
+    "compute_influence",
+    "export_pairs",
+    "select_by_influence",
+    "tag_by_influence",
+]
 
-_HOMES = {"compute_influence": ".api", "InfluenceResults": ".runs"}
+_HOMES = {
+    "InfluenceResults": ".runs",
+    "compute_influence": ".api",
+    "export_pairs": ".curation",
+    "select_by_influence": ".curation",
+    "tag_by_influence": ".curation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,34 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Generator
 from typing import Any
 
 import fiftyone.utils.torch as fout
 import numpy as np
-import torch
 
-from .curvature import Solution, conjugate_gradient
 from .encoder import Encoder, check_names, choose_device
 from .errors import EcifError
 from .features import cached_features, caption_key, image_key
-from .fitting import minimise
-from .gradients import principal_projections, removal_gradients
-from .heads import FeatureBatches, HeadScope
-from .influence import batch_influence
-from .objective import ContrastiveLoss, random_partition
 from .progress import Progress, follow
-from .runs import InfluenceConfig, InfluenceResults, influence_fields, release_store
+from .runs import InfluenceConfig, InfluenceResults, check_key, influence_fields, release_store
 from .samples import Pairs, check_collection, failure, read_pairs, warn_skipped, write_scores
+from .scoring import Scores, score_pairs
 from .store import Store
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 256
 _FAR_FROM_STATIONARY = 0.1
-_COLLAPSED = 1e-3
-_BATCHES_A_PART = 8
 
 
 def compute_influence(
@@ -113,18 +104,21 @@ def compute_influence(
         EcifError: if an argument or the data is not usable, or the result
             could not be trusted; nothing on the samples is changed then
     """
-    work = influence_steps(
-        samples,
-        caption_field,
-        model,
-        pretrained,
-        target,
+    config = InfluenceConfig(
+        caption_field=caption_field,
+        model=model,
+        pretrained=pretrained,
         scope=scope,
-        brain_key=brain_key,
         fit=fit,
         proximal=proximal,
         batch_size=batch_size,
         seed=seed,
+    )
+    work = influence_steps(
+        samples,
+        target,
+        config,
+        brain_key=brain_key,
         device=device,
         num_workers=num_workers,
         skip_failures=skip_failures,
@@ -135,51 +129,46 @@ def compute_influence(
 
 def influence_steps(
     samples: Any,
-    caption_field: str = "caption",
-    model: str = "ViT-B-32",
-    pretrained: str | None = None,
-    target: Any = None,
+    target: Any,
+    config: InfluenceConfig,
     *,
-    scope: str = "heads",
     brain_key: str = "ecif",
-    fit: bool = False,
-    proximal: float = 0.1,
-    batch_size: int | None = None,
-    seed: int = 0,
     device: str | None = None,
     num_workers: int | None = None,
     skip_failures: bool = True,
     overwrite: bool = False,
 ) -> Generator[Progress, None, InfluenceResults]:
     """:func:`compute_influence` as a generator of its progress, for a caller that shows it or stops it."""
-    _check_options(scope, proximal, batch_size)
     choose_device(device)
-    check_names(model, pretrained)
+    check_names(config.model, config.pretrained)
     if target is None:
         raise EcifError("target is needed: a view of validation pairs, such as dataset.match_tags('val')")
-    check_collection(samples, caption_field)
+    check_collection(samples, config.caption_field)
     dataset = samples._dataset
     check_key(dataset, brain_key, overwrite)
 
     yield Progress("Reading pairs", 0, 1)
-    pairs = read_pairs(samples, caption_field, skip_failures)
+    pairs = read_pairs(samples, config.caption_field, skip_failures)
     try:
-        aims = read_pairs(target, caption_field, skip_failures)
+        aims = read_pairs(target, config.caption_field, skip_failures)
     except EcifError as error:
         raise EcifError(f"The target cannot be used. {error}") from error
-    _check_sizes(pairs, aims, batch_size)
+    _check_sizes(pairs, aims, config.batch_size)
     Store(str(dataset._doc.id)).ensure_writable()
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = Encoder(model, pretrained, device)
-    heads = encoder.scope()
+    encoder = Encoder(config.model, config.pretrained, device)
+    scope = encoder.scope()
     store = Store(str(dataset._doc.id), encoder.fingerprint)
     yield Progress("Loading the model", 1, 1)
 
-    workers = fout.recommend_num_workers() if num_workers is None else num_workers
     images, texts, failures = yield from cached_features(
-        store, encoder, pairs.paths + aims.paths, pairs.captions + aims.captions, workers
+        store,
+        encoder,
+        pairs.paths + aims.paths,
+        pairs.captions + aims.captions,
+        fout.recommend_num_workers() if num_workers is None else num_workers,
     )
     if failures and not skip_failures:
         index, reason = next(iter(failures.items()))
@@ -187,110 +176,37 @@ def influence_steps(
     pairs, aims, rows, aim_rows = _drop_failures(pairs, aims, failures)
     warn_skipped(pairs.skipped, "training")
     warn_skipped(aims.skipped, "target")
-    _check_sizes(pairs, aims, batch_size)
-    shared = len(set(pairs.ids) & set(aims.ids))
-    if shared:
-        logger.warning(
-            "%d of the %d target pairs are also scored as training pairs: their influence on themselves is part of "
-            "their score. Leave them out of one of the two for a held-out target",
-            shared,
-            len(aims.ids),
-        )
+    _check_sizes(pairs, aims, config.batch_size)
+    shared = _warn_shared(pairs, aims)
 
-    batch_size = batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
-    partition = random_partition(len(pairs.ids), batch_size, seed)
-    batches = FeatureBatches(images[rows], texts[rows], partition)
-    objective = ContrastiveLoss(heads, batches, len(pairs.ids), proximal)
-    run_store = store.inside("run-" + _run_key(pairs, scope, fit, proximal, batch_size, seed))
-
-    theta, relative = yield from _stationary_point(run_store, objective, fit)
-    if relative > _FAR_FROM_STATIONARY:
-        logger.warning(
-            "The model is not at a stationary point of these pairs' loss (relative gradient norm %.2g, 0 is ideal), so "
-            "influence is a rougher estimate. fit=True brings it there",
-            relative,
-        )
-    smallest = _smallest_norm(heads, theta, batches)
-
-    aim_partition = random_partition(len(aims.ids), batch_size, seed)
-    aim = ContrastiveLoss(heads, FeatureBatches(images[aim_rows], texts[aim_rows], aim_partition), len(aims.ids))
-    gradient, target_loss = aim.gradient_and_value(theta)
-    solution = yield from _solve(objective, theta, gradient)
-
-    yield from _store_gradients(run_store, objective, theta, pairs)
-
-    positive, negative = np.empty(len(pairs.ids)), np.empty(len(pairs.ids))
-    for done, (indices, batch) in enumerate(zip(partition, batches, strict=True), start=1):
-        parts = batch_influence(heads, theta, batch, solution.vector, len(pairs.ids))
-        positive[indices], negative[indices] = (part.numpy() for part in parts)
-        yield Progress("Scoring", done, len(partition))
-    if not (np.isfinite(positive).all() and np.isfinite(negative).all()):
-        bad = pairs.ids[int(np.flatnonzero(~np.isfinite(positive + negative))[0])]
-        raise EcifError(f"The score of sample {bad} is not finite. Check its image and caption, or raise proximal")
-
-    config = InfluenceConfig(
-        caption_field=caption_field,
-        model=model,
-        pretrained=pretrained,
-        encoder=encoder.fingerprint,
-        scope=scope,
-        fit=fit,
-        proximal=proximal,
-        batch_size=batch_size,
-        seed=seed,
-        target=_describe(target),
-        store=run_store.names,
+    config.batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
+    config.target = _describe(target)
+    config.encoder = encoder.fingerprint
+    run_store = store.inside("run-" + _run_key(pairs, config))
+    config.store = run_store.names
+    scores = yield from score_pairs(
+        run_store,
+        scope,
+        (images[rows], texts[rows]),
+        (images[aim_rows], texts[aim_rows]),
+        fit=config.fit,
+        proximal=config.proximal,
+        batch_size=config.batch_size,
+        seed=config.seed,
     )
-    diagnostics = {
+    _check_scores(pairs, scores)
+
+    yield Progress("Writing fields", 0, 1)
+    diagnostics = scores.diagnostics | {
         "pairs": len(pairs.ids),
         "target_pairs": len(aims.ids),
         "shared_pairs": shared,
-        "parameters": len(theta),
-        "attributed": [name for head in encoder.heads.values() for name in (head.weight, head.bias) if name],
-        "relative_gradient_norm": relative,
-        "solve_residual": solution.residual,
-        "solve_iterations": solution.iterations,
-        "condition_number": solution.condition_number,
-        "smallest_norm": smallest,
-        "training_loss": (objective.gradient_and_value(theta)[1]).item(),
-        "target_loss": target_loss.item(),
+        "attributed": encoder.head_parameters(),
     }
-    yield Progress("Writing fields", 0, 1)
-    results = _write_run(samples, brain_key, config, pairs, positive, negative, diagnostics)
+    results = _write_run(samples, brain_key, config, pairs, scores, diagnostics)
     yield Progress("Writing fields", 1, 1)
     logger.info("Influence of %d pairs written to %s", len(pairs.ids), ", ".join(influence_fields(brain_key)))
     return results
-
-
-def check_key(dataset: Any, brain_key: str, overwrite: bool) -> None:
-    """Checks that a run may be written under a key.
-
-    Raises:
-        EcifError: if the key is no identifier, is taken, or one of the fields
-            that it names is there and belongs to no run
-    """
-    if not isinstance(brain_key, str) or not brain_key.isidentifier() or brain_key.startswith("_"):
-        raise EcifError(f"brain_key={brain_key!r} is not a name. Use letters, digits and _, such as 'ecif'")
-    if dataset.has_brain_run(brain_key):
-        if not isinstance(dataset.get_brain_info(brain_key).config, InfluenceConfig):
-            raise EcifError(f"The brain key {brain_key!r} belongs to another kind of run. Choose another key")
-        if not overwrite:
-            raise EcifError(
-                f"The brain key {brain_key!r} is taken. Choose another one, or set overwrite=True to replace that run"
-            )
-        return
-    for field in influence_fields(brain_key):
-        if dataset.has_sample_field(field):
-            raise EcifError(f"There is a field {field!r} already, which no run wrote. Choose another brain_key")
-
-
-def _check_options(scope: str, proximal: float, batch_size: int | None) -> None:
-    if scope != "heads":
-        raise EcifError(f"scope={scope!r} is not available. Use 'heads'")
-    if not (isinstance(proximal, int | float) and math.isfinite(proximal) and proximal > 0):
-        raise EcifError(f"proximal={proximal!r} must be a positive number, such as 0.1")
-    if batch_size is not None and batch_size < 2:
-        raise EcifError(f"batch_size={batch_size} leaves no negatives. Use at least 2")
 
 
 def _check_sizes(pairs: Pairs, aims: Pairs, batch_size: int | None) -> None:
@@ -314,81 +230,38 @@ def _drop_failures(pairs: Pairs, aims: Pairs, failures: dict[int, str]) -> tuple
     return pairs, aims, np.flatnonzero(good[:count]), count + np.flatnonzero(good[count:])
 
 
-def _run_key(pairs: Pairs, *settings: Any) -> str:
-    keys = [[image_key(path), caption_key(caption)] for path, caption in zip(pairs.paths, pairs.captions, strict=True)]
-    return hashlib.blake2b(json.dumps([keys, *settings]).encode(), digest_size=16).hexdigest()
-
-
-def _stationary_point(
-    store: Store, objective: ContrastiveLoss, fit: bool
-) -> Generator[Progress, None, tuple[torch.Tensor, float]]:
-    """The parameters to score at, and their relative gradient norm; fitted once and kept."""
-    table = store.table("parameters")
-    if table.parts():
-        found = table.read("0", "theta", "relative_gradient_norm")
-        return torch.from_numpy(found["theta"][0]), float(found["relative_gradient_norm"][0])
-    theta = objective.scope.start
-    if fit:
-        tolerance = 1e-5
-        for theta, relative in minimise(objective, tolerance):
-            yield Progress("Fitting the heads", _percent(relative, tolerance), 100)
-    else:
-        relative = (objective.gradient_and_value(theta)[0].norm() / objective.gradient_scale(theta)).item()
-    table.write("0", {"theta": theta.numpy()[None], "relative_gradient_norm": np.array([relative])})
-    return theta, relative
-
-
-def _smallest_norm(heads: HeadScope, theta: torch.Tensor, batches: FeatureBatches) -> float:
-    """The shortest embedding over the median, before normalisation; the smaller of both towers."""
-    norms = [
-        torch.stack([side @ head for side, head in zip(batch, heads.split(theta), strict=True)]).norm(dim=2)
-        for batch in batches
-    ]
-    ratios = torch.cat(norms, dim=1)
-    smallest = (ratios.min(1).values / ratios.median(1).values).min().item()
-    if not smallest >= _COLLAPSED:
-        raise EcifError(
-            f"An embedding has collapsed: its length before normalisation is {smallest:.1e} of the median, and no "
-            "score can be trusted then. Raise proximal, or use weights that were not overfitted"
+def _warn_shared(pairs: Pairs, aims: Pairs) -> int:
+    shared = len(set(pairs.ids) & set(aims.ids))
+    if shared:
+        logger.warning(
+            "%d of the %d target pairs are also scored as training pairs: their influence on themselves is part of "
+            "their score. Leave them out of one of the two for a held-out target",
+            shared,
+            len(aims.ids),
         )
-    return smallest
+    return shared
 
 
-def _solve(
-    objective: ContrastiveLoss, theta: torch.Tensor, right: torch.Tensor
-) -> Generator[Progress, None, Solution]:
-    tolerance = 1e-6
-    for solution in conjugate_gradient(lambda v: objective.hessian_product(theta, v), right, tolerance):
-        yield Progress("Solving", _percent(solution.residual, tolerance), 100)
-    return solution
+def _run_key(pairs: Pairs, config: InfluenceConfig) -> str:
+    """A digest of all that the fitted parameters and the gradients depend on, beside the encoder."""
+    keys = [[image_key(path), caption_key(caption)] for path, caption in zip(pairs.paths, pairs.captions, strict=True)]
+    settings = [config.scope, config.fit, config.proximal, config.batch_size, config.seed]
+    return hashlib.blake2b(json.dumps([keys, settings]).encode(), digest_size=16).hexdigest()
 
 
-def _percent(value: float, goal: float) -> int:
-    """How far a value that falls geometrically from 1 is on its way to the goal."""
-    return int(100 * min(max(math.log(max(value, goal)) / math.log(goal), 0.0), 1.0))
-
-
-def _store_gradients(
-    store: Store, objective: ContrastiveLoss, theta: torch.Tensor, pairs: Pairs
-) -> Generator[Progress, None, None]:
-    """Writes the partition and the projected gradients of the pairs, as far as they are not there."""
-    table, batches, scope = store.table("gradients"), objective.batches, objective.scope
-    assert isinstance(scope, HeadScope) and isinstance(batches, FeatureBatches)
-    known = set(table.parts())
-    projections = None
-    for start in range(0, len(batches), _BATCHES_A_PART):
-        part, numbers = f"{start:09d}", range(start, min(start + _BATCHES_A_PART, len(batches)))
-        if part not in known:
-            projections = projections or principal_projections(scope, theta, batches.images, batches.texts)
-            rows = []
-            for number in numbers:
-                batch, indices = batches[number], batches.partition[number]
-                positive, negative = removal_gradients(scope, theta, batch, projections)
-                cosine = scope.similarity(theta, batch).diagonal() / scope.scale
-                rows.append((indices, torch.full_like(indices, number), cosine, positive.float(), negative.float()))
-            columns = ("row", "batch", "cosine", "positive", "negative")
-            table.write(part, {name: torch.cat(v).numpy() for name, v in zip(columns, zip(*rows, strict=True), strict=True)})
-        yield Progress("Computing gradients", numbers[-1] + 1, len(batches))
+def _check_scores(pairs: Pairs, scores: Scores) -> None:
+    bad = np.flatnonzero(~np.isfinite(scores.positive + scores.negative))
+    if len(bad):
+        raise EcifError(
+            f"The scores of {len(bad)} samples are not finite; the first is {pairs.ids[bad[0]]}. "
+            "Check its image and caption, or raise proximal"
+        )
+    if scores.diagnostics["relative_gradient_norm"] > _FAR_FROM_STATIONARY:
+        logger.warning(
+            "The model is not at a stationary point of these pairs' loss (relative gradient norm %.2g, 0 is ideal), so "
+            "influence is a rougher estimate. fit=True brings it there",
+            scores.diagnostics["relative_gradient_norm"],
+        )
 
 
 def _describe(target: Any) -> dict[str, Any]:
@@ -402,20 +275,19 @@ def _write_run(
     brain_key: str,
     config: InfluenceConfig,
     pairs: Pairs,
-    positive: np.ndarray,
-    negative: np.ndarray,
+    scores: Scores,
     diagnostics: dict[str, Any],
 ) -> InfluenceResults:
     dataset = samples._dataset
     old_store = dataset.get_brain_info(brain_key).config.store if dataset.has_brain_run(brain_key) else None
     fields = influence_fields(brain_key)
-    columns = (positive + negative, positive, negative)
-    scores = {
+    columns = (scores.positive + scores.negative, scores.positive, scores.negative)
+    values = {
         field: dict(zip(pairs.ids, column.tolist(), strict=True)) for field, column in zip(fields, columns, strict=True)
     }
     run = config.build()
     run.register_run(samples, brain_key, cleanup=False)
-    write_scores(dataset, scores, fields)
+    write_scores(dataset, values, fields)
     results = InfluenceResults(samples, config, brain_key, pairs.ids, pairs.skipped, diagnostics, backend=run)
     run.save_run_results(samples, brain_key, results)
     if old_store not in (None, config.store):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,12 @@ from sklearn.metrics import roc_auc_score
 from . import digits
 from .api import compute_influence
 from .errors import EcifError
+from .install import install_plugin
 from .progress import follow
 from .store import cache_folder
 from .training import MODEL, train
+
+logger = logging.getLogger(__name__)
 
 DATASET = "ecif-demo"
 KEY = "ecif"
@@ -164,3 +168,18 @@ def run_demo(
         "fields": sorted(field for field in dataset.get_field_schema() if field.startswith(f"{KEY}_")),
         "diagnostics": results.diagnostics,
     }
+
+
+def open_demo(name: str, port: int | None = None) -> None:
+    """Opens the App on the demo's pairs, the most harmful first, and waits until it is closed.
+
+    Args:
+        name: of the dataset.
+        port (None): of the App.
+    """
+    install_plugin()
+    dataset = fo.load_dataset(name)
+    field = f"{KEY}_influence"
+    session = fo.launch_app(view=dataset.exists(field).sort_by(field), port=port)
+    logger.info("The App is at %s. Press Ctrl-C here to end it", session.url)
+    session.wait(-1)

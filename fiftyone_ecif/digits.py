@@ -203,9 +203,7 @@ def _draw(scene: Scene, scans: dict[int, np.ndarray], rng: np.random.Generator) 
         alpha = np.clip(np.asarray(opacity), 0, 1)[..., None]
         middle = (IMAGE_SIZE - _DIGIT_SIZE) // 2
         step = _DIGIT_SIZE // 2 + jitter
-        x, y = (
-            middle + side * direction * step + rng.integers(-jitter, jitter + 1) for direction in (dx, dy)
-        )
+        x, y = (middle + side * direction * step + rng.integers(-jitter, jitter + 1) for direction in (dx, dy))
         patch = canvas[y : y + _DIGIT_SIZE, x : x + _DIGIT_SIZE]
         patch += alpha * (np.array(COLOURS[colour]) - patch)
     return canvas.round().astype(np.uint8)

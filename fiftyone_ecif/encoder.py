@@ -95,7 +95,9 @@ class Encoder:
             )
             self.tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip, the hub and torch raise many kinds here
-            raise EcifError(f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {error}") from error
+            raise EcifError(
+                f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {error}"
+            ) from error
         self.model.eval().requires_grad_(False)
         if getattr(self.model, "logit_bias", None) is not None:
             raise EcifError(f"{model} is trained with a sigmoid loss; influence is available for softmax models only")
@@ -110,6 +112,10 @@ class Encoder:
         if not (torch.isfinite(image).all() and torch.isfinite(text).all() and np.isfinite(scale)):
             raise EcifError("The model's weights hold NaN or infinity. Load another checkpoint")
         return HeadScope(image, text, scale)
+
+    def head_parameters(self) -> list[str]:
+        """Names of the parameters in the head scope."""
+        return [name for head in self.heads.values() for name in (head.weight, head.bias) if name]
 
     def image_features(
         self, paths: Sequence[str], batch_size: int, num_workers: int
@@ -152,7 +158,9 @@ class Encoder:
         if tower not in self._verified:
             matrix = head.matrix(self.model)
             expected = encode(inputs[:2]).double()
-            if not torch.allclose(features[:2].double() @ matrix, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item()):
+            if not torch.allclose(
+                features[:2].double() @ matrix, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item()
+            ):
                 raise EcifError(
                     f"The {tower} tower does more after {head.weight} than project, so scope='heads' does not fit it"
                 )
@@ -161,7 +169,9 @@ class Encoder:
 
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((self.preprocess, type(self.tokenizer), getattr(self.tokenizer, "context_length", None))).encode())
+        digest.update(
+            repr((self.preprocess, type(self.tokenizer), getattr(self.tokenizer, "context_length", None))).encode()
+        )
         for name, value in self.model.state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -199,7 +209,9 @@ def check_names(model: str, pretrained: str | None) -> None:
     if not pretrained:
         raise EcifError(f"pretrained is needed for {model}: {offer} or the path of a checkpoint")
     if pretrained not in tags and not Path(pretrained).is_file():
-        raise EcifError(f"pretrained={pretrained!r} is neither a file nor a tag of {model}. Give {offer} or a checkpoint")
+        raise EcifError(
+            f"pretrained={pretrained!r} is neither a file nor a tag of {model}. Give {offer} or a checkpoint"
+        )
 
 
 def _find_head(model: nn.Module, name: str, tower: str) -> Head:
@@ -211,7 +223,9 @@ def _find_head(model: nn.Module, name: str, tower: str) -> Head:
             return Head(f"{path}.weight", f"{path}.bias" if found.bias is not None else None, transposed=True)
         if isinstance(found, nn.Parameter):
             return Head(path, None, transposed=False)
-    raise EcifError(f"The {tower} tower of {name} does not end in a linear projection, so scope='heads' does not fit it")
+    raise EcifError(
+        f"The {tower} tower of {name} does not end in a linear projection, so scope='heads' does not fit it"
+    )
 
 
 class _Tower(nn.Module):

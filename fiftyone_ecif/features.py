@@ -53,7 +53,9 @@ def cached_features(
     """
     image_keys = [image_key(path) for path in paths]
     caption_keys = [caption_key(caption) for caption in captions]
-    reasons = yield from _encode_images(store.table("images"), encoder, dict(zip(image_keys, paths, strict=True)), num_workers)
+    reasons = yield from _encode_images(
+        store.table("images"), encoder, dict(zip(image_keys, paths, strict=True)), num_workers
+    )
     yield from _encode_captions(store.table("captions"), encoder, dict(zip(caption_keys, captions, strict=True)))
     failures = {index: reasons[key] for index, key in enumerate(image_keys) if key in reasons}
     return _gather(store.table("images"), image_keys), _gather(store.table("captions"), caption_keys), failures

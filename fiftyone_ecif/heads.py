@@ -47,6 +47,12 @@ class HeadScope:
         images, texts = batch
         return self.scale * normalize(images @ image_head, dim=1) @ normalize(texts @ text_head, dim=1).T
 
+    def embedding_norms(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Lengths of the image and the caption embeddings before normalisation, shape ``(n, 2)``."""
+        return torch.stack(
+            [(features @ head).norm(dim=1) for features, head in zip(batch, self.split(theta), strict=True)], dim=1
+        )
+
 
 class FeatureBatches(Sequence[Batch]):
     """Batches of cached features, cut from the whole when they are asked for.

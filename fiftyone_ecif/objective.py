@@ -67,6 +67,12 @@ class ContrastiveLoss:
         self.pairs = pairs
         self.proximal = proximal
 
+    def loss(self, theta: Tensor) -> Tensor:
+        """The value, a scalar, in nats."""
+        offset = theta - self.scope.start
+        parts = [self._batch_mean(theta, batch) for batch in self.batches]
+        return torch.stack(parts).sum() + self.proximal / 2 * offset.dot(offset)
+
     def gradient_and_value(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, shape ``(p,)``, and the value, a scalar."""
         offset = theta - self.scope.start
@@ -82,16 +88,13 @@ class ContrastiveLoss:
         The ratio of the two is near 1 where all batches pull the same way and 0
         at a stationary point.
         """
-        norms = [
-            grad(self._batch_mean)(theta, batch).norm() * self.pairs / len(batch[0]) for batch in self.batches
-        ]
+        norms = [grad(self._batch_mean)(theta, batch).norm() * self.pairs / len(batch[0]) for batch in self.batches]
         return torch.stack(norms).mean()
 
     def hessian_product(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The exact Hessian at ``theta`` times ``vector``, forward over reverse, shape ``(p,)``."""
         product = self.proximal * vector
         for batch in self.batches:
-
             gradient = partial(grad(self._batch_mean), batch=batch)
             product = product + jvp(gradient, (theta,), (vector,))[1]
         return product

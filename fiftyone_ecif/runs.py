@@ -6,6 +6,7 @@ list, load and delete runs, so this module and its classes keep their names.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import fiftyone.core.brain as fob
@@ -16,48 +17,57 @@ from .store import Store
 
 
 class InfluenceConfig(fob.BrainMethodConfig):  # type: ignore[misc]
-    """Everything a run of :func:`fiftyone_ecif.compute_influence` was computed from.
+    """What a run of :func:`fiftyone_ecif.compute_influence` is computed from.
 
     Args:
-        caption_field: the field of the captions.
-        model: the model's name.
-        pretrained: its tag or checkpoint.
-        encoder: fingerprint of the loaded model.
-        scope: the parameters that are attributed.
-        fit: whether they were brought to a stationary point first.
-        proximal: the strength of the pull to the loaded weights.
-        batch_size: of the partition.
-        seed: of the partition.
-        target: the target view as its stages in JSON, and its dataset's name.
-        store: where the run's tables lie below the cache folder.
+        caption_field ("caption"): the field of the captions.
+        model ("ViT-B-32"): the model's name.
+        pretrained (None): its tag or checkpoint.
+        scope ("heads"): the parameters that are attributed.
+        fit (False): whether they are brought to a stationary point first.
+        proximal (0.1): the strength of the pull to the loaded weights.
+        batch_size (None): of the partition.
+        seed (0): of the partition.
+        target (None): the target view, for the record.
+        encoder (None): fingerprint of the loaded model, once it is.
+        store (None): where the run's tables lie below the cache folder.
+
+    Raises:
+        EcifError: if a value is out of its range
     """
 
     def __init__(
         self,
         *,
-        caption_field: str,
-        model: str,
-        pretrained: str | None,
-        encoder: str,
-        scope: str,
-        fit: bool,
-        proximal: float,
-        batch_size: int,
-        seed: int,
-        target: dict[str, Any],
-        store: list[str],
+        caption_field: str = "caption",
+        model: str = "ViT-B-32",
+        pretrained: str | None = None,
+        scope: str = "heads",
+        fit: bool = False,
+        proximal: float = 0.1,
+        batch_size: int | None = None,
+        seed: int = 0,
+        target: dict[str, Any] | None = None,
+        encoder: str | None = None,
+        store: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        if scope != "heads":
+            raise EcifError(f"scope={scope!r} is not available. Use 'heads'")
+        if not (isinstance(proximal, int | float) and math.isfinite(proximal) and proximal > 0):
+            raise EcifError(f"proximal={proximal!r} must be a positive number, such as 0.1")
+        if batch_size is not None and batch_size < 2:
+            raise EcifError(f"batch_size={batch_size} leaves no negatives. Use at least 2")
         self.caption_field = caption_field
         self.model = model
         self.pretrained = pretrained
-        self.encoder = encoder
         self.scope = scope
         self.fit = fit
         self.proximal = proximal
         self.batch_size = batch_size
         self.seed = seed
         self.target = target
+        self.encoder = encoder
         self.store = store
         super().__init__(**kwargs)
 
@@ -79,6 +89,28 @@ def influence_fields(key: str) -> dict[str, str]:
         f"{key}_positive": f"The part of {key}_influence that comes from this pair's own loss, in {unit}",
         f"{key}_negative": f"The part of {key}_influence that comes from serving as a negative of others, in {unit}",
     }
+
+
+def check_key(dataset: Any, brain_key: str, overwrite: bool) -> None:
+    """Checks that a run may be written under a key.
+
+    Raises:
+        EcifError: if the key is no identifier, is taken, or one of the fields
+            that it names is there and belongs to no run
+    """
+    if not isinstance(brain_key, str) or not brain_key.isidentifier() or brain_key.startswith("_"):
+        raise EcifError(f"brain_key={brain_key!r} is not a name. Use letters, digits and _, such as 'ecif'")
+    if dataset.has_brain_run(brain_key):
+        if not isinstance(dataset.get_brain_info(brain_key).config, InfluenceConfig):
+            raise EcifError(f"The brain key {brain_key!r} belongs to another kind of run. Choose another key")
+        if not overwrite:
+            raise EcifError(
+                f"The brain key {brain_key!r} is taken. Choose another one, or set overwrite=True to replace that run"
+            )
+        return
+    for field in influence_fields(brain_key):
+        if dataset.has_sample_field(field):
+            raise EcifError(f"There is a field {field!r} already, which no run wrote. Choose another brain_key")
 
 
 class Influence(fob.BrainMethod):  # type: ignore[misc]
@@ -103,9 +135,7 @@ class Influence(fob.BrainMethod):  # type: ignore[misc]
 def release_store(dataset: Any, key: str, store: list[str]) -> None:
     """Deletes the tables that run ``key`` used and no other run of its dataset uses."""
     others = [
-        dataset.get_brain_info(other).config.store
-        for other in dataset.list_brain_runs(type=InfluenceConfig)
-        if other != key
+        dataset.get_brain_info(other).config.store for other in dataset.list_brain_runs(type=Influence) if other != key
     ]
     if store not in others:
         Store(*store).delete()

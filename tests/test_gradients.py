@@ -45,8 +45,7 @@ def test_projected_gradients_are_the_projection_of_the_full_ones():
     for n in range(len(batch[0])):
         for role, full in zip(got, _by_autograd(scope, batch, n), strict=True):
             blocks = [
-                (p.input.T @ head @ p.output).flatten()
-                for p, head in zip(projections, scope.split(full), strict=True)
+                (p.input.T @ head @ p.output).flatten() for p, head in zip(projections, scope.split(full), strict=True)
             ]
             torch.testing.assert_close(role[n], torch.cat(blocks), rtol=1e-9, atol=1e-9)
 

@@ -1,0 +1,177 @@
+"""Acting on scores: selecting, tagging and exporting pairs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fiftyone.core.fields as fof
+from fiftyone import ViewField
+
+from .errors import EcifError
+from .samples import check_collection
+
+#: Which end of a score, where positive is valuable, each direction means.
+DIRECTIONS = {"harmful": "lowest", "valuable": "highest"}
+EXPORT_FORMATS = (".csv", ".json")
+
+
+def score_fields(samples: Any) -> list[str]:
+    """The top-level float fields of a collection."""
+    return list(samples.get_field_schema(ftype=fof.FloatField))
+
+
+def select_by_influence(
+    samples: Any,
+    field: str,
+    direction: str = "harmful",
+    *,
+    count: int | None = None,
+    share: float | None = None,
+    threshold: float | None = None,
+) -> Any:
+    """The most harmful or most valuable pairs, the extreme ones first.
+
+    Args:
+        samples: a FiftyOne dataset or view.
+        field: a score, such as ``ecif_influence``. Samples without one are
+            never selected.
+        direction ("harmful"): ``"harmful"`` (lowest scores) or ``"valuable"``
+            (highest scores).
+        count (None): how many.
+        share (None): which share of the scored samples, in (0, 1].
+        threshold (None): harmful: scores below it; valuable: scores above it.
+
+    Returns:
+        a view
+
+    Raises:
+        EcifError: unless exactly one of the three limits is given and usable,
+            and the field holds scores
+    """
+    if direction not in DIRECTIONS:
+        raise EcifError(f"direction={direction!r} must be one of {', '.join(DIRECTIONS)}")
+    if not isinstance(samples.get_field(field), fof.FloatField):
+        raise EcifError(
+            f"There is no score field {field!r}. Score fields: {', '.join(score_fields(samples)) or 'none'}"
+        )
+    limits = {"count": count, "share": share, "threshold": threshold}
+    given = {name: value for name, value in limits.items() if value is not None}
+    if len(given) != 1:
+        raise EcifError(f"Give one of count, share and threshold, got {', '.join(given) or 'none'}")
+    scored = samples.exists(field)
+    harmful = direction == "harmful"
+    ordered = scored.sort_by(field, reverse=not harmful)
+    if threshold is not None:
+        if not math.isfinite(threshold):
+            raise EcifError(f"threshold={threshold} must be a number")
+        return ordered.match(ViewField(field) < threshold if harmful else ViewField(field) > threshold)
+    if share is not None:
+        if not 0 < share <= 1:
+            raise EcifError(f"share={share} must be in (0, 1]")
+        count = math.ceil(share * len(scored))
+    if count is None or count < 1:
+        raise EcifError(f"count={count} must be at least 1")
+    return ordered.limit(count)
+
+
+def tag_by_influence(
+    samples: Any,
+    field: str = "ecif_influence",
+    tag: str | None = None,
+    direction: str = "harmful",
+    *,
+    count: int | None = None,
+    share: float | None = None,
+    threshold: float | None = None,
+) -> Any:
+    """Tags the most harmful or most valuable pairs.
+
+    Doing it twice changes nothing; ``view.untag_samples(tag)`` takes it back.
+
+    Args:
+        samples: a FiftyOne dataset or view.
+        field ("ecif_influence"): the score.
+        tag (None): by default the direction, ``"harmful"`` or ``"valuable"``.
+        direction ("harmful"): which end, see :func:`select_by_influence`.
+        count (None): how many.
+        share (None): which share of the scored samples.
+        threshold (None): where to cut.
+
+    Returns:
+        a view of the tagged samples, the extreme ones first
+
+    Raises:
+        EcifError: as :func:`select_by_influence`
+    """
+    selected = select_by_influence(samples, field, direction, count=count, share=share, threshold=threshold)
+    selected = samples._dataset.select(selected.values("id"), ordered=True)  # a tag may end the samples' own view
+    selected.tag_samples(tag or direction)
+    return selected
+
+
+def export_pairs(
+    samples: Any,
+    path: str | os.PathLike[str],
+    caption_field: str = "caption",
+    fields: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Writes pairs and their scores to a CSV or JSON file.
+
+    Columns: ``id``, ``filepath``, ``caption``, ``tags`` and the fields. In CSV,
+    text that a spreadsheet would run as a formula is preceded by an apostrophe;
+    JSON holds it as it is.
+
+    Args:
+        samples: a FiftyOne dataset or view; the order is kept.
+        path: a file that ends in ``.csv`` or ``.json``.
+        caption_field ("caption"): the field of the captions.
+        fields (None): further fields; by default all float fields.
+        overwrite (False): whether to replace the file.
+
+    Returns:
+        the number of pairs written
+
+    Raises:
+        EcifError: if the file cannot be written, or a field does not exist
+    """
+    check_collection(samples, caption_field)
+    path = Path(path).expanduser()
+    if path.suffix not in EXPORT_FORMATS:
+        raise EcifError(f"{path.name!r} must end in {' or '.join(EXPORT_FORMATS)}")
+    if path.exists() and not overwrite:
+        raise EcifError(f"There is a file {path} already. Choose another name, or set overwrite=True")
+    fields = score_fields(samples) if fields is None else list(fields)
+    for field in fields:
+        if samples.get_field(field) is None:
+            raise EcifError(f"There is no field {field!r} to export")
+    columns = ["id", "filepath", "caption", "tags", *fields]
+    rows = zip(*samples.values(["id", "filepath", caption_field, "tags", *fields]), strict=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, newline="", encoding="utf-8", delete=False) as file:
+            if path.suffix == ".csv":
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                writer.writerows([_csv_cell(value) for value in row] for row in rows)
+            else:
+                json.dump([dict(zip(columns, row, strict=True)) for row in rows], file, indent=1, default=str)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise EcifError(f"{path} cannot be written ({error.strerror})") from error
+    return len(samples)
+
+
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        value = ";".join(map(str, value))
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return "'" + value
+    return value

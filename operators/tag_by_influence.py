@@ -1,0 +1,93 @@
+"""The operator that tags pairs by their scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fiftyone.operators as foo
+import fiftyone.operators.types as types
+
+from fiftyone_ecif.errors import EcifError
+
+from .forms import blocked, dropdown, menu_button, refuse
+
+_LIMITS = {"count": "A number of pairs", "share": "A share of the pairs", "threshold": "All beyond a score"}
+
+
+class TagByInfluence(foo.Operator):
+    """Tags the most harmful or the most valuable pairs."""
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        return foo.OperatorConfig(
+            name="tag_by_influence",
+            label="Tag by influence",
+            description="Tag the most harmful or the most valuable pairs",
+            icon="sell",
+            dynamic=True,
+            risk_level="medium",
+        )
+
+    def resolve_placement(self, ctx: Any) -> types.Placement:
+        return menu_button("Tag by influence", "sell")
+
+    def resolve_input(self, ctx: Any) -> types.Property:
+        from fiftyone_ecif.curation import DIRECTIONS, score_fields, select_by_influence
+
+        inputs = types.Object()
+        inputs.view_target(ctx, action_description="Tag among")
+        fields = score_fields(ctx.dataset)
+        if not fields:
+            blocked(inputs, "no_scores", "No scores yet: run Compute ECIF influence first")
+            return types.Property(inputs)
+        influence = [field for field in fields if field.endswith("_influence")]
+        dropdown(inputs, "field", fields, (influence or fields)[0], label="Score")
+        dropdown(inputs, "direction", list(DIRECTIONS), "harmful", label="Which end")
+        choice = types.RadioGroup()
+        for name, label in _LIMITS.items():
+            choice.add_choice(name, label=label)
+        inputs.enum("limit", choice.values(), required=True, default="count", label="How many", view=choice)
+        limit = ctx.params.get("limit", "count")
+        if limit == "count":
+            value = inputs.int("count", required=True, default=100, label="Pairs")
+        elif limit == "share":
+            value = inputs.float("share", required=True, default=0.1, label="Share, from 0 to 1")
+        else:
+            value = inputs.float("threshold", required=True, default=0.0, label="Score")
+        inputs.str("tag", required=True, default=ctx.params.get("direction", "harmful"), label="Tag")
+        if ctx.params.get(limit) is not None and ctx.params.get("field") and ctx.params.get("direction"):
+            try:
+                selected = select_by_influence(
+                    ctx.target_view(), ctx.params["field"], ctx.params["direction"], **{limit: ctx.params[limit]}
+                )
+                inputs.view("preview", types.Notice(label=f"{len(selected):,} pairs will be tagged"))
+            except EcifError as error:
+                refuse(value, str(error))
+        return types.Property(inputs, view=types.View(label="Tag by influence"))
+
+    def execute(self, ctx: Any) -> dict[str, Any]:
+        from fiftyone_ecif.curation import tag_by_influence
+
+        direction = ctx.params.get("direction", "harmful")
+        tag = ctx.params.get("tag") or direction
+        limit = ctx.params.get("limit", "count")
+        field = ctx.params.get("field", "ecif_influence")
+        view = tag_by_influence(ctx.target_view(), field, tag, direction, **{limit: ctx.params.get(limit)})
+        count = len(view)
+        ctx.ops.reload_dataset()
+        ctx.ops.set_view(view=ctx.dataset.match_tags(tag).exists(field).sort_by(field, reverse=direction == "valuable"))
+        ctx.ops.notify(f"Tagged {count:,} pairs {tag!r}", variant="success")
+        return {"tag": tag, "count": count}
+
+    def resolve_output(self, ctx: Any) -> types.Property:
+        outputs = types.Object()
+        outputs.str("tag", label="Tag")
+        outputs.int("count", label="Pairs tagged")
+        return types.Property(outputs)
+
+    def __call__(self, samples: Any, **params: Any) -> Any:
+        """Tags pairs of a dataset or view; the options are those of :func:`fiftyone_ecif.tag_by_influence`."""
+        given = [name for name in _LIMITS if params.get(name) is not None]
+        defaults = {"field": "ecif_influence", "direction": "harmful", "limit": given[0] if given else "count"}
+        params = {**defaults, "tag": params.get("direction", "harmful"), **params}
+        return foo.execute_operator(self.uri, {"view": samples.view(), "dataset": samples._dataset}, params=params)
