@@ -53,8 +53,10 @@ def compute_influence(
     nats. It is the sum of two parts, from the pair's own loss and from its
     serving as a negative of the others in its batch.
 
-    Three float fields are written: ``{brain_key}_influence``, ``…_positive``
-    and ``…_negative``. Samples that could not be scored have no value.
+    Four fields are written: ``{brain_key}_influence``, its parts
+    ``{brain_key}_positive`` and ``{brain_key}_negative``, and
+    ``{brain_key}_rank`` (1 = most harmful). Samples that could not be scored
+    have no value.
 
     .. note::
 
@@ -94,6 +96,7 @@ def compute_influence(
     Returns:
         :class:`fiftyone_ecif.InfluenceResults`. Its ``diagnostics`` hold
         ``relative_gradient_norm`` (0 at a stationary point, 1 far from one),
+        ``damping`` (what had to be added to an indefinite Hessian, else 0),
         ``solve_residual``, ``solve_iterations`` and ``condition_number`` of the
         solve, ``smallest_norm`` (the shortest embedding over the median,
         before normalisation), ``training_loss`` and ``target_loss`` (mean pair
@@ -256,11 +259,18 @@ def _check_scores(pairs: Pairs, scores: Scores) -> None:
             f"The scores of {len(bad)} samples are not finite; the first is {pairs.ids[bad[0]]}. "
             "Check its image and caption, or raise proximal"
         )
-    if scores.diagnostics["relative_gradient_norm"] > _FAR_FROM_STATIONARY:
+    found = scores.diagnostics
+    if found["relative_gradient_norm"] > _FAR_FROM_STATIONARY:
         logger.warning(
             "The model is not at a stationary point of these pairs' loss (relative gradient norm %.2g, 0 is ideal), so "
             "influence is a rougher estimate. fit=True brings it there",
-            scores.diagnostics["relative_gradient_norm"],
+            found["relative_gradient_norm"],
+        )
+    if found["damping"]:
+        logger.warning(
+            "The Hessian has negative curvature here, so it was damped by %.3g and influence is a rougher estimate. "
+            "fit=True avoids that",
+            found["damping"],
         )
 
 
@@ -281,7 +291,10 @@ def _write_run(
     dataset = samples._dataset
     old_store = dataset.get_brain_info(brain_key).config.store if dataset.has_brain_run(brain_key) else None
     fields = influence_fields(brain_key)
-    columns = (scores.positive + scores.negative, scores.positive, scores.negative)
+    influence = scores.positive + scores.negative
+    rank = np.empty(len(influence), dtype=int)
+    rank[np.argsort(influence, kind="stable")] = np.arange(1, len(influence) + 1)
+    columns = (influence, scores.positive, scores.negative, rank)
     values = {
         field: dict(zip(pairs.ids, column.tolist(), strict=True)) for field, column in zip(fields, columns, strict=True)
     }

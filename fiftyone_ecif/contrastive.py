@@ -99,7 +99,7 @@ def removal_pulls(similarity: Tensor) -> tuple[list[Pull], list[Pull]]:
     mean = similarity.softmax(1)
     positive = [Pull(-torch.eye(len(mean), dtype=mean.dtype, device=mean.device), mean)]
     if len(mean) == 1:
-        return positive, []
+        return positive, [Pull(torch.zeros_like(mean), mean)]
     top = similarity.argmax(1, keepdim=True)
     rest = similarity.scatter(1, top, -torch.inf).softmax(1)
     heavy = torch.zeros_like(mean).scatter(1, top, mean.gather(1, top)).fill_diagonal_(0)

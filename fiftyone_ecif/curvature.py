@@ -17,6 +17,10 @@ from torch import Tensor
 from .errors import EcifError
 
 
+class NegativeCurvatureError(EcifError):
+    """The Hessian is not positive along the solve, which conjugate gradients need."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """The solution of ``H x = b`` with what tells whether to trust it.
@@ -50,8 +54,8 @@ def conjugate_gradient(
         max_iterations (1000): products to spend at most.
 
     Raises:
-        EcifError: if ``H`` has negative curvature along the solve, or the
-            tolerance is not reached
+        NegativeCurvatureError: if ``H`` has negative curvature along the solve
+        EcifError: if the tolerance is not reached
     """
     x, residual = torch.zeros_like(right), right.clone()
     direction, squared = residual.clone(), residual.dot(residual)
@@ -67,7 +71,7 @@ def conjugate_gradient(
         if not torch.isfinite(curvature):
             raise EcifError("A Hessian product is not finite: the model's weights or features hold NaN or infinity")
         if curvature <= 0:
-            raise EcifError(
+            raise NegativeCurvatureError(
                 f"The Hessian has negative curvature ({(curvature / direction.dot(direction)).item():.2g}) along the "
                 "solve: the model is too far from a minimum for influence functions. Set fit=True, or raise proximal"
             )

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from . import digits
+from . import digits, training
 from .api import compute_influence
 from .errors import EcifError
 from .install import install_plugin
@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 DATASET = "ecif-demo"
 KEY = "ecif"
 DEFAULT_PAIRS = 2000
-_STEPS = 500
+
+
+def training_steps(pairs: int) -> int:
+    """How long the demo's model is trained: 500 batches for the default set, fewer for a smaller one."""
+    return min(max(pairs // 4, 150), 500)
 
 
 def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, name: str = DATASET) -> fo.Dataset:
@@ -76,14 +80,16 @@ def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, nam
         dataset.add_sample_field(field, fo.StringField)
     dataset.add_samples(samples, progress=False)
     dataset.info = made_of
-    dataset.app_config.active_fields = fo.core.odm.ActiveFields(paths=["caption", f"{KEY}_influence", "spoiled"])
+    dataset.app_config.active_fields = fo.core.odm.ActiveFields(
+        paths=["caption", f"{KEY}_influence", f"{KEY}_rank", "spoiled"]
+    )
     dataset.save()
     return dataset
 
 
 def demo_folder(pairs: int, noise: float, seed: int) -> Path:
     """Where the images and the model of a demo set lie, one folder for each way to make it."""
-    recipe = [pairs, noise, seed, _STEPS, inspect.getsource(digits)]
+    recipe = [pairs, noise, seed, inspect.getsource(digits), inspect.getsource(training)]
     return cache_folder() / "demo" / hashlib.blake2b(repr(recipe).encode(), digest_size=8).hexdigest()
 
 
@@ -101,7 +107,8 @@ def demo_model(dataset: fo.Dataset, progress: bool | Callable[..., None] | None 
     checkpoint = demo_folder(**recipe) / "model.pt"
     if not checkpoint.is_file():
         paths, captions = dataset.match_tags("train").sort_by("filepath").values(["filepath", "caption"])
-        follow(train([Path(path) for path in paths], captions, checkpoint, _STEPS, recipe["seed"]), progress)
+        steps = training_steps(recipe["pairs"])
+        follow(train([Path(path) for path in paths], captions, checkpoint, steps, recipe["seed"]), progress)
     return str(checkpoint)
 
 
@@ -130,9 +137,9 @@ def run_demo(
     lap("dataset")
     checkpoint = demo_model(dataset, progress)
     lap("training")
-    training = dataset.match_tags("train")
+    scored = dataset.match_tags("train")
     results = compute_influence(
-        training,
+        scored,
         caption_field="caption",
         model=MODEL,
         pretrained=checkpoint,
@@ -145,8 +152,7 @@ def run_demo(
     )
     lap("influence")
 
-    scored = dataset.select(results.ids, ordered=True)
-    influence, spoiled = scored.values([f"{KEY}_influence", "spoiled"])
+    influence, spoiled = dataset.select(results.ids, ordered=True).values([f"{KEY}_influence", "spoiled"])
     detectors = {  # higher = more suspicious
         "influence": -np.array(influence),
         "clip_score": -results.clip_score(),
@@ -156,7 +162,7 @@ def run_demo(
     most_harmful = np.argsort(detectors["influence"])[::-1][:10]
     return {
         "dataset": dataset.name,
-        "pairs": len(training),
+        "pairs": len(scored),
         "validation_pairs": results.diagnostics["target_pairs"],
         "spoiled": int(wrong.sum()),
         "precision_at_10": float(wrong[most_harmful].mean()),

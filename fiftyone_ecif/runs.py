@@ -7,9 +7,10 @@ list, load and delete runs, so this module and its classes keep their names.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import fiftyone.core.brain as fob
+import fiftyone.core.fields as fof
 import numpy as np
 
 from .errors import EcifError
@@ -80,14 +81,34 @@ class InfluenceConfig(fob.BrainMethodConfig):  # type: ignore[misc]
         return "ecif"
 
 
-def influence_fields(key: str) -> dict[str, str]:
-    """The fields of a run and what they hold."""
+class ScoreField(NamedTuple):
+    """A field that a run writes.
+
+    Attributes:
+        type: its FiftyOne type.
+        description: what the App says about it.
+    """
+
+    type: type[fof.Field]
+    description: str
+
+
+def influence_fields(key: str) -> dict[str, ScoreField]:
+    """The fields of a run."""
     unit = "nats of the target's mean pair loss"
     return {
-        f"{key}_influence": f"Change of the target loss if this pair had not been trained on, in {unit}: "
-        "positive = valuable, negative = harmful",
-        f"{key}_positive": f"The part of {key}_influence that comes from this pair's own loss, in {unit}",
-        f"{key}_negative": f"The part of {key}_influence that comes from serving as a negative of others, in {unit}",
+        f"{key}_influence": ScoreField(
+            fof.FloatField,
+            f"Change of the target loss if this pair had not been trained on, in {unit}: "
+            "positive = valuable, negative = harmful",
+        ),
+        f"{key}_positive": ScoreField(
+            fof.FloatField, f"The part of the influence that comes from this pair's own loss, in {unit}"
+        ),
+        f"{key}_negative": ScoreField(
+            fof.FloatField, f"The part of the influence that comes from serving as a negative of others, in {unit}"
+        ),
+        f"{key}_rank": ScoreField(fof.IntField, "Place of the pair by influence: 1 = most harmful"),
     }
 
 
@@ -123,8 +144,6 @@ class Influence(fob.BrainMethod):  # type: ignore[misc]
         dataset = samples._root_dataset
         renamed = dict(zip(influence_fields(key), influence_fields(new_key), strict=True))
         dataset.rename_sample_fields(renamed)
-        for field, description in influence_fields(new_key).items():
-            set_description(dataset, field, description)
 
     def cleanup(self, samples: Any, key: str) -> None:
         """Deletes the run's fields, and its tables unless another run uses them."""
@@ -206,10 +225,3 @@ class InfluenceResults(fob.BrainResults):  # type: ignore[misc]
     @classmethod
     def _from_dict(cls, d: dict[str, Any], samples: Any, config: InfluenceConfig, key: str) -> InfluenceResults:
         return cls(samples, config, key, d["ids"], d["skipped"], d["diagnostics"])
-
-
-def set_description(dataset: Any, field: str, description: str) -> None:
-    """Sets what the App shows about a field."""
-    schema = dataset.get_field(field)
-    schema.description = description
-    schema.save()

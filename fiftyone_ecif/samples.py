@@ -14,6 +14,7 @@ import fiftyone.core.validation as fov
 from PIL import Image
 
 from .errors import EcifError
+from .runs import ScoreField
 
 logger = logging.getLogger(__name__)
 
@@ -140,18 +141,20 @@ def _what_is_wrong(path: str, caption: Any, open_image: bool) -> str | None:
     return None
 
 
-def write_scores(dataset: Any, scores: Mapping[str, Mapping[str, float]], descriptions: Mapping[str, str]) -> None:
-    """Writes float fields by sample id, described and indexed for sorting.
+def write_scores(
+    dataset: Any, scores: Mapping[str, Mapping[str, float | int]], fields: Mapping[str, ScoreField]
+) -> None:
+    """Writes score fields by sample id, described and indexed for sorting.
 
     Args:
         dataset: a FiftyOne dataset.
         scores: ``{field: {sample id: value}}``; samples that are not named lose
             the value they had.
-        descriptions: ``{field: text}``.
+        fields: what the fields are.
     """
-    for field, values in scores.items():
-        if not dataset.has_sample_field(field):
-            dataset.add_sample_field(field, fo.FloatField, description=descriptions[field])
-        stale = dict.fromkeys(dataset.exists(field).values("id"))
-        dataset.set_values(field, stale | dict(values), key_field="id")
-        dataset.create_index(field)
+    for name, values in scores.items():
+        if not dataset.has_sample_field(name):
+            dataset.add_sample_field(name, fields[name].type, description=fields[name].description)
+        stale = dict.fromkeys(dataset.exists(name).values("id"))
+        dataset.set_values(name, stale | dict(values), key_field="id")
+        dataset.create_index(name)

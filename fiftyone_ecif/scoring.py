@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .curvature import Solution, conjugate_gradient
+from .curvature import NegativeCurvatureError, Solution, conjugate_gradient
 from .errors import EcifError
 from .fitting import minimise
 from .gradients import principal_projections, removal_gradients
@@ -29,6 +29,7 @@ from .store import Store
 Features = tuple[Tensor, Tensor]
 
 _COLLAPSED = 1e-3
+_MAX_DAMPING = 2**20
 _BATCHES_A_PART = 8
 
 
@@ -82,7 +83,7 @@ def score_pairs(
 
     target_batches = FeatureBatches(*target, random_partition(len(target[0]), batch_size, seed))
     gradient, target_loss = ContrastiveLoss(scope, target_batches, len(target[0])).gradient_and_value(theta)
-    solution = yield from _solve(objective, theta, gradient)
+    solution, damping = yield from _solve(objective, theta, gradient)
     yield from _keep_gradients(store, scope, theta, batches)
 
     positive, negative = np.empty(len(training[0])), np.empty(len(training[0]))
@@ -93,6 +94,7 @@ def score_pairs(
     diagnostics = {
         "parameters": len(theta),
         "relative_gradient_norm": relative_gradient_norm,
+        "damping": damping,
         "solve_residual": solution.residual,
         "solve_iterations": solution.iterations,
         "condition_number": solution.condition_number,
@@ -135,11 +137,28 @@ def _smallest_norm(scope: HeadScope, theta: Tensor, batches: FeatureBatches) -> 
     return smallest
 
 
-def _solve(objective: ContrastiveLoss, theta: Tensor, right: Tensor) -> Generator[Progress, None, Solution]:
-    tolerance = 1e-6
-    for solution in conjugate_gradient(lambda vector: objective.hessian_product(theta, vector), right, tolerance):
-        yield Progress("Solving", _percent(solution.residual, tolerance), 100)
-    return solution
+def _solve(
+    objective: ContrastiveLoss, theta: Tensor, right: Tensor
+) -> Generator[Progress, None, tuple[Solution, float]]:
+    """Solves with the Hessian, damped where it is not positive, and says by how much.
+
+    Away from a minimum the Hessian can have negative curvature. The least power
+    of two of the proximal strength that mends it along the solve is then added.
+    """
+    tolerance, damping = 1e-6, 0.0
+
+    def product(vector: Tensor) -> Tensor:
+        return objective.hessian_product(theta, vector) + damping * vector
+
+    while True:
+        try:
+            for solution in conjugate_gradient(product, right, tolerance):
+                yield Progress("Solving", _percent(solution.residual, tolerance), 100)
+            return solution, damping
+        except NegativeCurvatureError:
+            damping = 2 * damping or objective.proximal
+            if damping > _MAX_DAMPING * objective.proximal:
+                raise
 
 
 def _percent(value: float, goal: float) -> int:

@@ -275,7 +275,8 @@ def _score(ctx: Any) -> Iterator[Any]:
     if not ctx.delegated:
         field = f"{key}_influence"
         yield ctx.ops.reload_dataset()
-        yield ctx.ops.set_active_fields([params["caption_field"], field])
+        shown = [*ctx.active_fields, params["caption_field"], field, f"{key}_rank"]
+        yield ctx.ops.set_active_fields(list(dict.fromkeys(shown)))
         yield ctx.ops.set_view(view=samples.exists(field).sort_by(field))
         yield ctx.ops.notify(f"{done}. The most harmful come first", variant="success")
 

@@ -1,0 +1,33 @@
+# make demo: set up and run the main job.  make test: set up and run the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export FIFTYONE_DO_NOT_TRACK := 1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.ready
+	$(BIN)/fiftyone-ecif demo
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.ready: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install -q -e .
+	$(BIN)/python -m fiftyone_ecif.database
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+$(BIN)/pip:
+	$(PYTHON) tools/make_venv.py $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

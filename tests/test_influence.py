@@ -1,0 +1,119 @@
+"""Influence scores against autograd through a whole model, and against retraining."""
+
+import open_clip
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fiftyone_ecif.contrastive import pair_losses
+from fiftyone_ecif.curvature import conjugate_gradient
+from fiftyone_ecif.fitting import minimise
+from fiftyone_ecif.heads import FeatureBatches, HeadScope
+from fiftyone_ecif.influence import batch_influence, self_influence
+from fiftyone_ecif.objective import ContrastiveLoss, random_partition
+
+
+class WholeModel:
+    """Every parameter of an open_clip model as a scope, in float32."""
+
+    def __init__(self, model):
+        self.model = model
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.start = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def similarity(self, theta, batch):
+        pieces = theta.split([shape.numel() for shape in self.shapes.values()])
+        params = {n: piece.view(shape) for (n, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        images, texts, scale = functional_call(self.model, params, batch)[:3]
+        return scale * images @ texts.T
+
+
+@pytest.fixture
+def forward_mode():
+    """What forward-mode differentiation through open_clip's attention needs."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+    torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@pytest.mark.usefixtures("forward_mode")
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
+        {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
+    ],
+    ids=["vit", "resnet"],
+)
+def test_direct_mode_equals_per_pair_autograd_through_the_model(vision):
+    torch.manual_seed(0)
+    model = open_clip.CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 32, **vision},
+        text_cfg={"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
+    ).eval()
+    scope = WholeModel(model)
+    batch = torch.randn(6, 3, 32, 32), torch.randint(1, 50, (6, 8))
+    direction = torch.randn_like(scope.start)
+    positive, negative = batch_influence(scope, scope.start, batch, direction, pairs=6)
+
+    theta = scope.start.clone().requires_grad_()
+    losses = pair_losses(scope.similarity(theta, batch))
+    for n in range(6):
+        keep = [k for k in range(6) if k != n]
+        similarity = scope.similarity(theta, batch)
+        removal = losses.sum() - pair_losses(similarity[keep][:, keep]).sum()
+        own = torch.autograd.grad(losses[n], theta, retain_graph=True)[0].dot(direction) / 6
+        total = torch.autograd.grad(removal, theta, retain_graph=True)[0].dot(direction) / 6
+        size = max(abs(positive).max(), abs(negative).max())
+        assert abs(positive[n] - own) <= 1e-4 * size
+        assert abs(positive[n] + negative[n] - total) <= 1e-4 * size
+
+
+def make_problem(pairs=96, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    scope = HeadScope(draw(6, 4) / 2, draw(5, 4) / 2, 4.0)
+    mix = draw(3, 6), draw(3, 5)
+    shared, held_out = draw(pairs, 3), draw(48, 3)
+    features = [[z @ m + 0.5 * draw(len(z), m.shape[1]) for m in mix] for z in (shared, held_out)]
+    return scope, features[0], features[1]
+
+
+def fitted(objective):
+    *_, (theta, _) = minimise(objective, tolerance=1e-7)
+    return theta
+
+
+def test_influence_predicts_leave_one_out_retraining():
+    """Fit again without a pair, for real; the sign, size and order of the change must be as predicted."""
+    scope, (images, texts), held_out = make_problem()
+    partition = random_partition(96, 32, seed=0)
+    objective = ContrastiveLoss(scope, FeatureBatches(images, texts, partition), 96, proximal=1.0)
+    target = ContrastiveLoss(scope, [held_out], 48)
+    theta = fitted(objective)
+    gradient, before = target.gradient_and_value(theta)
+    *_, solution = conjugate_gradient(lambda v: objective.hessian_product(theta, v), gradient)
+
+    predicted, actual = [], []
+    for rows, batch in zip(partition, objective.batches, strict=True):
+        parts = batch_influence(scope, theta, batch, solution.vector, 96)
+        predicted += (parts[0] + parts[1])[:8].tolist()
+        for row in rows[:8]:
+            without = FeatureBatches(images, texts, [batch[batch != row] for batch in partition])
+            # the mean stays over all 96 pairs, so that only the removed terms change
+            actual.append((target.loss(fitted(ContrastiveLoss(scope, without, 96, 1.0))) - before).item())
+    predicted, actual = torch.tensor(predicted), torch.tensor(actual)
+    assert torch.corrcoef(torch.stack([predicted, actual]))[0, 1] > 0.97
+    assert (predicted.dot(actual) / predicted.dot(predicted)).item() == pytest.approx(1, abs=0.15)
+
+
+def test_self_influence_equals_a_dense_inverse():
+    gradients = torch.randn(30, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    curvature = sum(torch.outer(g, g) for g in gradients) / 30
+    inverse = torch.linalg.inv(curvature + 0.1 * curvature.trace() / 7 * torch.eye(7))
+    expected = torch.stack([g @ inverse @ g for g in gradients]) / 30
+    torch.testing.assert_close(self_influence(gradients), expected)

@@ -1,0 +1,73 @@
+"""The store: whole parts or none, names that stay inside, damage that is said."""
+
+import h5py
+import numpy as np
+import pytest
+
+from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.store import Store, cache_folder
+
+
+@pytest.fixture
+def store():
+    store = Store("test-store")
+    yield store
+    store.delete()
+
+
+def test_rows_come_back_in_the_order_of_the_parts(store):
+    table = store.table("rows")
+    table.write("1", {"x": np.arange(3, 5), "y": np.ones((2, 4))})
+    table.write("0", {"x": np.arange(3), "y": np.zeros((3, 4))})
+    found = table.read_all("x", "y")
+    assert found["x"].tolist() == [0, 1, 2, 3, 4]
+    assert found["y"].sum(1).tolist() == [0, 0, 0, 4, 4]
+    assert store.size() > 0
+
+
+def test_a_write_that_fails_leaves_no_part(store):
+    table = store.table("rows")
+    with pytest.raises(TypeError):
+        table.write("0", {"x": np.arange(3), "y": np.array([object()])})
+    assert table.parts() == []
+    assert list(table.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "format", "column", "length"])
+def test_damage_is_said(store, damage):
+    table = store.table("rows")
+    table.write("0", {"x": np.arange(1000)})
+    path = table.folder / "0.h5"
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[-100] ^= 0xFF
+        path.write_bytes(content)
+    else:
+        with h5py.File(path, "a") as file:
+            if damage == "format":
+                file.attrs["format"] = 99
+            elif damage == "length":
+                file.attrs["rows"] = 7
+            else:
+                del file["x"]
+    with pytest.raises(EcifError, match=r"Delete .* and run again"):
+        table.read("0", "x")
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/b", "", "A"])
+def test_no_name_leads_out_of_the_cache(name):
+    with pytest.raises(EcifError, match="not a name"):
+        Store(name)
+
+
+def test_deleting_takes_empty_folders_above_along(store):
+    inner, other = store.inside("a").inside("b"), store.inside("c")
+    inner.table("rows").write("0", {"x": np.arange(2)})
+    other.table("rows").write("0", {"x": np.arange(2)})
+    inner.delete()
+    assert store.children() == ["c"]
+    other.delete()
+    assert not store.folder.exists()
+    assert cache_folder().exists()
