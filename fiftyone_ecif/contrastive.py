@@ -77,7 +77,9 @@ def removal_tangents(similarity: Tensor, direction: Tensor) -> tuple[Tensor, Ten
         ``(positive, negative)``, each of shape ``(n,)``.
     """
     positive, negative = (
-        sum(pull.tangent(direction) for pull in images) + sum(pull.tangent(direction.T) for pull in captions)
+        torch.stack(
+            [pull.tangent(direction) for pull in images] + [pull.tangent(direction.T) for pull in captions]
+        ).sum(0)
         for images, captions in zip(removal_pulls(similarity), removal_pulls(similarity.T), strict=True)
     )
     return positive, negative

@@ -127,7 +127,7 @@ def run_demo(
         spoiled captions), ``seconds`` (stage -> time), ``fields`` (those
         written) and ``diagnostics`` of the run
     """
-    seconds = {}
+    seconds: dict[str, float] = {}
     start = time.perf_counter()
 
     def lap(stage: str) -> None:

@@ -127,7 +127,7 @@ def make_pairs(pairs: int, noise: float = 0.2, seed: int = 0, validation: int | 
 
 def _draw_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
     seen: set[Scene] = set()
-    scenes = []
+    scenes: list[Scene] = []
     while len(scenes) < count:
         scene = _random_scene(rng)
         if scene not in seen:

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -152,7 +152,7 @@ class Encoder:
         head, inputs = self.heads[tower], inputs.to(self.device)
         encode = _Tower(self.model, tower)
         replaced = {f"model.{name}": value for name, value in head.identity(self.model).items()}
-        features = functional_call(encode, replaced, (inputs,)).float()
+        features: Tensor = functional_call(encode, replaced, (inputs,)).float()
         if head.bias:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
         if tower not in self._verified:
@@ -231,12 +231,14 @@ def _find_head(model: nn.Module, name: str, tower: str) -> Head:
 class _Tower(nn.Module):
     """One tower as a module, so that ``functional_call`` can replace its head."""
 
-    def __init__(self, model: nn.Module, tower: str) -> None:
+    def __init__(self, model: Any, tower: str) -> None:
         super().__init__()
-        self.model, self.tower = model, tower
+        self.model: Any = model
+        self.tower = tower
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.model.encode_image(inputs) if self.tower == "image" else self.model.encode_text(inputs)
+        encode = self.model.encode_image if self.tower == "image" else self.model.encode_text
+        return cast(Tensor, encode(inputs))
 
 
 class _Images(Dataset[Any]):

@@ -56,7 +56,7 @@ def minimise(
 
     before = theta.clone()
     for _ in range(max_iterations):
-        optimiser.step(evaluate)  # type: ignore[arg-type]  # typed for floats, takes tensors
+        optimiser.step(evaluate)  # type: ignore[no-untyped-call]
         evaluate()
         relative = (seen[1].norm() / scale).item()
         yield theta.clone(), relative

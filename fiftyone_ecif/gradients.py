@@ -60,7 +60,8 @@ def principal_projections(
 
 
 def _principal_directions(rows: Tensor, rank: int) -> Tensor:
-    return torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -rank:]
+    directions: Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors
+    return directions[:, -rank:]
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ class HeadScope:
     def split(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The two weight matrices inside a flat vector."""
         image, text = self.shapes
-        first, second = theta.split([image.numel(), text.numel()])
-        return first.view(image), second.view(text)
+        return theta[: image.numel()].view(image), theta[image.numel() :].view(text)
 
     def similarity(self, theta: Tensor, batch: Batch) -> Tensor:
         """Scaled cosine similarities of a batch of features, shape ``(n, n)``."""

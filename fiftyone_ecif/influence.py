@@ -36,7 +36,7 @@ def batch_influence(scope: Scope, theta: Tensor, batch: Any, solution: Tensor, p
     Returns:
         ``(positive, negative)``, each of shape ``(n,)``; the influence is their sum
     """
-    similarity, direction = jvp(lambda at: scope.similarity(at, batch), (theta,), (solution,))
+    similarity, direction = jvp(lambda at: scope.similarity(at, batch), (theta,), (solution,))[:2]
     positive, negative = removal_tangents(similarity, direction)
     return positive / pairs, negative / pairs
 
@@ -60,4 +60,5 @@ def self_influence(gradients: Tensor, damping: float = 0.1) -> Tensor:
     curvature = gradients.T @ gradients / len(gradients)
     curvature.diagonal().add_(damping * curvature.diagonal().mean())
     factor = torch.linalg.cholesky(curvature)
-    return torch.linalg.solve_triangular(factor, gradients.T, upper=False).square().sum(0) / len(gradients)
+    whitened: Tensor = torch.linalg.solve_triangular(factor, gradients.T, upper=False)
+    return whitened.square().sum(0) / len(gradients)

@@ -8,7 +8,7 @@ and stops it by closing it.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fiftyone.core.utils as fou
 
@@ -54,7 +54,8 @@ def follow(work: Generator[Progress, None, T], progress: bool | Callable[..., No
     Returns:
         what the work returns
     """
-    stage, bar = None, None
+    stage = ""
+    bar: Any = None
     try:
         while True:
             step = next(work)

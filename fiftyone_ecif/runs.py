@@ -17,7 +17,7 @@ from .errors import EcifError
 from .store import Store
 
 
-class InfluenceConfig(fob.BrainMethodConfig):  # type: ignore[misc]
+class InfluenceConfig(fob.BrainMethodConfig):
     """What a run of :func:`fiftyone_ecif.compute_influence` is computed from.
 
     Args:
@@ -134,7 +134,7 @@ def check_key(dataset: Any, brain_key: str, overwrite: bool) -> None:
             raise EcifError(f"There is a field {field!r} already, which no run wrote. Choose another brain_key")
 
 
-class Influence(fob.BrainMethod):  # type: ignore[misc]
+class Influence(fob.BrainMethod):
     """Lists, renames and cleans up influence runs for FiftyOne."""
 
     def get_fields(self, samples: Any, key: str) -> list[str]:
@@ -162,7 +162,7 @@ def release_store(dataset: Any, key: str, store: list[str]) -> None:
         Store(*store[:-1]).delete()
 
 
-class InfluenceResults(fob.BrainResults):  # type: ignore[misc]
+class InfluenceResults(fob.BrainResults):
     """What a run found, beside the fields that it wrote.
 
     Attributes:

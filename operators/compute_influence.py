@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +281,7 @@ def _score(ctx: Any) -> Iterator[Any]:
         yield ctx.ops.notify(f"{done}. The most harmful come first", variant="success")
 
 
-def _with_progress(ctx: Any, work: Any) -> Iterator[Any]:
+def _with_progress(ctx: Any, work: Any) -> Generator[Any, None, Any]:
     """Shows the job's progress, at most twice a second, with rate and remaining time."""
     stage, since, last = None, 0.0, 0.0
     try:

@@ -1,0 +1,75 @@
+"""The README's examples run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fiftyone as fo
+import pytest
+
+from fiftyone_ecif.demo import DATASET, demo_model
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def section(title, language):
+    body = README.split(f"## {title}\n")[1]
+    return re.search(rf"```{language}\n(.*?)```", body, re.S).group(1)
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """Runs the Python example in a folder of its own."""
+    folder = tmp_path_factory.mktemp("example")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        variables = {}
+        exec(compile(section("From Python", "python"), "README.md", "exec"), variables)
+    finally:
+        os.chdir(before)
+    yield folder, variables
+    if fo.dataset_exists(DATASET):
+        fo.delete_dataset(DATASET)
+
+
+def test_the_python_example(example):
+    folder, variables = example
+    dataset = variables["dataset"]
+    assert dataset.count("ecif_influence") == 200
+    assert dataset.list_brain_runs() == ["ecif"]
+    assert not dataset.has_sample_field("slice_influence")
+    assert dataset.count_sample_tags()["check"] == 10
+    assert len((folder / "check.csv").read_text().splitlines()) == 11
+
+
+def test_the_shell_example(example):
+    folder, variables = example
+    ran = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", section("From the shell", "shell")],
+        cwd=folder,
+        env=os.environ
+        | {
+            "CHECKPOINT": demo_model(variables["dataset"]),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Of the 10 most harmful pairs" in ran.stdout
+    assert "Scored 200 pairs" in ran.stdout
+    assert "Tagged 10 pairs of 'ecif-demo' as 'check'" in ran.stdout
+
+
+def test_the_field_table_names_the_fields():
+    from fiftyone_ecif.runs import influence_fields
+
+    assert all(f"`{{key}}_{name.split('_', 1)[1]}`" in README for name in influence_fields("k"))
+
+
+def test_the_picture_is_there():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (Path(__file__).resolve().parent.parent / path).is_file()
