@@ -13,17 +13,17 @@ import numpy as np
 
 from .encoder import Encoder, check_names, choose_device
 from .errors import EcifError
-from .features import cached_features, caption_key, image_key
+from .features import PairKey, cached_features, pair_key
 from .progress import Progress, follow
 from .runs import InfluenceConfig, InfluenceResults, check_key, influence_fields, release_store
-from .samples import Pairs, check_collection, failure, read_pairs, warn_skipped, write_scores
+from .samples import Pairs, check_collection, read_pairs, warn_skipped, write_scores
 from .scoring import Scores, score_pairs
 from .store import Store
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 256
-_FAR_FROM_STATIONARY = 0.1
+_FAR_FROM_STATIONARY = 0.01
 
 
 def compute_influence(
@@ -86,7 +86,8 @@ def compute_influence(
         batch_size (None): pairs that compete in one softmax; by default 256,
             or all pairs if there are fewer. Scores depend on it.
         seed (0): which pairs share a batch.
-        device (None): by default a GPU where there is one.
+        device (None): where images and captions are encoded; by default a GPU
+            where there is one. All that follows is float64 on the CPU.
         num_workers (None): processes that load images.
         skip_failures (True): whether to skip samples without a caption or with
             an unreadable image, with a warning, rather than raise.
@@ -95,7 +96,8 @@ def compute_influence(
 
     Returns:
         :class:`fiftyone_ecif.InfluenceResults`. Its ``diagnostics`` hold
-        ``relative_gradient_norm`` (0 at a stationary point, 1 far from one),
+        ``relative_gradient_norm`` (of the mean over a pair's, 0 at a stationary
+        point),
         ``damping`` (what had to be added to an indefinite Hessian, else 0),
         ``solve_residual``, ``solve_iterations`` and ``condition_number`` of the
         solve, ``smallest_norm`` (the shortest embedding over the median,
@@ -157,6 +159,7 @@ def influence_steps(
     except EcifError as error:
         raise EcifError(f"The target cannot be used. {error}") from error
     _check_sizes(pairs, aims, config.batch_size)
+    shared = _warn_shared(pairs, aims)
     Store(str(dataset._doc.id)).ensure_writable()
     yield Progress("Reading pairs", 1, 1)
 
@@ -166,26 +169,26 @@ def influence_steps(
     store = Store(str(dataset._doc.id), encoder.fingerprint)
     yield Progress("Loading the model", 1, 1)
 
+    paths, captions = pairs.paths + aims.paths, pairs.captions + aims.captions
+    keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
     images, texts, failures = yield from cached_features(
         store,
         encoder,
-        pairs.paths + aims.paths,
-        pairs.captions + aims.captions,
+        keys,
+        paths,
+        captions,
         fout.recommend_num_workers() if num_workers is None else num_workers,
+        skip_failures,
     )
-    if failures and not skip_failures:
-        index, reason = next(iter(failures.items()))
-        raise failure((pairs.ids + aims.ids)[index], f"image: {reason}")
     pairs, aims, rows, aim_rows = _drop_failures(pairs, aims, failures)
     warn_skipped(pairs.skipped, "training")
     warn_skipped(aims.skipped, "target")
     _check_sizes(pairs, aims, config.batch_size)
-    shared = _warn_shared(pairs, aims)
 
     config.batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
     config.target = _describe(target)
     config.encoder = encoder.fingerprint
-    run_store = store.inside("run-" + _run_key(pairs, config))
+    run_store = store.inside("run-" + _run_key([keys[row] for row in rows], config))
     config.store = run_store.names
     scores = yield from score_pairs(
         run_store,
@@ -245,9 +248,8 @@ def _warn_shared(pairs: Pairs, aims: Pairs) -> int:
     return shared
 
 
-def _run_key(pairs: Pairs, config: InfluenceConfig) -> str:
+def _run_key(keys: list[PairKey], config: InfluenceConfig) -> str:
     """A digest of all that the fitted parameters and the gradients depend on, beside the encoder."""
-    keys = [[image_key(path), caption_key(caption)] for path, caption in zip(pairs.paths, pairs.captions, strict=True)]
     settings = [config.scope, config.fit, config.proximal, config.batch_size, config.seed]
     return hashlib.blake2b(json.dumps([keys, settings]).encode(), digest_size=16).hexdigest()
 

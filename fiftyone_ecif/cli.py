@@ -216,12 +216,13 @@ def doctor(as_json: bool) -> None:
         from .health import examine
 
         checks = examine()
+        usable = all(check.ok for check in checks if check.required)
     _print(
-        {"checks": [check._asdict() for check in checks], "ok": all(check.ok for check in checks)},
+        {"checks": [check._asdict() for check in checks], "ok": usable},
         as_json,
         lambda _: "\n".join(f"{'ok     ' if c.ok else 'missing'}  {c.name}: {c.found}" for c in checks),
     )
-    if not all(check.ok for check in checks if check.required):
+    if not usable:
         sys.exit(1)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -154,19 +154,30 @@ def export_pairs(
             raise EcifError(f"There is no field {field!r} to export")
     columns = ["id", "filepath", "caption", "tags", *fields]
     rows = zip(*samples.values(["id", "filepath", caption_field, "tags", *fields]), strict=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, newline="", encoding="utf-8", delete=False) as file:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
             if path.suffix == ".csv":
                 writer = csv.writer(file)
                 writer.writerow(columns)
                 writer.writerows([_csv_cell(value) for value in row] for row in rows)
             else:
-                json.dump([dict(zip(columns, row, strict=True)) for row in rows], file, indent=1, default=str)
-        os.replace(file.name, path)
+                json.dump(
+                    [dict(zip(columns, map(_plain, row), strict=True)) for row in rows], file, indent=1, default=str
+                )
+        os.replace(temporary, path)
     except OSError as error:
         raise EcifError(f"{path} cannot be written ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return len(samples)
+
+
+def _plain(value: Any) -> Any:
+    """The value, or None for a number that is none: neither format can say NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv_cell(value: Any) -> Any:
@@ -174,4 +185,4 @@ def _csv_cell(value: Any) -> Any:
         value = ";".join(map(str, value))
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return "'" + value
-    return value
+    return _plain(value)

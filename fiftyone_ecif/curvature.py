@@ -28,7 +28,7 @@ class Solution:
     Attributes:
         vector: ``x``, shape ``(p,)``.
         iterations: Hessian products used.
-        residual: ``|b - H x| / |b|``.
+        residual: ``|b - H x| / |b|``, as the iteration keeps it.
         condition_number: the ratio of the largest to the smallest eigenvalue
             that the right-hand side meets (Ritz values of the solve).
     """

@@ -20,7 +20,7 @@ from .api import compute_influence
 from .errors import EcifError
 from .install import install_plugin
 from .progress import follow
-from .store import cache_folder
+from .store import Store, cache_folder
 from .training import MODEL, train
 
 logger = logging.getLogger(__name__)
@@ -52,11 +52,13 @@ def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, nam
     Returns:
         the dataset, persistent
     """
-    made_of = {"ecif_demo": {"pairs": pairs, "noise": noise, "seed": seed}}
+    made_of = {"pairs": pairs, "noise": noise, "seed": seed}
     folder = demo_folder(pairs, noise, seed)
     if fo.dataset_exists(name):
         dataset = fo.load_dataset(name)
-        if dataset.info == made_of and all(Path(path).is_file() for path in dataset.values("filepath")):
+        if dataset.info.get("ecif_demo") == made_of and all(
+            Path(path).is_file() for path in dataset.values("filepath")
+        ):
             return dataset
         if "ecif_demo" not in dataset.info:
             raise EcifError(f"There is a dataset {name!r} that is not the demo's. Rename it, or choose another name")
@@ -75,11 +77,13 @@ def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, nam
                 spoiled=pair.spoiled,
             )
         )
+    if fo.dataset_exists(name):
+        Store(str(fo.load_dataset(name)._doc.id)).delete()
     dataset = fo.Dataset(name, persistent=True, overwrite=True)
     for field in ("caption", "true_caption", "spoiled"):
         dataset.add_sample_field(field, fo.StringField)
     dataset.add_samples(samples, progress=False)
-    dataset.info = made_of
+    dataset.info = {"ecif_demo": made_of}
     dataset.app_config.active_fields = fo.core.odm.ActiveFields(
         paths=["caption", f"{KEY}_influence", f"{KEY}_rank", "spoiled"]
     )
@@ -121,7 +125,7 @@ def run_demo(
     """Makes the demo set, trains its model, scores its pairs and measures what was found.
 
     Returns:
-        ``dataset`` (its name), ``pairs``, ``validation_pairs``, ``spoiled``
+        ``dataset`` (its name), ``model`` and ``checkpoint``, ``pairs``, ``validation_pairs``, ``spoiled``
         (counts), ``precision_at_10`` (share of spoiled captions among the ten
         most harmful pairs), ``auroc`` (detector -> area under the ROC curve for
         spoiled captions), ``seconds`` (stage -> time), ``fields`` (those
@@ -162,6 +166,8 @@ def run_demo(
     most_harmful = np.argsort(detectors["influence"])[::-1][:10]
     return {
         "dataset": dataset.name,
+        "model": MODEL,
+        "checkpoint": checkpoint,
         "pairs": len(scored),
         "validation_pairs": results.diagnostics["target_pairs"],
         "spoiled": int(wrong.sum()),

@@ -183,7 +183,7 @@ def _near_misses(scene: Scene, way: str) -> list[Scene]:
         near += [replace(scene, first=(a, colour)) for colour in COLOURS]
         near += [replace(scene, second=(digit, colour_b)) for digit in range(10)]
         near += [replace(scene, second=(b, colour)) for colour in COLOURS]
-    return [other for other in near if other != scene]
+    return [other for other in near if other not in (scene, scene.mirrored)]
 
 
 def _split_scans(rng: np.random.Generator) -> dict[str, dict[int, np.ndarray]]:

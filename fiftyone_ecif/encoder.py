@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,12 +75,12 @@ class Encoder:
         model: a model name of open_clip, or ``local-dir:…`` / ``hf-hub:…``.
         pretrained: a pretrained tag of that model, or the path of a checkpoint;
             None only for the two forms that bring their own weights.
-        device (None): ``"cpu"``, ``"cuda"`` or another torch device; by default
-            a GPU where there is one.
+        device (None): where the towers run: ``"cpu"``, ``"cuda"`` or another torch
+            device; by default a GPU where there is one.
 
     Attributes:
-        fingerprint: hex digest of all that the features depend on: weights,
-            preprocessing and tokenizer.
+        fingerprint: hex digest of all that the features depend on:
+            architecture, weights, preprocessing and tokenizer.
 
     Raises:
         EcifError: if the model, the tag, the checkpoint or the device does not
@@ -102,13 +103,13 @@ class Encoder:
         if getattr(self.model, "logit_bias", None) is not None:
             raise EcifError(f"{model} is trained with a sigmoid loss; influence is available for softmax models only")
         self.heads = {tower: _find_head(self.model, model, tower) for tower in _HEADS}
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = self._fingerprint(model)
         self._verified: set[str] = set()
 
     def scope(self) -> HeadScope:
-        """Both heads as they were loaded, in float64."""
+        """Both heads as they were loaded, in float64, on the CPU."""
         scale = self.model.logit_scale.detach().double().exp().item()
-        image, text = (self.heads[tower].matrix(self.model) for tower in ("image", "text"))
+        image, text = (self.heads[tower].matrix(self.model).cpu() for tower in ("image", "text"))
         if not (torch.isfinite(image).all() and torch.isfinite(text).all() and np.isfinite(scale)):
             raise EcifError("The model's weights hold NaN or infinity. Load another checkpoint")
         return HeadScope(image, text, scale)
@@ -167,13 +168,17 @@ class Encoder:
             self._verified.add(tower)
         return features.cpu()
 
-    def _fingerprint(self) -> str:
+    def _fingerprint(self, name: str) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(
-            repr((self.preprocess, type(self.tokenizer), getattr(self.tokenizer, "context_length", None))).encode()
-        )
-        for name, value in self.model.state_dict().items():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        made_of = [
+            open_clip.get_model_config(name) or name,  # the same weights can serve two architectures
+            open_clip.get_model_preprocess_cfg(self.model),
+            type(self.tokenizer).__name__,
+            getattr(self.tokenizer, "context_length", None),
+        ]
+        digest.update(json.dumps(made_of, sort_keys=True, default=str).encode())
+        for key, value in self.model.state_dict().items():
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 

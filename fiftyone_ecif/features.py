@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .encoder import Encoder
+from .errors import EcifError
 from .progress import Progress
 from .store import Store, Table
 
@@ -23,46 +25,67 @@ _PART = 1024  # rows computed between two writes to the store
 _BATCH = 128
 
 
-def image_key(path: str) -> str:
-    """What an image file is known by; raises OSError if there is none."""
-    stat = os.stat(path)
-    return _digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}")
+class PairKey(NamedTuple):
+    """What the image and the caption of a pair are known by."""
+
+    image: str
+    caption: str
 
 
-def caption_key(caption: str) -> str:
-    """What a caption is known by."""
-    return _digest(caption)
+def pair_key(path: str, caption: str) -> PairKey:
+    """The key of a pair as its image file is now.
+
+    Raises:
+        EcifError: if there is no such file
+    """
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise EcifError(f"The image {path} went away while it was read ({error.strerror}). Run again") from error
+    return PairKey(_digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"), _digest(caption))
 
 
 def cached_features(
-    store: Store, encoder: Encoder, paths: Sequence[str], captions: Sequence[str], num_workers: int
+    store: Store,
+    encoder: Encoder,
+    keys: Sequence[PairKey],
+    paths: Sequence[str],
+    captions: Sequence[str],
+    num_workers: int,
+    skip_failures: bool = True,
 ) -> Generator[Progress, None, tuple[Tensor, Tensor, dict[int, str]]]:
     """Features of image-caption pairs.
 
     Args:
         store: the encoder's store.
         encoder: computes what is not in it.
+        keys: of the pairs.
         paths: the image of each pair.
         captions: the caption of each pair.
         num_workers: processes that load images.
+        skip_failures (True): whether to go on after an image that cannot be read.
 
     Returns:
         image features ``(N, w_image)``, caption features ``(N, w_text)``, both
         float32, and ``{index: reason}`` of pairs whose image cannot be read;
         their image features are zero
+
+    Raises:
+        EcifError: for the first image that cannot be read, unless it is skipped
     """
-    image_keys = [image_key(path) for path in paths]
-    caption_keys = [caption_key(caption) for caption in captions]
-    reasons = yield from _encode_images(
-        store.table("images"), encoder, dict(zip(image_keys, paths, strict=True)), num_workers
+    images = {key.image: path for key, path in zip(keys, paths, strict=True)}
+    texts = {key.caption: caption for key, caption in zip(keys, captions, strict=True)}
+    reasons = yield from _encode_images(store.table("images"), encoder, images, num_workers, skip_failures)
+    yield from _encode_captions(store.table("captions"), encoder, texts)
+    return (
+        _gather(store.table("images"), [key.image for key in keys], reasons),
+        _gather(store.table("captions"), [key.caption for key in keys], {}),
+        {index: reasons[key.image] for index, key in enumerate(keys) if key.image in reasons},
     )
-    yield from _encode_captions(store.table("captions"), encoder, dict(zip(caption_keys, captions, strict=True)))
-    failures = {index: reasons[key] for index, key in enumerate(image_keys) if key in reasons}
-    return _gather(store.table("images"), image_keys), _gather(store.table("captions"), caption_keys), failures
 
 
 def _encode_images(
-    table: Table, encoder: Encoder, wanted: dict[str, str], num_workers: int
+    table: Table, encoder: Encoder, wanted: dict[str, str], num_workers: int, skip_failures: bool
 ) -> Generator[Progress, None, dict[str, str]]:
     missing = _missing(table, wanted)
     failures: dict[str, str] = {}
@@ -75,6 +98,11 @@ def _encode_images(
             found += [keys[index] for index in indices]
             features += [rows] if indices else []
             failures |= {keys[index]: reason for index, reason in reasons.items()}
+            if failures and not skip_failures:
+                key, reason = next(iter(failures.items()))
+                raise EcifError(
+                    f"The image {wanted[key]} cannot be read ({reason}). Mend it, or set skip_failures=True"
+                )
             done += len(indices) + len(reasons)
             yield Progress("Encoding images", done, len(missing))
         _write(table, found, features)
@@ -109,7 +137,8 @@ def _write(table: Table, keys: list[str], features: list[Tensor]) -> None:
         table.write(part, {"key": np.array(keys, dtype="S32"), "features": torch.cat(features).numpy()})
 
 
-def _gather(table: Table, keys: Sequence[str]) -> Tensor:
+def _gather(table: Table, keys: Sequence[str], failures: Mapping[str, str]) -> Tensor:
+    """The features of each key, zero for failures."""
     rows: dict[str, np.ndarray] = {}
     wanted = set(keys)
     for part in table.parts():
@@ -117,6 +146,8 @@ def _gather(table: Table, keys: Sequence[str]) -> Tensor:
         if not wanted.isdisjoint(found):
             features = table.read(part, "features")["features"]
             rows |= {key: row for key, row in zip(found, features, strict=True) if key in wanted}
+    if not wanted <= rows.keys() | failures.keys():
+        raise EcifError(f"Features went away from {table.folder} while they were used. Run again")
     width = len(next(iter(rows.values()))) if rows else 0
     gathered = np.zeros((len(keys), width), dtype=np.float32)
     for index, key in enumerate(keys):

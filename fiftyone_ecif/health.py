@@ -59,6 +59,8 @@ def _packages() -> list[Check]:
 
 
 def _cache() -> Check:
+    if importlib.util.find_spec("h5py") is None:
+        return Check("cache", False, "needs h5py", True)
     from .store import Store, cache_folder
 
     store = Store("doctor")

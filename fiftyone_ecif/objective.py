@@ -83,13 +83,18 @@ class ContrastiveLoss:
         return gradient, value
 
     def gradient_scale(self, theta: Tensor) -> Tensor:
-        """The mean norm of a batch's mean gradient, the unit for :meth:`gradient_and_value`'s norm.
+        """The root mean square norm of a pair's loss gradient: the unit for the norm of the mean gradient.
 
-        The ratio of the two is near 1 where all batches pull the same way and 0
-        at a stationary point.
+        Estimated with random signs, at the cost of one gradient: the squared
+        norm of ``sum_i sign_i grad l_i`` is on average the sum of the squared
+        norms (Hutchinson's estimator).
         """
-        norms = [grad(self._batch_mean)(theta, batch).norm() * self.pairs / len(batch[0]) for batch in self.batches]
-        return torch.stack(norms).mean()
+        generator = torch.Generator().manual_seed(0)
+        total = torch.zeros((), dtype=theta.dtype)
+        for batch in self.batches:
+            signs = 2.0 * torch.randint(2, (len(batch[0]),), generator=generator).to(theta) - 1
+            total = total + grad(self._weighted_loss)(theta, batch, signs).square().sum()
+        return (total / self.pairs).sqrt()
 
     def hessian_product(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The exact Hessian at ``theta`` times ``vector``, forward over reverse, shape ``(p,)``."""
@@ -101,3 +106,6 @@ class ContrastiveLoss:
 
     def _batch_mean(self, theta: Tensor, batch: Any) -> Tensor:
         return pair_losses(self.scope.similarity(theta, batch)).sum() / self.pairs
+
+    def _weighted_loss(self, theta: Tensor, batch: Any, weights: Tensor) -> Tensor:
+        return pair_losses(self.scope.similarity(theta, batch)) @ weights

@@ -16,7 +16,6 @@ T = TypeVar("T")
 
 #: The stages of a scoring job, in order.
 STAGES = (
-    "Training the model",
     "Reading pairs",
     "Loading the model",
     "Encoding images",

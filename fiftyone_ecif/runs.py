@@ -7,6 +7,7 @@ list, load and delete runs, so this module and its classes keep their names.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import fiftyone.core.brain as fob
@@ -57,6 +58,9 @@ class InfluenceConfig(fob.BrainMethodConfig):
             raise EcifError(f"scope={scope!r} is not available. Use 'heads'")
         if not (isinstance(proximal, int | float) and math.isfinite(proximal) and proximal > 0):
             raise EcifError(f"proximal={proximal!r} must be a positive number, such as 0.1")
+        for name, value in (("batch_size", batch_size), ("seed", seed)):
+            if not isinstance(value, Integral | None) or (value is None and name == "seed"):
+                raise EcifError(f"{name}={value!r} must be a whole number")
         if batch_size is not None and batch_size < 2:
             raise EcifError(f"batch_size={batch_size} leaves no negatives. Use at least 2")
         self.caption_field = caption_field
@@ -65,8 +69,8 @@ class InfluenceConfig(fob.BrainMethodConfig):
         self.scope = scope
         self.fit = fit
         self.proximal = proximal
-        self.batch_size = batch_size
-        self.seed = seed
+        self.batch_size = None if batch_size is None else int(batch_size)
+        self.seed = int(seed)
         self.target = target
         self.encoder = encoder
         self.store = store
@@ -147,12 +151,20 @@ class Influence(fob.BrainMethod):
 
     def cleanup(self, samples: Any, key: str) -> None:
         """Deletes the run's fields, and its tables unless another run uses them."""
-        samples._root_dataset.delete_sample_fields(list(influence_fields(key)), error_level=1)
+        dataset, fields = samples._root_dataset, influence_fields(key)
+        ours = [name for name in fields if _description(dataset, name) == fields[name].description]
+        dataset.delete_sample_fields(ours)
         release_store(samples._root_dataset, key, self.config.store)
 
 
 def release_store(dataset: Any, key: str, store: list[str]) -> None:
-    """Deletes the tables that run ``key`` used and no other run of its dataset uses."""
+    """Deletes the tables that run ``key`` used and no other run of its dataset uses.
+
+    A clone's runs still name the tables of the dataset that it was cloned from;
+    those stay.
+    """
+    if store[0] != str(dataset._doc.id):
+        return
     others = [
         dataset.get_brain_info(other).config.store for other in dataset.list_brain_runs(type=Influence) if other != key
     ]
@@ -160,6 +172,10 @@ def release_store(dataset: Any, key: str, store: list[str]) -> None:
         Store(*store).delete()
     if store[:-1] not in [other[:-1] for other in others]:
         Store(*store[:-1]).delete()
+
+
+def _description(dataset: Any, field: str) -> str | None:
+    return dataset.get_field(field).description if dataset.has_sample_field(field) else None
 
 
 class InfluenceResults(fob.BrainResults):

@@ -107,16 +107,11 @@ def read_pairs(samples: Any, caption_field: str, skip_failures: bool = True) -> 
         elif skip_failures:
             pairs.skipped[sample_id] = reason
         else:
-            raise failure(sample_id, reason)
+            raise EcifError(f"Sample {sample_id} cannot be scored ({reason}). Mend it, or set skip_failures=True")
     if not pairs.ids:
         sample_id, reason = next(iter(pairs.skipped.items()))
         raise EcifError(f"None of the {len(samples)} samples is an image-caption pair; sample {sample_id}: {reason}")
     return pairs
-
-
-def failure(sample_id: str, reason: str) -> EcifError:
-    """The error for a sample that cannot be scored and is not to be skipped."""
-    return EcifError(f"Sample {sample_id} cannot be scored ({reason}). Mend it, or set skip_failures=True")
 
 
 def warn_skipped(skipped: Mapping[str, str], what: str) -> None:

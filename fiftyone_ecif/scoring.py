@@ -19,7 +19,7 @@ from torch import Tensor
 from .curvature import NegativeCurvatureError, Solution, conjugate_gradient
 from .errors import EcifError
 from .fitting import minimise
-from .gradients import principal_projections, removal_gradients
+from .gradients import HeadProjection, principal_projections, removal_gradients
 from .heads import FeatureBatches, HeadScope
 from .influence import batch_influence
 from .objective import ContrastiveLoss, random_partition
@@ -174,7 +174,7 @@ def _keep_gradients(
     starts = range(0, len(batches), _BATCHES_A_PART)
     missing = [start for start in starts if f"{start:09d}" not in table.parts()]
     if missing:
-        projections = principal_projections(scope, theta, batches.images, batches.texts)
+        projections = _projections(store, scope, theta, batches)
     for done, start in enumerate(missing, start=1):
         columns: dict[str, list[Tensor]] = {"row": [], "batch": [], "cosine": [], "positive": [], "negative": []}
         for number in range(start, min(start + _BATCHES_A_PART, len(batches))):
@@ -187,3 +187,23 @@ def _keep_gradients(
             columns["negative"].append(negative.float())
         table.write(f"{start:09d}", {name: torch.cat(values).numpy() for name, values in columns.items()})
         yield Progress("Computing gradients", done, len(missing))
+
+
+def _projections(
+    store: Store, scope: HeadScope, theta: Tensor, batches: FeatureBatches
+) -> tuple[HeadProjection, HeadProjection]:
+    """The projections of both heads, computed once: all parts of the gradients must share them."""
+    table = store.table("projections")
+    if len(table.parts()) < 4:
+        for head, projection in zip(
+            ("image", "text"), principal_projections(scope, theta, batches.images, batches.texts), strict=True
+        ):
+            table.write(f"{head}-input", {"matrix": projection.input.numpy()})
+            table.write(f"{head}-output", {"matrix": projection.output.numpy()})
+    image, text = (
+        HeadProjection(
+            *(torch.from_numpy(table.read(f"{head}-{side}", "matrix")["matrix"]) for side in ("input", "output"))
+        )
+        for head in ("image", "text")
+    )
+    return image, text

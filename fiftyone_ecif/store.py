@@ -7,9 +7,9 @@ half of one, and two processes can fill the same table.
 
 The folders below :func:`cache_folder`::
 
-    <dataset id>/<encoder fingerprint>/images      key, features of every image
-                                      /captions    key, features of every caption
-                                      /run-<key>/…  what depends on a partition
+    format-1/<dataset id>/<encoder fingerprint>/images      key, features of every image
+                                               /captions    key, features of every caption
+                                               /run-<key>/  what depends on a partition
 
 Nothing in the store is needed for its own sake: deleting it costs time only.
 """
@@ -48,16 +48,16 @@ class Store:
     """A tree of tables.
 
     Args:
-        *names: the folders below :func:`cache_folder`, of lower-case letters,
+        *names: at least one folder, one in the other, of lower-case letters,
             digits and ``-`` only, so that no name can lead out of it.
     """
 
     def __init__(self, *names: str) -> None:
-        for name in names:
+        for name in names or ("",):  # no names would be the whole cache
             if not _SAFE_NAME.fullmatch(name):
                 raise EcifError(f"{name!r} is not a name of a store")
         self.names = list(names)
-        self.folder = cache_folder().joinpath(*names)
+        self.folder = _root().joinpath(*names)
 
     def table(self, name: str) -> Table:
         """The table of this name, which may have no rows yet."""
@@ -82,22 +82,18 @@ class Store:
                 "Set FIFTYONE_ECIF_CACHE_DIR to a folder that can"
             ) from error
 
-    def children(self) -> list[str]:
-        """Names of the folders in this one."""
-        return sorted(path.name for path in self.folder.iterdir() if path.is_dir()) if self.folder.is_dir() else []
-
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-
     def delete(self) -> None:
         """Deletes the folder with all it holds, and folders above that are then empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        for parent in self.folder.relative_to(cache_folder()).parents:
-            folder = cache_folder() / parent
-            if parent == Path() or not folder.is_dir() or any(folder.iterdir()):
+        for parent in self.folder.parents:
+            if parent == _root() or not parent.is_dir() or any(parent.iterdir()):
                 return
-            folder.rmdir()
+            parent.rmdir()
+
+
+def _root() -> Path:
+    """The part of the cache that this version reads and writes."""
+    return cache_folder() / f"format-{FORMAT}"
 
 
 class Table:

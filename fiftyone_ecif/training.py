@@ -12,10 +12,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import pad
 
-from .encoder import Encoder  # registers the model's configuration with open_clip
+from . import encoder  # noqa: F401  # registers the model's configuration with open_clip
 from .progress import Progress
-
-__all__ = ["MODEL", "Encoder", "train"]
 
 MODEL = "ecif-digits"
 _LEARNING_RATE = 1e-3

@@ -12,7 +12,7 @@ import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
 
-from .forms import MISSING, blocked, dropdown, looks_like_a_path, menu_button, model_names, refuse, warning
+from .forms import blocked, dropdown, looks_like_a_path, menu_button, model_names, refuse, unusable, warning
 
 _DEFAULTS: dict[str, Any] = {
     "caption_field": "caption",
@@ -52,10 +52,7 @@ class ComputeInfluence(foo.Operator):
 
     def resolve_input(self, ctx: Any) -> types.Property:
         inputs = types.Object()
-        if MISSING:
-            blocked(inputs, "missing", f"pip install fiftyone-ecif: {', '.join(MISSING)} cannot be imported")
-            return types.Property(inputs)
-        if ctx.dataset is None or not _what_to_score(inputs, ctx):
+        if unusable(inputs, ctx) or not _what_to_score(inputs, ctx):
             return types.Property(inputs, view=types.View(label="Compute ECIF influence"))
         _what_model(inputs, ctx)
         _under_which_key(inputs, ctx)
@@ -79,13 +76,18 @@ class ComputeInfluence(foo.Operator):
     def __call__(self, samples: Any, target: str, delegate: bool = False, **options: Any) -> Any:
         """Scores a dataset or view; ``target`` is ``"tag: NAME"`` or ``"saved view: NAME"``.
 
-        The other options are those of :func:`fiftyone_ecif.compute_influence`.
+        The other options are those of :func:`fiftyone_ecif.compute_influence`, and
+        so are the errors.
         """
         params = {"target": target, **_DEFAULTS, **options}
         params = {name: value for name, value in params.items() if value is not None}
-        return foo.execute_operator(
+        result = foo.execute_operator(
             self.uri, {"view": samples.view(), "dataset": samples._dataset}, params=params, request_delegation=delegate
         )
+        for request in result.executor.to_json()["requests"]:
+            if request["operator_uri"] == "notify" and request["params"]["variant"] == "error":
+                raise EcifError(request["params"]["message"])
+        return result
 
 
 def _what_to_score(inputs: Any, ctx: Any) -> bool:
@@ -131,7 +133,7 @@ def _what_to_score(inputs: Any, ctx: Any) -> bool:
         aims = _target_view(ctx.dataset, chosen)
         if len(aims) < 2:
             refuse(target, f"The target needs at least 2 pairs, it has {len(aims)}")
-        shared = len(samples.select(aims.values("id"))) if len(aims) else 0
+        shared = len(set(samples.values("id")) & set(aims.values("id")))
         inputs.view(
             "counts",
             types.Notice(label=f"{len(samples):,} pairs will be scored towards {len(aims):,} validation pairs"),
@@ -238,14 +240,12 @@ def _target_view(dataset: Any, target: str) -> Any:
 
 
 def _score(ctx: Any) -> Iterator[Any]:
-    if MISSING:
-        raise EcifError(f"{', '.join(MISSING)} cannot be imported. Run: pip install fiftyone-ecif")
     yield _report(ctx, "Starting", 0.0)
 
     from fiftyone_ecif.api import influence_steps
     from fiftyone_ecif.runs import InfluenceConfig
 
-    params = {name: ctx.params.get(name, default) for name, default in _DEFAULTS.items()}
+    params = _DEFAULTS | {name: value for name, value in ctx.params.items() if value is not None}
     samples = ctx.target_view()
     if len(samples) == 0:
         raise EcifError("No samples are selected")
@@ -283,7 +283,7 @@ def _score(ctx: Any) -> Iterator[Any]:
 
 def _with_progress(ctx: Any, work: Any) -> Generator[Any, None, Any]:
     """Shows the job's progress, at most twice a second, with rate and remaining time."""
-    stage, since, last = None, 0.0, 0.0
+    stage, since, last, overall = None, 0.0, 0.0, 0.0
     try:
         while True:
             step = next(work)
@@ -297,7 +297,8 @@ def _with_progress(ctx: Any, work: Any) -> Generator[Any, None, Any]:
             if step.done and step.total > 1 and now > since:
                 rate = step.done / (now - since)
                 label += f" ({rate:,.0f} a second, {(step.total - step.done) / rate:,.0f} s left)"
-            yield _report(ctx, label, step.overall)
+            overall = max(overall, step.overall)  # a solve can start again
+            yield _report(ctx, label, overall)
     except StopIteration as end:
         return end.value
     finally:

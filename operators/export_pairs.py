@@ -8,7 +8,7 @@ from typing import Any
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
-from .forms import blocked, dropdown, menu_button, refuse
+from .forms import blocked, dropdown, menu_button, refuse, unusable
 
 
 class ExportPairs(foo.Operator):
@@ -22,6 +22,7 @@ class ExportPairs(foo.Operator):
             description="Write ids, paths, captions, tags and scores to a CSV or JSON file",
             icon="download",
             dynamic=True,
+            allow_delegated_execution=True,
             risk_level="medium",
         )
 
@@ -29,10 +30,12 @@ class ExportPairs(foo.Operator):
         return menu_button("Export pairs", "download")
 
     def resolve_input(self, ctx: Any) -> types.Property:
+        inputs = types.Object()
+        if unusable(inputs, ctx):
+            return types.Property(inputs)
         from fiftyone_ecif.curation import EXPORT_FORMATS
         from fiftyone_ecif.samples import caption_fields
 
-        inputs = types.Object()
         inputs.view_target(ctx, action_description="Export")
         inputs.view("counts", types.Notice(label=f"{len(ctx.target_view()):,} pairs will be exported"))
         fields = caption_fields(ctx.dataset)

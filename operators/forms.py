@@ -44,6 +44,17 @@ def blocked(inputs: Any, name: str, message: str) -> None:
     refuse(prop, message)
 
 
+def unusable(inputs: Any, ctx: Any) -> bool:
+    """Blocks the form where no dataset is open or something is not installed."""
+    if MISSING:
+        blocked(inputs, "missing", f"{', '.join(MISSING)} cannot be imported. Run: pip install fiftyone-ecif")
+    elif ctx.dataset is None:
+        blocked(inputs, "no_dataset", "Open a dataset first")
+    else:
+        return False
+    return True
+
+
 def model_names() -> list[str]:
     """The models that open_clip and this plugin bring, read without importing open_clip."""
     folders = []

@@ -9,7 +9,7 @@ import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
 
-from .forms import blocked, dropdown, menu_button, refuse
+from .forms import blocked, dropdown, menu_button, refuse, unusable
 
 _LIMITS = {"count": "A number of pairs", "share": "A share of the pairs", "threshold": "All beyond a score"}
 
@@ -25,6 +25,7 @@ class TagByInfluence(foo.Operator):
             description="Tag the most harmful or the most valuable pairs",
             icon="sell",
             dynamic=True,
+            allow_delegated_execution=True,
             risk_level="medium",
         )
 
@@ -32,9 +33,11 @@ class TagByInfluence(foo.Operator):
         return menu_button("Tag by influence", "sell")
 
     def resolve_input(self, ctx: Any) -> types.Property:
+        inputs = types.Object()
+        if unusable(inputs, ctx):
+            return types.Property(inputs)
         from fiftyone_ecif.curation import DIRECTIONS, score_fields, select_by_influence
 
-        inputs = types.Object()
         inputs.view_target(ctx, action_description="Tag among")
         fields = score_fields(ctx.dataset)
         if not fields:

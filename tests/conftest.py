@@ -1,11 +1,13 @@
 """Tests run on a database, plugins folder and cache of their own, never the user's."""
 
+import atexit
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 HOME = Path(tempfile.mkdtemp(prefix="ecif-tests-"))
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)  # before FiftyOne's, so that its database ends first
 for name in ("FIFTYONE_DATABASE_URI", "FIFTYONE_CONFIG_PATH", "FIFTYONE_APP_CONFIG_PATH"):
     os.environ.pop(name, None)
 os.environ |= {
@@ -29,10 +31,6 @@ from fiftyone_ecif import digits, training  # noqa: E402
 from fiftyone_ecif.progress import follow  # noqa: E402
 
 PAIRS, VALIDATION = 72, 24
-
-
-def pytest_sessionfinish():
-    shutil.rmtree(HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

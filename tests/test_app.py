@@ -124,6 +124,7 @@ def test_scoring_through_the_form(page, scenes):
         if len(shown) >= 6:
             break
         page.wait_for_timeout(500)
+    assert len(shown) >= 6
     assert [rank for rank, _ in shown] == [str(place) for place in range(1, len(shown) + 1)]
     assert [caption for _, caption in shown] == captions[: len(shown)]
     if SCREENSHOT:

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from fiftyone_ecif import demo
 from fiftyone_ecif.cli import main
+from fiftyone_ecif.store import cache_folder
 
 
 def invoke(*args):
@@ -95,6 +96,8 @@ def test_the_demo_prints_one_json_object_and_is_quick_the_second_time():
     assert set(first["seconds"]) == {"dataset", "training", "influence"}
     assert first["fields"] == ["ecif_influence", "ecif_negative", "ecif_positive", "ecif_rank"]
     assert second["auroc"] == first["auroc"]
+    (kept,) = cache_folder().glob(f"*/{fo.load_dataset(demo.DATASET)._doc.id}")
+    assert len(list(kept.iterdir())) == 1  # both processes knew the model by the same fingerprint
     assert second["seconds"]["training"] < 0.5 < first["seconds"]["training"]
     fo.delete_dataset(demo.DATASET)
 

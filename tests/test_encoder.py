@@ -14,6 +14,7 @@ TEXT = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "laye
 VIT = {"image_size": 32, "layers": 2, "width": 48, "patch_size": 8, "head_width": 16}
 CONFIGS = {
     "ecif-test-vit": {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT},
+    "ecif-test-vit-quickgelu": {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT, "quick_gelu": True},
     "ecif-test-resnet": {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
@@ -102,6 +103,14 @@ def test_features_times_heads_are_the_models_embeddings(name, load, tmp_path):
 def test_the_fingerprint_knows_the_weights(load):
     assert load("ecif-test-vit").fingerprint == load("ecif-test-vit").fingerprint
     assert load("ecif-test-vit").fingerprint != load("ecif-test-vit", seed=1).fingerprint
+
+
+def test_the_fingerprint_knows_the_architecture(load, tmp_path):
+    """The same weights, another activation."""
+    encoder = load("ecif-test-vit")
+    torch.save(encoder.model.state_dict(), tmp_path / "same.pt")
+    other = Encoder("ecif-test-vit-quickgelu", str(tmp_path / "same.pt"), "cpu")
+    assert other.fingerprint != encoder.fingerprint
 
 
 def test_unreadable_images_cost_only_themselves(load, tmp_path):

@@ -59,6 +59,16 @@ def test_value_gradient_and_hessian_equal_dense_autograd():
     torch.testing.assert_close(products, hessian)
 
 
+def test_the_gradient_scale_is_a_pairs_gradient():
+    objective = make_objective(pairs=400, batch_size=50)
+    start, squares = objective.scope.start, []
+    for batch in objective.batches:
+        jacobian = torch.func.jacrev(lambda theta, batch=batch: pair_losses(objective.scope.similarity(theta, batch)))
+        squares += jacobian(start).square().sum(1).tolist()
+    expected = torch.tensor(squares).mean().sqrt().item()
+    assert objective.gradient_scale(start).item() == pytest.approx(expected, rel=0.3)
+
+
 def test_hessian_products_equal_curvlinops():
     objective = make_objective(proximal=0.0)
 

@@ -14,7 +14,7 @@ import yaml
 from fiftyone.operators.delegated import DelegatedOperationService
 from fiftyone.operators.executor import ExecutionContext, Executor
 
-from fiftyone_ecif import training
+from fiftyone_ecif import EcifError, training
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = "@ecif/fiftyone-ecif"
@@ -94,6 +94,11 @@ def test_a_failure_reaches_the_user(dataset, options):
     assert messages["notify"]["variant"] == "error"
     assert "which no run wrote" in messages["notify"]["message"]
     assert messages["set_progress"]["label"].startswith("Failed: ")
+
+
+def test_a_failure_reaches_python(dataset, options):
+    with pytest.raises(EcifError, match="no model 'ViT-B-23'"):
+        operator("compute_influence")(dataset.match_tags("train"), **options | {"model": "ViT-B-23"})
 
 
 def test_an_empty_selection_is_said(dataset, options):
@@ -235,7 +240,7 @@ def test_the_plugin_works_from_the_wheel(tmp_path):
 
 
 def test_a_missing_dependency_is_an_install_hint(dataset, monkeypatch):
-    module = sys.modules[type(operator("compute_influence")).__module__]
-    monkeypatch.setattr(module, "MISSING", ["open_clip"])
-    form = resolve(dataset, "compute_influence", {})
-    assert "pip install" in form["missing"]["error_message"]
+    package = type(operator("compute_influence")).__module__.rpartition(".")[0]
+    monkeypatch.setattr(sys.modules[f"{package}.forms"], "MISSING", ["open_clip"])
+    for name in ("compute_influence", "tag_by_influence", "export_pairs"):
+        assert "pip install" in resolve(dataset, name, {})["missing"]["error_message"]

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 import urllib.request
 import venv
 from pathlib import Path
@@ -33,22 +34,34 @@ def main(folder: str) -> None:
 
 def fetch_pip(folder: Path) -> Path:
     index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
-    request = urllib.request.Request(f"{index}/pip/", headers={"Accept": JSON_INDEX})
+    request = urllib.request.Request(f"{index}/pip/", headers={"Accept": f"{JSON_INDEX}, text/html;q=0.5"})
     with urllib.request.urlopen(request) as answer:
-        files = json.load(answer)["files"]
+        page = answer.read().decode()
+        is_json = "json" in answer.headers.get("Content-Type", "")
     wheels = {}
-    for file in files:
-        version = re.fullmatch(r"pip-(\d+)\.(\d+)(?:\.(\d+))?-py3-none-any\.whl", file["filename"])
-        if version and not file.get("yanked"):
-            wheels[tuple(int(part or 0) for part in version.groups())] = file
-    newest = wheels[max(wheels)]
-    with urllib.request.urlopen(urllib.request.urljoin(f"{index}/pip/", newest["url"])) as answer:
+    for url, sha256 in files_of_json(page) if is_json else files_of_html(page):
+        version = re.search(r"/pip-(\d+)\.(\d+)(?:\.(\d+))?-py3-none-any\.whl$", url)
+        if version:
+            wheels[tuple(int(part or 0) for part in version.groups())] = url, sha256
+    if not wheels:
+        sys.exit(f"{index} offers no pip. Install Python's ensurepip (Debian: apt-get install python3-venv)")
+    url, sha256 = wheels[max(wheels)]
+    with urllib.request.urlopen(urllib.parse.urljoin(f"{index}/pip/", url)) as answer:
         content = answer.read()
-    if hashlib.sha256(content).hexdigest() != newest["hashes"]["sha256"]:
-        sys.exit(f"{newest['url']} does not have the checksum that the index gives for it")
-    path = folder / newest["filename"]
+    if hashlib.sha256(content).hexdigest() != sha256:
+        sys.exit(f"{url} does not have the checksum that the index gives for it")
+    path = folder / url.rsplit("/", 1)[1]
     path.write_bytes(content)
     return path
+
+
+def files_of_json(page: str) -> list[tuple[str, str]]:
+    files = [file for file in json.loads(page)["files"] if not file.get("yanked")]
+    return [(file["url"], file["hashes"].get("sha256", "")) for file in files]
+
+
+def files_of_html(page: str) -> list[tuple[str, str]]:
+    return re.findall(r'href="([^"#]+)#sha256=([0-9a-f]{64})"(?![^>]*data-yanked)', page)
 
 
 if __name__ == "__main__":
