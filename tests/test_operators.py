@@ -97,8 +97,8 @@ def test_a_failure_reaches_the_user(dataset, options):
 
 
 def test_a_failure_reaches_python(dataset, options):
-    with pytest.raises(EcifError, match="no model 'ViT-B-23'"):
-        operator("compute_influence")(dataset.match_tags("train"), **options | {"model": "ViT-B-23"})
+    with pytest.raises(EcifError, match="neither a file nor a tag"):
+        operator("compute_influence")(dataset.match_tags("train"), **options | {"pretrained": "no_such_tag"})
 
 
 def test_an_empty_selection_is_said(dataset, options):
