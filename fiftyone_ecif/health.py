@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 from typing import NamedTuple
 
-from .database import mongod
+from .database import mongod, what_is_wrong
 from .errors import EcifError
 
 
@@ -37,8 +37,9 @@ def _database() -> Check:
     if fo.config.database_uri:
         return Check("database", True, f"FiftyOne connects to {fo.config.database_uri.split('@')[-1]}", True)
     found = mongod()
-    remedy = "no mongod. Run python -m fiftyone_ecif.database, or set FIFTYONE_DATABASE_URI"
-    return Check("database", found is not None, str(found or remedy), True)
+    wrong = what_is_wrong(found) if found else "there is no mongod"
+    remedy = f"{wrong}. Run python -m fiftyone_ecif.database, or set FIFTYONE_DATABASE_URI"
+    return Check("database", wrong is None, remedy if wrong else str(found), True)
 
 
 def _torch() -> Check:
