@@ -7,12 +7,13 @@ failed; 2: the command was misused.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -22,13 +23,22 @@ from .errors import EcifError
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
+@functools.cache
+def _messages() -> TextIO:
+    """A second stream to stderr, for what FiftyOne prints.
+
+    Not stderr itself: FiftyOne's progress bars take over every log handler of
+    the stream that they draw on. Never closed: FiftyOne's log keeps it.
+    """
+    return open(os.dup(2), "w", buffering=1)
+
+
 @contextlib.contextmanager
 def _job() -> Iterator[None]:
     """Keeps stdout for results and turns the library's errors into one line and exit code 1."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
     logging.getLogger("fiftyone_ecif").setLevel(logging.INFO)
-    # a stream of its own: FiftyOne's progress bars take over every handler of the stream they draw on
-    with open(os.dup(2), "w", buffering=1) as stderr, contextlib.redirect_stdout(stderr):
+    with contextlib.redirect_stdout(_messages()):
         try:
             yield
         except EcifError as error:

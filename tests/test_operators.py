@@ -119,6 +119,12 @@ def test_delegated_execution(dataset, options):
     dataset.reload()
     assert train.count("ecif_influence") == len(train)
 
+    params = {"field": "ecif_influence", "direction": "harmful", "limit": "count", "count": 4, "tag": "later"}
+    foo.execute_operator(f"{PLUGIN}/tag_by_influence", {"dataset": dataset}, params=params, request_delegation=True)
+    service.execute_queued_operations(dataset_name=dataset.name, log=False)
+    assert {op.run_state for op in service.list_operations(dataset_name=dataset.name)} == {"completed"}
+    assert len(dataset.match_tags("later")) == 4
+
 
 def test_the_form_offers_what_fits(dataset):
     form = resolve(dataset, "compute_influence", {"caption_field": "caption", "target": "tag: val"})
