@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import fiftyone.operators.types as types
 from fiftyone_ecif.errors import EcifError
 
 from .forms import blocked, dropdown, looks_like_a_path, menu_button, model_names, refuse, unusable, warning
+
+logger = logging.getLogger(__name__)
 
 _DEFAULTS: dict[str, Any] = {
     "caption_field": "caption",
@@ -69,7 +72,10 @@ class ComputeInfluence(foo.Operator):
         except Exception as error:  # an exception inside a generator would never reach the user
             if ctx.delegated:
                 raise
-            message = str(error) if isinstance(error, EcifError) else f"{type(error).__name__}: {error}"
+            message = str(error)
+            if not isinstance(error, EcifError):
+                logger.exception("compute_influence failed")
+                message = f"{type(error).__name__}: {error}"
             yield ctx.ops.set_progress(label=f"Failed: {message}", progress=1)
             yield ctx.ops.notify(message, variant="error")
 
