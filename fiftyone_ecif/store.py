@@ -123,7 +123,7 @@ class Table:
                 for name, values in columns.items():
                     file.create_dataset(name, data=values, fletcher32=values.size > 0 and values.ndim > 0)
             os.replace(temporary, self.folder / f"{part}.h5")
-        except BaseException:
+        except BaseException:  # also when the user stops it: no litter, and the exception goes on
             Path(temporary).unlink(missing_ok=True)
             raise
 

@@ -34,6 +34,16 @@ def test_spoils_are_what_they_are_called():
     assert len({pair.caption for pair in pairs}) == len(pairs)
 
 
+@pytest.mark.parametrize("way", ["relation", "attribute"])
+def test_a_near_miss_is_never_true(way):
+    """Twins are the trap: "a red three right of a red three" describes the same picture as "left of"."""
+    for second in ((3, "red"), (3, "blue"), (5, "red")):
+        scene = digits.Scene((3, "red"), "left of", second)
+        near = digits._near_misses(scene, way)
+        assert near
+        assert not {scene, scene.mirrored} & set(near)
+
+
 def test_splits_share_no_description():
     pairs = digits.make_pairs(400, noise=0, seed=0)
     seen = {"train": set(), "val": set()}
