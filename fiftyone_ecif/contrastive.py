@@ -1,29 +1,36 @@
-"""The contrastive loss of a batch and what taking a pair out of it changes.
+"""Contrastive losses of a batch and what taking a pair out of it changes.
 
 Pure functions of a similarity matrix ``S`` of shape ``(n, n)``: ``S[i, j]`` is
-the scaled cosine similarity of image ``i`` and caption ``j`` (a logit, no
-unit). Losses are in nats. Pair ``n`` enters the loss of its batch in two roles:
+the logit of image ``i`` and caption ``j`` (scaled cosine similarity, no unit).
+Losses are in nats. Pair ``n`` enters the loss of its batch in two roles:
 
-* as a *positive*, through its own loss ``l_n``;
-* as a *negative*, by standing in the softmax of every other pair.
+* as a *positive*, through its own loss;
+* as a *negative*, by competing with every other pair.
 
 Removing it changes the batch loss by exactly the sum of the two::
 
     L(B) - L(B without n) = positive_n + negative_n
-    positive_n = l_n
-    negative_n = -sum_{k != n} [log(1 - P_kn) + log(1 - Q_nk)]
 
-with ``P`` the softmax of ``S`` over captions and ``Q`` over images. Source:
-the removal perturbation behind Eq. 3 of arXiv 2411.11667 (ECIF), which keeps
-only its first order; this is the exact form.
+Source: the removal perturbation behind Eq. 3 of arXiv 2411.11667 (ECIF), which
+keeps only its first order in the negative role and is printed with the softmax
+inverted; :data:`ROLES` has all forms.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
+
+from .errors import EcifError
+
+#: How a pair's part in its batch is taken: both roles exactly (the default), the
+#: negative one to first order, one role alone, or the paper's formula as printed,
+#: which is wrong and here for comparison only.
+ROLES = ("exact", "taylor", "positive", "negative", "as_printed")
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Pull:
 
     Attributes:
         weight: shape ``(n, n)``.
-        mean: shape ``(n, n)``, rows are probabilities.
+        mean: shape ``(n, n)``; rows are probabilities, or zero.
     """
 
     weight: Tensor
@@ -47,73 +54,132 @@ class Pull:
         return (self.weight * (direction - expected)).sum(0)
 
 
-def pair_losses(similarity: Tensor) -> Tensor:
-    """Loss of each pair in its batch, both directions summed, shape ``(n,)``.
+Pulls = tuple[list[Pull], list[Pull]]
 
-    ``open_clip.ClipLoss`` is their sum divided by ``2 n``.
+
+class BatchLoss(ABC):
+    """A loss of a batch of pairs as a function of its similarity matrix.
+
+    Attributes:
+        name: as in messages and records.
     """
-    return similarity.logsumexp(1) + similarity.logsumexp(0) - 2 * similarity.diagonal()
+
+    name: str
+
+    @abstractmethod
+    def pair_losses(self, similarity: Tensor) -> Tensor:
+        """Each pair's share of the loss, shape ``(n,)``; the loss of the batch is their sum."""
+
+    @abstractmethod
+    def removal_pulls(self, similarity: Tensor, role: str = "exact") -> Pulls:
+        """The derivatives of the roles with respect to ``S``, rows as anchors.
+
+        Call it once with ``S`` (images as anchors) and once with its transpose
+        (captions as anchors); a role's derivative is the sum of both.
+
+        Args:
+            similarity: ``S``, shape ``(n, n)``.
+            role: one of :data:`ROLES`.
+
+        Returns:
+            ``(positive, negative)``: the pulls that add up to each role
+        """
+
+    def removal_tangents(self, similarity: Tensor, direction: Tensor, role: str = "exact") -> tuple[Tensor, Tensor]:
+        """Derivative of both roles of every pair along ``direction``, in O(n^2).
+
+        Args:
+            similarity: ``S``, shape ``(n, n)``.
+            direction: the derivative of ``S`` along some change of the model, same shape.
+            role: one of :data:`ROLES`.
+
+        Returns:
+            ``(positive, negative)``, each of shape ``(n,)``.
+        """
+        parts = []
+        for images, captions in zip(
+            self.removal_pulls(similarity, role), self.removal_pulls(similarity.T, role), strict=True
+        ):
+            part = torch.zeros_like(direction[0])
+            for pull in images:
+                part = part + pull.tangent(direction)
+            for pull in captions:
+                part = part + pull.tangent(direction.T)
+            parts.append(part)
+        return parts[0], parts[1]
 
 
-def removal_roles(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """What each pair adds to the loss of its batch, as a positive and as a negative.
+class SoftmaxLoss(BatchLoss):
+    """CLIP's loss: each image picks its caption among those of the batch, and each caption its image.
 
-    Returns:
-        ``(positive, negative)``, each of shape ``(n,)``; the sum is the loss of
-        the batch minus the loss of the batch without the pair.
+    With ``P`` the softmax of ``S`` over captions and ``Q`` over images::
+
+        l_n = logsumexp_j S_nj + logsumexp_j S_jn - 2 S_nn
+        positive_n = l_n
+        negative_n = -sum_{k != n} [log(1 - P_kn) + log(1 - Q_nk)]   exact
+                   ~  sum_{k != n} [P_kn + Q_nk]                      taylor
+        printed as    sum_{k != n} [1 / P_kn + 1 / Q_nk]              as_printed
+
+    ``open_clip.ClipLoss`` is the sum of the pair losses divided by ``2 n``.
     """
-    negative = _negative_values(similarity) + _negative_values(similarity.T)
-    return pair_losses(similarity), negative
+
+    name = "softmax"
+
+    def pair_losses(self, similarity: Tensor) -> Tensor:
+        return similarity.logsumexp(1) + similarity.logsumexp(0) - 2 * similarity.diagonal()
+
+    def removal_pulls(self, similarity: Tensor, role: str = "exact") -> Pulls:
+        """As in :meth:`BatchLoss.removal_pulls`.
+
+        In the exact role no weight can overflow. An anchor gives more than half
+        of its weight to at most one other pair; ``1 - P`` is then computed from
+        the rest of the row and not by subtraction, so duplicate captions need
+        no clamping.
+        """
+        mean = similarity.softmax(1)
+        positive = [Pull(-torch.eye(len(mean), dtype=mean.dtype, device=mean.device), mean)]
+        if role == "positive":
+            return positive, []
+        if len(mean) == 1:
+            negative = [Pull(torch.zeros_like(mean), mean)]
+        elif role == "taylor":
+            negative = [Pull(mean.clone().fill_diagonal_(0), mean)]
+        elif role == "as_printed":
+            negative = [Pull(-mean.reciprocal().fill_diagonal_(0), mean)]
+        else:
+            top = similarity.argmax(1, keepdim=True)
+            rest = similarity.scatter(1, top, -torch.inf).softmax(1)
+            heavy = torch.zeros_like(mean).scatter(1, top, mean.gather(1, top)).fill_diagonal_(0)
+            light = mean.scatter(1, top, 0).fill_diagonal_(0)
+            negative = [Pull(light / (1 - light), mean), Pull(heavy, rest)]
+        return ([] if role == "negative" else positive), negative
 
 
-def removal_tangents(similarity: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivative of both roles of every pair along ``direction``, in O(n^2).
+class SigmoidLoss(BatchLoss):
+    """SigLIP's loss (arXiv 2303.15343): each image and caption of the batch either belong together or not.
 
-    Args:
-        similarity: ``S``, shape ``(n, n)``.
-        direction: the derivative of ``S`` along some change of the model, same shape.
+    Removing a pair takes out the terms it is in, so both roles are exact as they
+    stand, and ``taylor`` is the same::
 
-    Returns:
-        ``(positive, negative)``, each of shape ``(n,)``.
+        positive_n = softplus(-S_nn)
+        negative_n = sum_{k != n} [softplus(S_nk) + softplus(S_kn)]
+
+    The share of a pair in the loss is its positive term and half of its negative
+    ones; ``open_clip.SigLipLoss`` is the mean of the shares.
     """
-    positive, negative = (
-        torch.stack(
-            [pull.tangent(direction) for pull in images] + [pull.tangent(direction.T) for pull in captions]
-        ).sum(0)
-        for images, captions in zip(removal_pulls(similarity), removal_pulls(similarity.T), strict=True)
-    )
-    return positive, negative
 
+    name = "sigmoid"
 
-def removal_pulls(similarity: Tensor) -> tuple[list[Pull], list[Pull]]:
-    """The derivatives of the roles with respect to ``S``, rows as anchors.
+    def pair_losses(self, similarity: Tensor) -> Tensor:
+        others = softplus(similarity)
+        negative = others.sum(0) + others.sum(1) - 2 * others.diagonal()
+        return softplus(-similarity.diagonal()) + negative / 2
 
-    Call it once with ``S`` (images as anchors) and once with its transpose
-    (captions as anchors); a role's derivative is the sum of both.
-
-    No weight can overflow. An anchor gives more than half of its weight to at
-    most one other pair; ``1 - P`` is then computed from the rest of the row and
-    not by subtraction, so duplicate captions need no clamping.
-
-    Returns:
-        ``(positive, negative)``: the pulls that add up to each role.
-    """
-    mean = similarity.softmax(1)
-    positive = [Pull(-torch.eye(len(mean), dtype=mean.dtype, device=mean.device), mean)]
-    if len(mean) == 1:
-        return positive, [Pull(torch.zeros_like(mean), mean)]
-    top = similarity.argmax(1, keepdim=True)
-    rest = similarity.scatter(1, top, -torch.inf).softmax(1)
-    heavy = torch.zeros_like(mean).scatter(1, top, mean.gather(1, top)).fill_diagonal_(0)
-    light = mean.scatter(1, top, 0).fill_diagonal_(0)
-    return positive, [Pull(light / (1 - light), mean), Pull(heavy, rest)]
-
-
-def _negative_values(similarity: Tensor) -> Tensor:
-    if len(similarity) == 1:
-        return torch.zeros_like(similarity[0])
-    top = similarity.argmax(1, keepdim=True)
-    total = similarity.logsumexp(1, keepdim=True)
-    rest = similarity.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
-    log_others = torch.log1p(-similarity.softmax(1).scatter(1, top, 0)).scatter(1, top, rest - total)
-    return -log_others.fill_diagonal_(0).sum(0)
+    def removal_pulls(self, similarity: Tensor, role: str = "exact") -> Pulls:
+        if role == "as_printed":
+            raise EcifError("role='as_printed' is a formula for the softmax loss; this model has a sigmoid loss")
+        none = torch.zeros_like(similarity)
+        own = -(-similarity.diagonal()).sigmoid() / 2  # half with images, half with captions as anchors
+        positive = [Pull(torch.diag(own), none)]
+        negative = [Pull(similarity.sigmoid().fill_diagonal_(0), none)]
+        return ([] if role == "negative" else positive), ([] if role == "positive" else negative)

@@ -1,12 +1,23 @@
-"""Solving with the Hessian of the objective.
+"""Solving with the curvature of the objective.
 
 The influence of a pair on a target ``f`` is ``grad f . H^-1 g / N``. One solve
-``s = H^-1 grad f`` a target serves every pair.
+``s = H^-1 grad f`` a target serves every pair. :data:`SOLVERS` says what may
+stand for ``H``:
+
+============  ===============================================================================
+``hessian``   the exact Hessian; damped where it is not positive along the solve
+``ggn``       the generalised Gauss-Newton matrix, never negative
+``logra``     the covariance of the pairs' projected gradients (arXiv 2405.13954), dense in
+              the projected space (see ``gradients``)
+``identity``  none: the dot product of gradients, as in TracIn (arXiv 2002.08484)
+============  ===============================================================================
+
+Damping is relative to the mean eigenvalue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +27,17 @@ from torch import Tensor
 
 from .errors import EcifError
 
+SOLVERS = ("hessian", "ggn", "logra", "identity")
+
+_DENSE = 512  # parameters up to which the matrix is factorised
+_PROBES = 8
+_LEAST_DAMPING, _MOST_DAMPING = 2.0**-10, 2.0**20
+
+Product = Callable[[Tensor], Tensor]
+
 
 class NegativeCurvatureError(EcifError):
-    """The Hessian is not positive along the solve, which conjugate gradients need."""
+    """The matrix is not positive along the solve, which conjugate gradients need."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +46,97 @@ class Solution:
 
     Attributes:
         vector: ``x``, shape ``(p,)``.
-        iterations: Hessian products used.
+        iterations: products used.
         residual: ``|b - H x| / |b|``, as the iteration keeps it.
-        condition_number: the ratio of the largest to the smallest eigenvalue
-            that the right-hand side meets (Ritz values of the solve).
+        condition_number: the ratio of the largest to the smallest eigenvalue;
+            with conjugate gradients, of those that the right-hand side meets
+            (Ritz values of the solve).
+        damping: what was added to the diagonal, relative to the mean eigenvalue.
     """
 
     vector: Tensor
     iterations: int
     residual: float
     condition_number: float
+    damping: float = 0.0
+
+
+def solve(
+    product: Product, right: Tensor, damping: float = 0.0, tolerance: float | None = None
+) -> Generator[float, None, Solution]:
+    """Solves ``(H + damping * mean eigenvalue) x = b``, damping more where that is not positive.
+
+    A small problem is factorised, a larger one is solved by conjugate gradients.
+    If the matrix turns out to have negative curvature, which happens away from a
+    minimum, the least of ``2^-10, 2^-9 ...`` that mends it is taken as damping.
+
+    Args:
+        product: maps ``v`` to ``H v``.
+        right: ``b``, shape ``(p,)``.
+        damping (0.0): at least; relative to the mean eigenvalue.
+        tolerance (None): the relative residual to reach; by default 1e-6 in
+            float64 and 1e-3 in float32.
+
+    Yields:
+        the relative residual so far
+
+    Raises:
+        EcifError: if the tolerance is not reached or no damping helps
+    """
+    if tolerance is None:
+        tolerance = 1e-6 if right.dtype == torch.float64 else 1e-3
+    if len(right) <= _DENSE:
+        return _solve_dense(product, right, damping)
+    mean = mean_eigenvalue(product, right) if damping else 0.0
+    while True:
+        shift = damping * mean
+        try:
+            solution = None
+            for solution in conjugate_gradient(lambda v, s=shift: product(v) + s * v, right, tolerance):
+                yield solution.residual
+            assert solution is not None
+            return Solution(solution.vector, solution.iterations, solution.residual, solution.condition_number, damping)
+        except NegativeCurvatureError:
+            mean = mean or mean_eigenvalue(product, right)
+            damping = _more(damping)
+
+
+def _solve_dense(product: Product, right: Tensor, damping: float) -> Solution:
+    matrix = dense_matrix(product, right)
+    values, vectors = torch.linalg.eigh(matrix)
+    mean = values.mean().abs().item()
+    while values[0] + damping * mean <= 1e-12 * values[-1].abs():
+        damping = _more(damping)
+    shifted = values + damping * mean
+    solution = vectors @ (vectors.T @ right / shifted)
+    residual = (right - matrix @ solution - damping * mean * solution).norm() / right.norm().clamp_min(1e-300)
+    return Solution(solution, len(right), residual.item(), (shifted[-1] / shifted[0]).item(), damping)
+
+
+def _more(damping: float) -> float:
+    if damping >= _MOST_DAMPING:
+        raise NegativeCurvatureError("The curvature is negative whatever the damping. Load other weights, or fit first")
+    return 2 * damping or _LEAST_DAMPING
+
+
+def dense_matrix(product: Product, like: Tensor) -> Tensor:
+    """The matrix of a product, made symmetric, shape ``(p, p)``."""
+    matrix = torch.stack([product(row) for row in torch.eye(len(like), dtype=like.dtype, device=like.device)])
+    return (matrix + matrix.T) / 2
+
+
+def mean_eigenvalue(product: Product, like: Tensor) -> float:
+    """Trace over size, from random signs (Hutchinson's estimator); its size, should it be negative."""
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(_PROBES):
+        signs = (2.0 * torch.randint(2, (len(like),), generator=generator) - 1).to(like)
+        total += signs.dot(product(signs)).item()
+    return abs(total) / (_PROBES * len(like))
 
 
 def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], right: Tensor, tolerance: float = 1e-6, max_iterations: int = 1000
+    product: Product, right: Tensor, tolerance: float = 1e-6, max_iterations: int = 1000
 ) -> Iterator[Solution]:
     """Solves ``H x = b`` for a positive-definite ``H`` by conjugate gradients.
 
@@ -69,11 +165,11 @@ def conjugate_gradient(
         curved = product(direction)
         curvature = direction.dot(curved)
         if not torch.isfinite(curvature):
-            raise EcifError("A Hessian product is not finite: the model's weights or features hold NaN or infinity")
+            raise EcifError("A curvature product is not finite: the model's weights or features hold NaN or infinity")
         if curvature <= 0:
             raise NegativeCurvatureError(
-                f"The Hessian has negative curvature ({(curvature / direction.dot(direction)).item():.2g}) along the "
-                "solve: the model is too far from a minimum for influence functions. Set fit=True, or raise proximal"
+                f"The curvature is negative ({(curvature / direction.dot(direction)).item():.2g}) along the solve: "
+                "the model is too far from a minimum for influence functions. Set fit=True, or raise damping"
             )
         step = squared / curvature
         x = x + step * direction
@@ -88,8 +184,8 @@ def conjugate_gradient(
             return
         direction = residual + ratio * direction
     raise EcifError(
-        f"The solve did not converge in {max_iterations} Hessian products: the residual is {relative:.1e}, "
-        f"the condition number about {_condition_number(steps, ratios):.1e}. Raise proximal"
+        f"The solve did not converge in {max_iterations} products: the residual is {relative:.1e}, "
+        f"the condition number about {_condition_number(steps, ratios):.1e}. Raise proximal or damping"
     )
 
 

@@ -14,19 +14,23 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 from open_clip.factory import parse_model_name
-from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from .checkpoint import load_adapters
+from .contrastive import SigmoidLoss, SoftmaxLoss
 from .errors import EcifError
 from .heads import HeadScope
+from .inputs import Images
+from .scope import Scope, ScopeChoice
+from .towers import Tower, TowerScope, scope_parameters
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
@@ -58,6 +62,12 @@ class Head:
             rows.append(model.get_parameter(self.bias).detach().double()[None])
         return torch.cat(rows)
 
+    def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The parameters that a matrix of :meth:`matrix` stands for, by name, in the model's layout."""
+        weight = matrix[:-1] if self.bias else matrix
+        found = {self.weight: weight.T if self.transposed else weight}
+        return found | ({self.bias: matrix[-1]} if self.bias else {})
+
     def identity(self, model: nn.Module) -> dict[str, Tensor]:
         """Parameters that make the head pass its input through."""
         weight = model.get_parameter(self.weight)
@@ -79,12 +89,18 @@ class Encoder:
             device; by default a GPU where there is one.
 
     Attributes:
+        loss: what the model is trained with: the sigmoid loss if it has a
+            ``logit_bias``, else the softmax loss.
+        heads: of the image and the text tower; None for a tower that does not
+            end in a linear projection, whose features are its embeddings.
+        adapters: low-rank adapters that ``fiftyone-ecif fit`` wrote beside the
+            checkpoint; they are part of the loaded weights.
         fingerprint: hex digest of all that the features depend on:
             architecture, weights, preprocessing and tokenizer.
 
     Raises:
         EcifError: if the model, the tag, the checkpoint or the device does not
-            exist, or the model has no softmax loss or no linear heads
+            exist
     """
 
     def __init__(self, model: str, pretrained: str | None = None, device: str | None = None) -> None:
@@ -100,23 +116,85 @@ class Encoder:
                 f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {error}"
             ) from error
         self.model.eval().requires_grad_(False)
-        if getattr(self.model, "logit_bias", None) is not None:
-            raise EcifError(f"{model} is trained with a sigmoid loss; influence is available for softmax models only")
-        self.heads = {tower: _find_head(self.model, model, tower) for tower in _HEADS}
+        self.loss = SoftmaxLoss() if getattr(self.model, "logit_bias", None) is None else SigmoidLoss()
+        self.name = model
+        unusable = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
+        if unusable:
+            raise EcifError(f"The model's weight {unusable[0]} holds NaN or infinity. Load another checkpoint")
+        self.heads = {tower: self._find_head(tower) for tower in _HEADS}
+        self.adapters = load_adapters(pretrained)
         self.fingerprint = self._fingerprint(model)
-        self._verified: set[str] = set()
 
-    def scope(self) -> HeadScope:
-        """Both heads as they were loaded, in float64, on the CPU."""
+    def scope(self, choice: ScopeChoice, seed: int = 0) -> Scope:
+        """The parameters that a choice means, as they were loaded.
+
+        The heads are float64 on the CPU; every other scope is in the model's
+        own precision on its device.
+
+        Args:
+            choice: which.
+            seed (0): of new adapters.
+
+        Raises:
+            EcifError: if the model has no such parameters
+        """
+        names = self.scope_names(choice)
+        if not choice.heads:
+            if choice.rank is None:
+                return TowerScope(self.model, names, self.loss)
+            return TowerScope(self.model, names, self.loss, choice.rank, self.adapters, seed)
+        image, text = (head.matrix(self.model).cpu() for head in self.heads.values() if head)
         scale = self.model.logit_scale.detach().double().exp().item()
-        image, text = (self.heads[tower].matrix(self.model).cpu() for tower in ("image", "text"))
-        if not (torch.isfinite(image).all() and torch.isfinite(text).all() and np.isfinite(scale)):
-            raise EcifError("The model's weights hold NaN or infinity. Load another checkpoint")
-        return HeadScope(image, text, scale)
+        bias = getattr(self.model, "logit_bias", None)
+        shift = 0.0 if bias is None else bias.detach().double().item()
+        return HeadScope(image, text, scale, shift, self.loss, choice.with_scale)
 
-    def head_parameters(self) -> list[str]:
-        """Names of the parameters in the head scope."""
-        return [name for head in self.heads.values() for name in (head.weight, head.bias) if name]
+    def scope_names(self, choice: ScopeChoice) -> list[str]:
+        """Names of the model's parameters in a scope, or of those that have an adapter in it.
+
+        Raises:
+            EcifError: if the model has no such parameters
+        """
+        if choice.heads:
+            names = [name for head in self.heads.values() if head for name in (head.weight, head.bias) if name]
+            lacking = [tower for tower, head in self.heads.items() if head is None]
+            if lacking:
+                raise EcifError(
+                    f"The {lacking[0]} tower of {self.name} does not end in a linear projection, so "
+                    f"scope={choice.text!r} does not fit it. Use scope='blocks:1'"
+                )
+            return [*names, "logit_scale"] if choice.with_scale else names
+        if choice.rank is None or self.adapters is None:
+            return scope_parameters(self.model, choice)
+        rank = len(next(iter(self.adapters.values()))[0])
+        if (choice.text, choice.rank) != ("lora", rank) and choice.text != f"lora:{rank}":
+            raise EcifError(
+                f"scope={choice.text!r} does not fit the checkpoint, whose adapters have rank {rank}. Use 'lora:{rank}'"
+            )
+        return list(self.adapters)
+
+    def changed_state(self, scope: Scope, theta: Tensor) -> dict[str, Tensor]:
+        """The model's state dict, on the CPU, with the parameters of a scope of this encoder at ``theta``."""
+        if isinstance(scope, TowerScope):
+            changed = scope.parameters(theta)
+        else:
+            assert isinstance(scope, HeadScope)
+            matrices = zip(self.heads.values(), scope.split(theta), strict=True)
+            changed = {name: value for head, matrix in matrices if head for name, value in head.tensors(matrix).items()}
+            if scope.with_scale:
+                changed["logit_scale"] = theta[-1]
+        state = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+        return state | {name: value.detach().to(state[name]).contiguous() for name, value in changed.items()}
+
+    def embeddings(self, tower: str, features: Tensor) -> Tensor:
+        """Embeddings before normalisation of features of a tower, ``(n, w)`` to ``(n, d)``, in float64."""
+        head = self.heads[tower]
+        return features.double() if head is None else features.double() @ head.matrix(self.model).cpu()
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """What the text tower takes, on the device; a caption longer than the context is cut, as in training."""
+        tokens: Tensor = self.tokenizer(list(captions))
+        return tokens.to(self.device)
 
     def image_features(
         self, paths: Sequence[str], batch_size: int, num_workers: int
@@ -129,7 +207,7 @@ class Encoder:
             those that could not be read
         """
         loader: DataLoader[Any] = DataLoader(
-            _Images(paths, self.preprocess), batch_size=batch_size, num_workers=num_workers, collate_fn=list
+            Images(paths, self.preprocess), batch_size=batch_size, num_workers=num_workers, collate_fn=list
         )
         for batch in loader:
             good = [(index, image) for index, image, reason in batch if reason is None]
@@ -144,29 +222,36 @@ class Encoder:
             the features of each batch, shape ``(n, w)``, in float32
         """
         for start in range(0, len(captions), batch_size):
-            yield self._features("text", self.tokenizer(list(captions[start : start + batch_size])))
+            yield self._features("text", self.tokens(captions[start : start + batch_size]))
 
     @torch.no_grad()
     def _features(self, tower: str, inputs: Tensor) -> Tensor:
         if not len(inputs):
             return inputs
-        head, inputs = self.heads[tower], inputs.to(self.device)
-        encode = _Tower(self.model, tower)
-        replaced = {f"model.{name}": value for name, value in head.identity(self.model).items()}
-        features: Tensor = functional_call(encode, replaced, (inputs,)).float()
-        if head.bias:
+        return self._run(tower, inputs.to(self.device), self.heads[tower]).float().cpu()
+
+    def _run(self, tower: str, inputs: Tensor, head: Head | None) -> Tensor:
+        """A tower's output with its head, if one is given, passing its input through."""
+        replaced = {f"model.{name}": value for name, value in head.identity(self.model).items()} if head else {}
+        features: Tensor = functional_call(Tower(self.model, tower), replaced, (inputs,))
+        if head and head.bias:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-        if tower not in self._verified:
-            matrix = head.matrix(self.model)
-            expected = encode(inputs[:2]).double()
-            if not torch.allclose(
-                features[:2].double() @ matrix, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item()
-            ):
-                raise EcifError(
-                    f"The {tower} tower does more after {head.weight} than project, so scope='heads' does not fit it"
-                )
-            self._verified.add(tower)
-        return features.cpu()
+        return features
+
+    @torch.no_grad()
+    def _find_head(self, tower: str) -> Head | None:
+        """The linear projection that a tower ends in, tried on noise, or None."""
+        head = _named_head(self.model, tower)
+        if head is None:
+            return None
+        size = self.model.visual.image_size
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        noise = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+        inputs = noise.to(self.device) if tower == "image" else self.tokens(["a photo", "of two things"])
+        expected = self._run(tower, inputs, None).double()
+        found = self._run(tower, inputs, head).double() @ head.matrix(self.model)
+        close = torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
+        return head if close else None
 
     def _fingerprint(self, name: str) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -219,7 +304,7 @@ def check_names(model: str, pretrained: str | None) -> None:
         )
 
 
-def _find_head(model: nn.Module, name: str, tower: str) -> Head:
+def _named_head(model: nn.Module, tower: str) -> Head | None:
     for path in _HEADS[tower]:
         found: Any = model
         for part in path.split("."):
@@ -228,36 +313,4 @@ def _find_head(model: nn.Module, name: str, tower: str) -> Head:
             return Head(f"{path}.weight", f"{path}.bias" if found.bias is not None else None, transposed=True)
         if isinstance(found, nn.Parameter):
             return Head(path, None, transposed=False)
-    raise EcifError(
-        f"The {tower} tower of {name} does not end in a linear projection, so scope='heads' does not fit it"
-    )
-
-
-class _Tower(nn.Module):
-    """One tower as a module, so that ``functional_call`` can replace its head."""
-
-    def __init__(self, model: Any, tower: str) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.tower = tower
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        encode = self.model.encode_image if self.tower == "image" else self.model.encode_text
-        return cast(Tensor, encode(inputs))
-
-
-class _Images(Dataset[Any]):
-    """``(index, image, None)`` of each file, or ``(index, None, reason)``."""
-
-    def __init__(self, paths: Sequence[str], preprocess: Any) -> None:
-        self.paths, self.preprocess = paths, preprocess
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str | None]:
-        try:
-            with Image.open(self.paths[index]) as image:
-                return index, self.preprocess(image), None
-        except Exception as error:  # PIL raises many kinds on damaged files
-            return index, None, str(error) or type(error).__name__
+    return None

@@ -1,22 +1,119 @@
-"""Removal gradients of every pair in the head scope, projected, without a backward pass.
+"""Removal gradients of every pair, projected.
 
-The derivative of a role with respect to ``S`` is known (``contrastive``), the
-step from ``S`` through the normalisation to a head is an outer product with the
-cached features, so the gradients of all pairs of a batch are matrix products.
-They are kept projected, ``input.T @ gradient @ output`` for each head: LoGra's
-Kronecker projection (arXiv 2405.13954), applied to the removal gradient.
+A gradient has as many entries as the scope has parameters, so each pair's is
+kept as its coordinates in a subspace of orthonormal directions:
+
+* heads: the derivative of a role with respect to ``S`` is known
+  (``contrastive``), the step from ``S`` through the normalisation to a head is an
+  outer product with the cached features, so the gradients of all pairs of a
+  batch are matrix products. They are kept as ``input.T @ gradient @ output`` for
+  each head: LoGra's Kronecker projection (arXiv 2405.13954), applied to the
+  removal gradient.
+* any scope: a coordinate is the derivative of the roles along a direction, one
+  ``torch.func.jvp`` a batch for all its pairs, exact roles included.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import jvp
 from torch.nn.functional import normalize
 
-from .contrastive import Pull, removal_pulls
+from .contrastive import Pull
 from .heads import Batch, HeadScope
+from .objective import ContrastiveLoss
+from .scope import Scope
+
+
+class Projection(ABC):
+    """Orthonormal directions in the space of a scope's parameters."""
+
+    @abstractmethod
+    def project(self, vectors: Tensor) -> Tensor:
+        """Coordinates of flat vectors, ``(..., p)`` to ``(..., r)``."""
+
+    @abstractmethod
+    def lift(self, coordinates: Tensor) -> Tensor:
+        """The flat vector with these coordinates, ``(r,)`` to ``(p,)``."""
+
+    @abstractmethod
+    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
+        """Projected gradients of both roles of every pair of a batch, each of shape ``(n, r)``."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Named arrays from which it can be made again."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """``r``."""
+
+    def curvature(self, product: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+        """The curvature restricted to the subspace, shape ``(r, r)``, at the cost of ``r`` products."""
+        rows = [self.project(product(self.lift(row))) for row in torch.eye(self.rank).to(theta)]
+        matrix = torch.stack(rows)
+        return (matrix + matrix.T) / 2
+
+
+class BasisProjection(Projection):
+    """Any directions, of any scope.
+
+    Args:
+        scope: the scope.
+        basis: orthonormal columns, shape ``(p, r)``.
+    """
+
+    def __init__(self, scope: Scope, basis: Tensor) -> None:
+        self.scope, self.basis = scope, basis
+
+    def project(self, vectors: Tensor) -> Tensor:
+        return vectors @ self.basis
+
+    def lift(self, coordinates: Tensor) -> Tensor:
+        return self.basis @ coordinates
+
+    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
+        columns = []
+        for direction in self.basis.T:
+            similarity, moved = jvp(lambda at: self.scope.similarity(at, batch), (theta,), (direction.contiguous(),))
+            columns.append(self.scope.loss.removal_tangents(similarity, moved, role))
+        positive, negative = (torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))
+        return positive, negative
+
+    def state(self) -> dict[str, Tensor]:
+        return {"basis": self.basis}
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[1]
+
+
+def gradient_basis(theta: Tensor, objectives: Mapping[ContrastiveLoss, int]) -> Tensor:
+    """Directions in which pair gradients vary most, by random sums of them.
+
+    A randomised range finder (Halko, Martinsson and Tropp 2011): gradients summed
+    with random signs span the leading directions of their covariance.
+
+    Args:
+        theta: the parameters, shape ``(p,)``.
+        objectives: pairs, and how many directions to draw from them.
+
+    Returns:
+        orthonormal columns, shape ``(p, r)``
+    """
+    drawn = [
+        gradient
+        for objective, count in objectives.items()
+        for gradient in objective.random_gradients(theta, min(count, len(theta)), seed=count)
+    ]
+    return torch.linalg.qr(torch.stack(drawn, dim=1)).Q
 
 
 @dataclass(frozen=True)
@@ -32,10 +129,56 @@ class HeadProjection:
     output: Tensor
 
 
-def principal_projections(
+class KroneckerProjection(Projection):
+    """Directions of the heads that are outer products, in closed form.
+
+    Args:
+        scope: the head scope; its temperature, if it is attributed, is the last
+            coordinate.
+        image: of the image head, orthonormal columns.
+        text: of the text head.
+    """
+
+    def __init__(self, scope: HeadScope, image: HeadProjection, text: HeadProjection) -> None:
+        self.scope, self.heads = scope, (image, text)
+
+    @property
+    def rank(self) -> int:
+        return sum(head.input.shape[1] * head.output.shape[1] for head in self.heads) + self.scope.with_scale
+
+    def project(self, vectors: Tensor) -> Tensor:
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        blocks, start = [], 0
+        for head, shape in zip(self.heads, self.scope.shapes, strict=True):
+            matrices = flat[:, start : start + shape.numel()].unflatten(1, shape)
+            blocks.append((head.input.T @ matrices @ head.output).flatten(1))
+            start += shape.numel()
+        return torch.cat([*blocks, flat[:, start:]], dim=1).view(*vectors.shape[:-1], -1)
+
+    def lift(self, coordinates: Tensor) -> Tensor:
+        blocks, start = [], 0
+        for head in self.heads:
+            a, b = head.input.shape[1], head.output.shape[1]
+            matrix = coordinates[start : start + a * b].view(a, b)
+            blocks.append((head.input @ matrix @ head.output.T).flatten())
+            start += a * b
+        return torch.cat([*blocks, coordinates[start:]])
+
+    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
+        return removal_gradients(self.scope, theta, batch, self.heads, role)
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}-{side}": getattr(head, side)
+            for name, head in zip(("image", "text"), self.heads, strict=True)
+            for side in ("input", "output")
+        }
+
+
+def principal_projection(
     scope: HeadScope, theta: Tensor, images: Tensor, texts: Tensor, rank: int = 16
-) -> tuple[HeadProjection, HeadProjection]:
-    """Projections on the directions in which the pairs vary most.
+) -> KroneckerProjection:
+    """The directions of the heads in which the pairs vary most.
 
     On the input side those are the principal directions of a head's features;
     on the output side those of the other tower's embeddings, towards which the
@@ -47,21 +190,27 @@ def principal_projections(
         images: image features, shape ``(N, w_image)``.
         texts: caption features, shape ``(N, w_text)``.
         rank (16): directions to keep on either side of each head, at most.
-
-    Returns:
-        the projections of the image head and of the text head
     """
     inputs = [_principal_directions(features.double(), rank) for features in (images, texts)]
     image_output, text_output = (
         _principal_directions(normalize(features.double() @ head, dim=1), rank)
         for features, head in zip((images, texts), scope.split(theta), strict=True)
     )
-    return HeadProjection(inputs[0], text_output), HeadProjection(inputs[1], image_output)
+    return KroneckerProjection(scope, HeadProjection(inputs[0], text_output), HeadProjection(inputs[1], image_output))
 
 
 def _principal_directions(rows: Tensor, rank: int) -> Tensor:
     directions: Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors
     return directions[:, -rank:]
+
+
+def projection_from_state(scope: Scope, state: Mapping[str, Tensor]) -> Projection:
+    """The projection that :meth:`Projection.state` was taken from."""
+    if "basis" in state:
+        return BasisProjection(scope, state["basis"].to(scope.start))
+    assert isinstance(scope, HeadScope)
+    image, text = (HeadProjection(state[f"{head}-input"], state[f"{head}-output"]) for head in ("image", "text"))
+    return KroneckerProjection(scope, image, text)
 
 
 @dataclass(frozen=True)
@@ -82,7 +231,11 @@ class _Side:
 
 
 def removal_gradients(
-    scope: HeadScope, theta: Tensor, batch: Batch, projections: tuple[HeadProjection, HeadProjection]
+    scope: HeadScope,
+    theta: Tensor,
+    batch: Batch,
+    projections: tuple[HeadProjection, HeadProjection],
+    role: str = "exact",
 ) -> tuple[Tensor, Tensor]:
     """Projected gradients of both roles of every pair of a batch.
 
@@ -91,19 +244,23 @@ def removal_gradients(
         theta: its parameters, shape ``(p,)``.
         batch: image and caption features, ``(n, w_image)`` and ``(n, w_text)``.
         projections: of the image head and of the text head.
+        role ("exact"): see ``contrastive.ROLES``.
 
     Returns:
         ``(positive, negative)``, each of shape ``(n, r)`` with ``r`` the sum of
-        both heads' ``a * b``; the image head's block comes first.
+        both heads' ``a * b``; the image head's block comes first, and the
+        temperature, if it is in scope, last.
     """
+    scale = scope.scale(theta)
     images, texts = (
-        _side(features, head, scope.scale, projection)
+        _side(features, head, scale, projection)
         for features, head, projection in zip(batch, scope.split(theta), projections, strict=True)
     )
     cosine = images.embedding @ texts.embedding.T
+    similarity = scope.logits(theta, cosine)
     roles = []
     for image_pulls, text_pulls in zip(
-        removal_pulls(scope.scale * cosine), removal_pulls(scope.scale * cosine.T), strict=True
+        scope.loss.removal_pulls(similarity, role), scope.loss.removal_pulls(similarity.T, role), strict=True
     ):
         image_block = torch.zeros(len(cosine), images.width, dtype=cosine.dtype, device=cosine.device)
         text_block = torch.zeros(len(cosine), texts.width, dtype=cosine.dtype, device=cosine.device)
@@ -114,10 +271,13 @@ def removal_gradients(
             anchors, others = _pull_gradients(pull, texts, images, cosine.T)
             image_block, text_block = image_block + others, text_block + anchors
         roles.append(torch.cat([image_block, text_block], dim=1))
+    if scope.with_scale:
+        along_scale = scope.loss.removal_tangents(similarity, scale * cosine, role)
+        roles = [torch.cat([block, part[:, None]], dim=1) for block, part in zip(roles, along_scale, strict=True)]
     return roles[0], roles[1]
 
 
-def _side(features: Tensor, head: Tensor, scale: float, projection: HeadProjection) -> _Side:
+def _side(features: Tensor, head: Tensor, scale: Tensor | float, projection: HeadProjection) -> _Side:
     embedding = features @ head
     lever = scale * (features @ projection.input) / embedding.norm(dim=1, keepdim=True)
     return _Side(normalize(embedding, dim=1), lever, projection.output)

@@ -8,49 +8,71 @@ and Hessian product afterwards is a few matrix products in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from .contrastive import BatchLoss, SoftmaxLoss
+from .scope import Scope
 
 Batch = tuple[Tensor, Tensor]
 
 
-class HeadScope:
-    """The parameters of both heads as one flat vector.
+class HeadScope(Scope):
+    """The parameters of both heads, and optionally the temperature, as one flat vector.
 
     Args:
         image_head: shape ``(w_image, d)``; a bias is its last row, and the
             image features then end in a one.
         text_head: shape ``(w_text, d)``, likewise.
-        scale: ``exp(logit_scale)``, the inverse temperature; held fixed.
+        scale: ``exp(logit_scale)``, the inverse temperature.
+        bias (0): ``logit_bias`` of a model with a sigmoid loss; held fixed.
+        loss (SoftmaxLoss()): what the model is trained with.
+        with_scale (False): whether ``logit_scale`` is attributed, as the last
+            parameter, or held fixed.
 
     Attributes:
         start: the given weights, flat, shape ``(p,)``.
     """
 
-    def __init__(self, image_head: Tensor, text_head: Tensor, scale: float) -> None:
+    def __init__(
+        self,
+        image_head: Tensor,
+        text_head: Tensor,
+        scale: float,
+        bias: float = 0.0,
+        loss: BatchLoss | None = None,
+        with_scale: bool = False,
+    ) -> None:
         self.shapes = (image_head.shape, text_head.shape)
-        self.start = torch.cat([image_head.flatten(), text_head.flatten()]).double()
-        self.scale = scale
+        parts = [image_head.flatten().double(), text_head.flatten().double()]
+        if with_scale:
+            parts.append(torch.tensor([math.log(scale)], dtype=torch.float64))
+        self.start = torch.cat(parts)
+        self.loss = loss or SoftmaxLoss()
+        self.with_scale = with_scale
+        self._scale, self._bias = scale, bias
 
     def split(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The two weight matrices inside a flat vector."""
         image, text = self.shapes
-        return theta[: image.numel()].view(image), theta[image.numel() :].view(text)
+        cut = image.numel()
+        return theta[:cut].view(image), theta[cut : cut + text.numel()].view(text)
 
-    def similarity(self, theta: Tensor, batch: Batch) -> Tensor:
-        """Scaled cosine similarities of a batch of features, shape ``(n, n)``."""
-        image_head, text_head = self.split(theta)
-        images, texts = batch
-        return self.scale * normalize(images @ image_head, dim=1) @ normalize(texts @ text_head, dim=1).T
+    def scale(self, theta: Tensor) -> Tensor | float:
+        """``exp(logit_scale)``."""
+        return theta[-1].exp() if self.with_scale else self._scale
 
-    def embedding_norms(self, theta: Tensor, batch: Batch) -> Tensor:
-        """Lengths of the image and the caption embeddings before normalisation, shape ``(n, 2)``."""
-        return torch.stack(
-            [(features @ head).norm(dim=1) for features, head in zip(batch, self.split(theta), strict=True)], dim=1
-        )
+    def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
+        return images @ self.split(theta)[0]
+
+    def embed_captions(self, theta: Tensor, captions: Tensor) -> Tensor:
+        return captions @ self.split(theta)[1]
+
+    def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
+        return self.scale(theta) * cosine + self._bias
 
 
 class FeatureBatches(Sequence[Batch]):
@@ -64,6 +86,10 @@ class FeatureBatches(Sequence[Batch]):
 
     def __init__(self, images: Tensor, texts: Tensor, partition: Sequence[Tensor]) -> None:
         self.images, self.texts, self.partition = images, texts, partition
+
+    def regrouped(self, partition: Sequence[Tensor]) -> FeatureBatches:
+        """The same pairs in other batches."""
+        return FeatureBatches(self.images, self.texts, partition)
 
     def __len__(self) -> int:
         return len(self.partition)

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from .contrastive import removal_tangents
-from .objective import Scope
+from .scope import Scope
 
 
-def batch_influence(scope: Scope, theta: Tensor, batch: Any, solution: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+def batch_influence(
+    scope: Scope, theta: Tensor, batch: Any, solution: Tensor, pairs: int, role: str = "exact"
+) -> tuple[Tensor, Tensor]:
     """The positive and the negative part of the influence of each pair of a batch.
 
     Args:
@@ -32,12 +33,13 @@ def batch_influence(scope: Scope, theta: Tensor, batch: Any, solution: Tensor, p
         batch: what :meth:`Scope.similarity` takes.
         solution: ``H^-1 grad f``, shape ``(p,)``.
         pairs: ``N``, the number of pairs in the whole objective.
+        role ("exact"): see ``contrastive.ROLES``.
 
     Returns:
         ``(positive, negative)``, each of shape ``(n,)``; the influence is their sum
     """
     similarity, direction = jvp(lambda at: scope.similarity(at, batch), (theta,), (solution,))[:2]
-    positive, negative = removal_tangents(similarity, direction)
+    positive, negative = scope.loss.removal_tangents(similarity, direction, role)
     return positive / pairs, negative / pairs
 
 

@@ -12,28 +12,34 @@ All vectors are flat parameter vectors of shape ``(p,)``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value, jvp
+from torch.func import grad, grad_and_value, jvp, vjp
 
-from .contrastive import pair_losses
+from .scope import Scope
 
 
-class Scope(Protocol):
-    """The parameters that are attributed, and the similarity as a function of them.
+class Batches(Protocol):
+    """Pairs in batches, as :meth:`Scope.similarity` takes them.
 
     Attributes:
-        start: the weights as loaded, a flat vector of shape ``(p,)``.
+        partition: the row indices of each batch.
     """
 
-    start: Tensor
+    partition: Sequence[Tensor]
 
-    def similarity(self, theta: Tensor, batch: Any) -> Tensor:
-        """``S`` of a batch under the parameters ``theta``, shape ``(n, n)``."""
+    def regrouped(self, partition: Sequence[Tensor]) -> Batches:
+        """The same pairs in other batches."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 def random_partition(pairs: int, batch_size: int, seed: int) -> list[Tensor]:
@@ -51,26 +57,38 @@ def random_partition(pairs: int, batch_size: int, seed: int) -> list[Tensor]:
     return list(order.tensor_split(-(-pairs // batch_size)))
 
 
+def partition_without(partition: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """The batches that are left when some rows are taken out; each pair stays where it was."""
+    left = [batch[~torch.isin(batch, rows)] for batch in partition]
+    return [batch for batch in left if len(batch)]
+
+
 class ContrastiveLoss:
     """Mean pair loss over a sequence of batches, as a function of a scope's parameters.
 
     Args:
         scope: what varies.
-        batches: what :meth:`Scope.similarity` takes, one entry a batch.
-        pairs: the number of pairs in all batches.
+        batches: the pairs.
+        pairs: what the sum of the pair losses is divided by.
         proximal (0.0): the strength of the pull to ``scope.start``.
     """
 
-    def __init__(self, scope: Scope, batches: Sequence[Any], pairs: int, proximal: float = 0.0) -> None:
+    def __init__(self, scope: Scope, batches: Batches, pairs: int, proximal: float = 0.0) -> None:
         self.scope = scope
         self.batches = batches
         self.pairs = pairs
         self.proximal = proximal
 
+    def without(self, rows: Tensor) -> ContrastiveLoss:
+        """The objective as if some pairs had never been in it; the others keep their batch and their weight."""
+        left = self.batches.regrouped(partition_without(self.batches.partition, rows))
+        return ContrastiveLoss(self.scope, left, self.pairs, self.proximal)
+
     def loss(self, theta: Tensor) -> Tensor:
         """The value, a scalar, in nats."""
+        with torch.no_grad():
+            parts = [self._batch_mean(theta, batch) for batch in self.batches]
         offset = theta - self.scope.start
-        parts = [self._batch_mean(theta, batch) for batch in self.batches]
         return torch.stack(parts).sum() + self.proximal / 2 * offset.dot(offset)
 
     def gradient_and_value(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,19 +100,34 @@ class ContrastiveLoss:
             gradient, value = gradient + part, value + loss
         return gradient, value
 
+    def random_gradients(self, theta: Tensor, count: int, seed: int = 0) -> Iterator[Tensor]:
+        """Sums of the pair gradients with random signs, each of shape ``(p,)``, at the cost of a gradient.
+
+        Without the pull to the start. Together they span the directions in
+        which the pairs' gradients vary most.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(count):
+            total = torch.zeros_like(theta)
+            for batch in self.batches:
+                signs = 2.0 * torch.randint(2, (len(batch[0]),), generator=generator).to(theta) - 1
+                total = total + grad(self._weighted_loss)(theta, batch, signs)
+            yield total
+
     def gradient_scale(self, theta: Tensor) -> Tensor:
         """The root mean square norm of a pair's loss gradient: the unit for the norm of the mean gradient.
 
-        Estimated with random signs, at the cost of one gradient: the squared
-        norm of ``sum_i sign_i grad l_i`` is on average the sum of the squared
-        norms (Hutchinson's estimator).
+        Estimated batch by batch with random signs, at the cost of one gradient:
+        the squared norm of ``sum_i sign_i grad l_i`` is on average the sum of the
+        squared norms (Hutchinson's estimator).
         """
-        generator = torch.Generator().manual_seed(0)
-        total = torch.zeros((), dtype=theta.dtype)
-        for batch in self.batches:
-            signs = 2.0 * torch.randint(2, (len(batch[0]),), generator=generator).to(theta) - 1
-            total = total + grad(self._weighted_loss)(theta, batch, signs).square().sum()
-        return (total / self.pairs).sqrt()
+        squares = [
+            next(ContrastiveLoss(self.scope, self.batches.regrouped([rows]), 1).random_gradients(theta, 1, seed))
+            .square()
+            .sum()
+            for seed, rows in enumerate(self.batches.partition)
+        ]
+        return (torch.stack(squares).sum() / self.pairs).sqrt()
 
     def hessian_product(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The exact Hessian at ``theta`` times ``vector``, forward over reverse, shape ``(p,)``."""
@@ -104,8 +137,26 @@ class ContrastiveLoss:
             product = product + jvp(gradient, (theta,), (vector,))[1]
         return product
 
+    def gauss_newton_product(self, theta: Tensor, vector: Tensor) -> Tensor:
+        """The generalised Gauss-Newton matrix times ``vector``, shape ``(p,)``.
+
+        ``J^T H_S J`` with ``J`` the Jacobian of a batch's similarity matrix and
+        ``H_S`` the Hessian of its loss with respect to that: never negative.
+        """
+        product = self.proximal * vector
+
+        def batch_loss(similarity: Tensor) -> Tensor:
+            return self.scope.loss.pair_losses(similarity).sum() / self.pairs
+
+        for batch in self.batches:
+            similarity = partial(self.scope.similarity, batch=batch)
+            value, direction = jvp(similarity, (theta,), (vector,))
+            curved = jvp(grad(batch_loss), (value,), (direction,))[1]
+            product = product + vjp(similarity, theta)[1](curved)[0]
+        return product
+
     def _batch_mean(self, theta: Tensor, batch: Any) -> Tensor:
-        return pair_losses(self.scope.similarity(theta, batch)).sum() / self.pairs
+        return self.scope.loss.pair_losses(self.scope.similarity(theta, batch)).sum() / self.pairs
 
     def _weighted_loss(self, theta: Tensor, batch: Any, weights: Tensor) -> Tensor:
-        return pair_losses(self.scope.similarity(theta, batch)) @ weights
+        return self.scope.loss.pair_losses(self.scope.similarity(theta, batch)) @ weights

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 
-from fiftyone_ecif.contrastive import pair_losses, removal_pulls, removal_roles, removal_tangents
+from fiftyone_ecif.contrastive import ROLES, SigmoidLoss, SoftmaxLoss
+from fiftyone_ecif.errors import EcifError
+
+LOSSES = {"softmax": SoftmaxLoss(), "sigmoid": SigmoidLoss()}
+NO_FORMULA = ("sigmoid", "as_printed")
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
 
 def random_similarity(n=8, scale=1.0, seed=0):
@@ -16,73 +21,106 @@ def without(similarity, n):
     return similarity[keep][:, keep]
 
 
-def test_pair_losses_are_open_clips_loss():
+def off_diagonal(matrix):
+    return matrix - torch.diag(matrix.diagonal())
+
+
+def roles_by_definition(loss, similarity, role="exact"):
+    """The two roles of every pair, from the definition, without regard to rounding."""
+    if loss.name == "sigmoid":
+        terms = torch.nn.functional.softplus(similarity)
+        positive = torch.nn.functional.softplus(-similarity.diagonal())
+        negative = off_diagonal(terms).sum(0) + off_diagonal(terms).sum(1)
+    else:
+        positive = loss.pair_losses(similarity)
+        images, captions = similarity.softmax(1), similarity.softmax(0)
+        term = {"taylor": lambda p: p, "as_printed": lambda p: 1 / p}.get(role, lambda p: -torch.log(1 - p))
+        negative = off_diagonal(term(images)).nan_to_num(0).sum(0) + off_diagonal(term(captions)).nan_to_num(0).sum(1)
+    zero = torch.zeros_like(positive)
+    return zero if role == "negative" else positive, zero if role == "positive" else negative
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(SoftmaxLoss(), ClipLoss()), (SigmoidLoss(), SigLipLoss())])
+def test_pair_losses_are_open_clips_loss(ours, theirs):
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.nn.functional.normalize(torch.randn(2, 6, 4, generator=generator), dim=2)
-    expected = ClipLoss()(images, texts, torch.tensor(7.0))
-    assert pair_losses(7 * images @ texts.T).sum() / 12 == pytest.approx(expected.item(), rel=1e-6)
+    if ours.name == "softmax":
+        expected, similarity = 2 * theirs(images, texts, torch.tensor(7.0)), 7 * images @ texts.T
+    else:
+        expected, similarity = theirs(images, texts, torch.tensor(7.0), torch.tensor(-3.0)), 7 * images @ texts.T - 3
+    assert ours.pair_losses(similarity).sum() / 6 == pytest.approx(expected.item(), rel=1e-6)
 
 
+@each_loss
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
-@pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
-def test_roles_add_up_to_the_exact_removal(n, scale):
+@pytest.mark.parametrize("scale", [0.1, 3.0, 8.0])
+def test_roles_add_up_to_the_exact_removal(loss, n, scale):
+    """The definition that the other tests differentiate is what removing the pair changes."""
     similarity = random_similarity(n, scale)
-    positive, negative = removal_roles(similarity)
+    positive, negative = roles_by_definition(loss, similarity)
     for k in range(n):
-        change = pair_losses(similarity).sum() - pair_losses(without(similarity, k)).sum()
-        torch.testing.assert_close(positive[k] + negative[k], change, rtol=1e-9, atol=1e-9)
-    assert (negative >= 0).all()
+        change = loss.pair_losses(similarity).sum() - loss.pair_losses(without(similarity, k)).sum()
+        torch.testing.assert_close(positive[k] + negative[k], change, rtol=1e-6, atol=1e-6)
 
 
-def tangents_by_autograd(similarity, direction, n):
+def removal_by_autograd(loss, similarity, direction, k):
+    """Derivatives along a direction of a pair's own part, and of all that goes with it."""
     point = similarity.clone().requires_grad_()
-    gradients = [torch.autograd.grad(role[n], point, retain_graph=True)[0] for role in removal_roles(point)]
-    return [(gradient * direction).sum() for gradient in gradients]
+    removed = loss.pair_losses(point).sum() - loss.pair_losses(without(point, k)).sum()
+    return (torch.autograd.grad(removed, point)[0] * direction).sum()
 
 
+@pytest.mark.parametrize(
+    ("loss", "role"), [(loss, role) for loss in LOSSES.values() for role in ROLES if (loss.name, role) != NO_FORMULA]
+)
 @pytest.mark.parametrize("n", [2, 3, 8])
-@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
-def test_tangents_equal_autograd(n, scale):
+@pytest.mark.parametrize("scale", [0.1, 3.0, 8.0])
+def test_tangents_equal_autograd(loss, role, n, scale):
     similarity, direction = random_similarity(n, scale), random_similarity(n, seed=1)
-    positive, negative = removal_tangents(similarity, direction)
+    found = loss.removal_tangents(similarity, direction, role)
+    point = similarity.clone().requires_grad_()
     for k in range(n):
-        expected = tangents_by_autograd(similarity, direction, k)
-        torch.testing.assert_close(positive[k], expected[0], rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(negative[k], expected[1], rtol=1e-8, atol=1e-10)
+        for part, tangent in zip(roles_by_definition(loss, point, role), found, strict=True):
+            expected = 0.0
+            if part.requires_grad:
+                expected = (torch.autograd.grad(part[k], point, retain_graph=True)[0] * direction).sum().item()
+            assert tangent[k].item() == pytest.approx(expected, rel=1e-6, abs=1e-9 * (1 + abs(tangent).max().item()))
 
 
-def test_duplicate_captions_and_hard_negatives_stay_exact():
+@each_loss
+@pytest.mark.parametrize("scale", [1.0, 30.0, 200.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_tangents_stay_exact_for_duplicates_hard_negatives_and_extreme_temperatures(loss, scale, seed):
     """P reaches 1 for another pair's caption: log(1 - P) by subtraction would be -inf."""
-    similarity = random_similarity(6)
-    similarity[:, 3] = similarity[:, 2]  # duplicate captions
-    similarity[0, 4] += 200.0  # image 0 is sure of caption 4
-    direction = random_similarity(6, seed=1)
-    roles, tangents = removal_roles(similarity), removal_tangents(similarity, direction)
-    step = 1e-6
-    ahead, behind = removal_roles(similarity + step * direction), removal_roles(similarity - step * direction)
-    for role, tangent, up, down in zip(roles, tangents, ahead, behind, strict=True):
-        assert torch.isfinite(role).all()
-        torch.testing.assert_close(tangent, (up - down) / (2 * step), rtol=1e-5, atol=1e-6)
-
-
-def test_float32_tangents_stay_close_at_the_sharpest_temperature():
-    similarity, direction = random_similarity(32, 100.0), random_similarity(32, seed=1)
-    exact = removal_tangents(similarity, direction)
-    rough = removal_tangents(similarity.float(), direction.float())
-    for a, b in zip(exact, rough, strict=True):
-        torch.testing.assert_close(b.double(), a, rtol=1e-4, atol=1e-4)
+    n = 3 + 2 * seed
+    similarity = random_similarity(n, scale, seed)
+    similarity[:, 2] = similarity[:, 1]  # duplicate captions
+    similarity[0, -1] += 200.0  # image 0 is sure of the last caption
+    direction = random_similarity(n, seed=seed + 1)
+    positive, negative = loss.removal_tangents(similarity, direction)
+    rough = [part.double() for part in loss.removal_tangents(similarity.float(), direction.float())]
+    size = max(abs(positive).max().item(), abs(negative).max().item(), 1.0)
+    for k in range(n):
+        expected = removal_by_autograd(loss, similarity, direction, k).item()
+        assert (positive + negative)[k].item() == pytest.approx(expected, rel=1e-7, abs=1e-7 * size)
+        assert sum(rough)[k].item() == pytest.approx(expected, rel=1e-3, abs=1e-3 * size)
 
 
 def test_weights_cannot_overflow():
     similarity = random_similarity(5)
     similarity[1, 0] += 1e6
-    for pulls in removal_pulls(similarity):
+    for pulls in SoftmaxLoss().removal_pulls(similarity):
         for pull in pulls:
             assert pull.weight.abs().max() <= 1
             torch.testing.assert_close(pull.mean.sum(1), torch.ones(5, dtype=torch.float64))
 
 
 def test_a_pair_alone_in_its_batch_changes_nothing():
-    positive, negative = removal_tangents(random_similarity(1), random_similarity(1, seed=1))
+    positive, negative = SoftmaxLoss().removal_tangents(random_similarity(1), random_similarity(1, seed=1))
     assert positive.abs().max() < 1e-12
     assert negative.abs().max() == 0
+
+
+def test_the_misprint_is_refused_for_a_sigmoid_loss():
+    with pytest.raises(EcifError, match="softmax"):
+        SigmoidLoss().removal_pulls(random_similarity(3), "as_printed")

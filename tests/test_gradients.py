@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fiftyone_ecif.contrastive import pair_losses
+from fiftyone_ecif.contrastive import SoftmaxLoss
 from fiftyone_ecif.gradients import HeadProjection, removal_gradients
 from fiftyone_ecif.heads import HeadScope
 
@@ -18,9 +18,9 @@ def _problem(n=7, widths=(9, 6), d=5, scale=4.0, seed=0):
 def _by_autograd(scope, batch, n):
     """Gradients of L(B) - l_n - L(B without n), and of l_n, by brute force."""
     theta = scope.start.clone().requires_grad_()
-    losses = pair_losses(scope.similarity(theta, batch))
+    losses = SoftmaxLoss().pair_losses(scope.similarity(theta, batch))
     keep = [k for k in range(len(batch[0])) if k != n]
-    without = pair_losses(scope.similarity(theta, (batch[0][keep], batch[1][keep]))).sum()
+    without = SoftmaxLoss().pair_losses(scope.similarity(theta, (batch[0][keep], batch[1][keep]))).sum()
     (positive,) = torch.autograd.grad(losses[n], theta, retain_graph=True)
     (negative,) = torch.autograd.grad(losses.sum() - losses[n] - without, theta)
     return positive, negative

@@ -6,7 +6,7 @@ import torch
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fiftyone_ecif.contrastive import pair_losses
+from fiftyone_ecif.contrastive import SoftmaxLoss
 from fiftyone_ecif.curvature import conjugate_gradient
 from fiftyone_ecif.fitting import minimise
 from fiftyone_ecif.heads import FeatureBatches, HeadScope
@@ -61,11 +61,11 @@ def test_direct_mode_equals_per_pair_autograd_through_the_model(vision):
     positive, negative = batch_influence(scope, scope.start, batch, direction, pairs=6)
 
     theta = scope.start.clone().requires_grad_()
-    losses = pair_losses(scope.similarity(theta, batch))
+    losses = SoftmaxLoss().pair_losses(scope.similarity(theta, batch))
     for n in range(6):
         keep = [k for k in range(6) if k != n]
         similarity = scope.similarity(theta, batch)
-        removal = losses.sum() - pair_losses(similarity[keep][:, keep]).sum()
+        removal = losses.sum() - SoftmaxLoss().pair_losses(similarity[keep][:, keep]).sum()
         own = torch.autograd.grad(losses[n], theta, retain_graph=True)[0].dot(direction) / 6
         total = torch.autograd.grad(removal, theta, retain_graph=True)[0].dot(direction) / 6
         size = max(abs(positive).max(), abs(negative).max())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from curvlinops import HessianLinearOperator
 
-from fiftyone_ecif.contrastive import pair_losses
+from fiftyone_ecif.contrastive import SoftmaxLoss
 from fiftyone_ecif.curvature import conjugate_gradient
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.fitting import minimise
@@ -31,7 +31,8 @@ def plain_loss(objective, theta):
         v = texts @ text_head
         cosine = (u @ v.T) / (u.norm(dim=1)[:, None] * v.norm(dim=1)[None])
         for i in range(len(u)):
-            row, column = scope.scale * cosine[i], scope.scale * cosine[:, i]
+            scale = scope.scale(theta)
+            row, column = scale * cosine[i], scale * cosine[:, i]
             total = total + row.exp().sum().log() + column.exp().sum().log() - 2 * row[i]
     return total / objective.pairs + objective.proximal / 2 * (theta - scope.start).square().sum()
 
@@ -63,7 +64,9 @@ def test_the_gradient_scale_is_a_pairs_gradient():
     objective = make_objective(pairs=400, batch_size=50)
     start, squares = objective.scope.start, []
     for batch in objective.batches:
-        jacobian = torch.func.jacrev(lambda theta, batch=batch: pair_losses(objective.scope.similarity(theta, batch)))
+        jacobian = torch.func.jacrev(
+            lambda theta, batch=batch: SoftmaxLoss().pair_losses(objective.scope.similarity(theta, batch))
+        )
         squares += jacobian(start).square().sum(1).tolist()
     expected = torch.tensor(squares).mean().sqrt().item()
     assert objective.gradient_scale(start).item() == pytest.approx(expected, rel=0.3)
@@ -82,7 +85,7 @@ def test_hessian_products_equal_curvlinops():
 
     class Loss(torch.nn.MSELoss):  # curvlinops asks for a loss that says how it reduces
         def forward(self, similarity, _):
-            return pair_losses(similarity).sum() / objective.pairs
+            return SoftmaxLoss().pair_losses(similarity).sum() / objective.pairs
 
     model = Similarity()
     data = [({"images": images, "texts": texts}, torch.zeros(len(images))) for images, texts in objective.batches]
@@ -112,7 +115,7 @@ def test_conjugate_gradients_equal_a_dense_solve():
 
 def test_negative_curvature_is_an_error_with_a_remedy():
     matrix = torch.diag(torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64))
-    with pytest.raises(EcifError, match=r"negative curvature.*fit=True"):
+    with pytest.raises(EcifError, match=r"curvature is negative.*fit=True"):
         list(conjugate_gradient(lambda v: matrix @ v, torch.ones(3, dtype=torch.float64)))
 
 

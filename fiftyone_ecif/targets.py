@@ -1,0 +1,177 @@
+"""What influence is measured on: the mean loss of some target pairs, as a function of a scope's parameters.
+
+=====================  =============================================================================
+``"contrastive"``      the pairs' own contrastive loss in random batches, in nats
+``"zero_shot"``        cross entropy of choosing an image's class by prompts such as "a photo of a
+                       {}.", in nats (arXiv 2103.00020)
+``"retrieval_margin"``  logit of the strongest wrong caption minus that of the right one, and the same
+                       for images, averaged; positive where retrieval fails
+a callable             ``loss(images, captions, logits)`` of unit embeddings ``(n, d)`` and the
+                       similarity matrix ``(n, n)`` of a batch, returning ``(n,)``, higher = worse
+=====================  =============================================================================
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, jacrev
+from torch.nn.functional import cross_entropy, normalize
+
+from .errors import EcifError
+from .objective import Batches
+from .scope import Scope
+
+TARGET_LOSSES = ("contrastive", "zero_shot", "retrieval_margin")
+PairFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Target(ABC):
+    """A mean of losses of target pairs.
+
+    Args:
+        scope: what varies.
+        batches: the target pairs.
+    """
+
+    def __init__(self, scope: Scope, batches: Batches) -> None:
+        self.scope, self.batches = scope, batches
+        self.pairs = sum(len(rows) for rows in batches.partition)
+
+    @abstractmethod
+    def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        """The losses of the pairs ``rows``, which are a batch, shape ``(n,)``."""
+
+    @abstractmethod
+    def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        """Which of the pairs of a batch the model gets wrong, bool, shape ``(n,)``."""
+
+    def losses(self, theta: Tensor) -> Tensor:
+        """The loss of each target pair, in the order of the rows, shape ``(M,)``."""
+        return self._each(self.batch_losses, theta)
+
+    def mistakes(self, theta: Tensor) -> Tensor:
+        """Which target pairs the model gets wrong, bool, shape ``(M,)``."""
+        return self._each(self.batch_mistakes, theta)
+
+    def loss(self, theta: Tensor) -> Tensor:
+        """The mean loss, a scalar."""
+        return self.losses(theta).mean()
+
+    def gradient_and_value(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the mean loss, shape ``(p,)``, and its value."""
+        gradient, value = torch.zeros_like(theta), theta.new_zeros(())
+        for rows, batch in self._numbered():
+            part, loss = grad_and_value(lambda at, r=rows, b=batch: self.batch_losses(at, r, b).sum())(theta)
+            gradient, value = gradient + part / self.pairs, value + loss / self.pairs
+        return gradient, value
+
+    def pair_gradients(self, theta: Tensor, batch: int) -> Tensor:
+        """The gradient of the loss of each pair of a batch, shape ``(n, p)``."""
+        rows, inputs = self.batches.partition[batch], self.batches[batch]
+        gradients: Tensor = jacrev(lambda at: self.batch_losses(at, rows, inputs), chunk_size=16)(theta)
+        return gradients
+
+    def _numbered(self) -> Any:
+        return zip(self.batches.partition, self.batches, strict=True)
+
+    def _each(self, function: Callable[[Tensor, Tensor, Any], Tensor], theta: Tensor) -> Tensor:
+        with torch.no_grad():
+            found = torch.cat([function(theta, rows, batch).cpu() for rows, batch in self._numbered()])
+        return found[torch.cat(list(self.batches.partition)).argsort()]
+
+
+class PairTarget(Target):
+    """A loss of pairs that compete in batches.
+
+    Args:
+        scope: what varies.
+        batches: the target pairs.
+        function: unit image and caption embeddings and similarity matrix to ``(n,)``.
+    """
+
+    def __init__(self, scope: Scope, batches: Batches, function: PairFunction) -> None:
+        super().__init__(scope, batches)
+        self.function = function
+
+    def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        images = normalize(self.scope.embed_images(theta, batch[0]), dim=1)
+        captions = normalize(self.scope.embed_captions(theta, batch[1]), dim=1)
+        losses = self.function(images, captions, self.scope.logits(theta, images @ captions.T))
+        if losses.shape != (len(rows),):
+            raise EcifError(
+                f"The target loss returned shape {tuple(losses.shape)} for {len(rows)} pairs. Return one loss a pair"
+            )
+        return losses
+
+    def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        """Retrieval within the batch fails: another caption, or another image, is closer."""
+        return retrieval_margin(None, None, self.scope.similarity(theta, batch), reduce=torch.maximum) > 0
+
+
+def retrieval_margin(
+    images: Any, captions: Any, logits: Tensor, reduce: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a + b) / 2
+) -> Tensor:
+    """How far the strongest wrong match is above the right one, both directions reduced to one, shape ``(n,)``."""
+    if len(logits) == 1:  # nothing to mistake it for
+        return 0 * logits[0]
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    wrong = logits.masked_fill(own, -torch.inf)
+    right = logits.diagonal()
+    return reduce(wrong.amax(1) - right, wrong.amax(0) - right)
+
+
+class ZeroShotTarget(Target):
+    """Zero-shot classification of the images.
+
+    Args:
+        scope: what varies.
+        batches: the target pairs; their captions are not used.
+        labels: the class of each row, shape ``(M,)``.
+        prompts: what the text tower takes for the prompts of all classes,
+            ``templates`` for each class after another.
+        templates: prompts a class; their unit embeddings are averaged.
+    """
+
+    def __init__(self, scope: Scope, batches: Batches, labels: Tensor, prompts: Tensor, templates: int = 1) -> None:
+        super().__init__(scope, batches)
+        self.labels, self.prompts, self.templates = labels, prompts, templates
+
+    def class_logits(self, theta: Tensor, batch: Any) -> Tensor:
+        """Shape ``(n, classes)``."""
+        images = normalize(self.scope.embed_images(theta, batch[0]), dim=1)
+        prompts = normalize(self.scope.embed_captions(theta, self.prompts), dim=1)
+        classes = normalize(prompts.unflatten(0, (-1, self.templates)).mean(1), dim=1)
+        return self.scope.logits(theta, images @ classes.T)
+
+    def predictions(self, theta: Tensor) -> Tensor:
+        """The class that the model gives to each image, shape ``(M,)``."""
+        return self._each(lambda at, rows, batch: self.class_logits(at, batch).argmax(1), theta)
+
+    def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        logits = self.class_logits(theta, batch)
+        return cross_entropy(logits, self.labels[rows].to(logits.device), reduction="none")
+
+    def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        logits = self.class_logits(theta, batch)
+        return logits.argmax(1) != self.labels[rows].to(logits.device)
+
+
+def pair_function(scope: Scope, loss: str | PairFunction) -> PairFunction:
+    """The function of :class:`PairTarget` for a loss by name, or the caller's own."""
+    if callable(loss):
+        return loss
+    functions: dict[str, PairFunction] = {
+        "contrastive": lambda images, captions, logits: scope.loss.pair_losses(logits),
+        "retrieval_margin": retrieval_margin,
+    }
+    return functions[loss]
+
+
+def fill_prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The prompts of all classes, those of one class next to each other."""
+    return [template.replace("{}", name) for name in classes for template in templates]
