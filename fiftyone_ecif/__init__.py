@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .api import compute_influence
     from .curation import export_pairs, select_by_influence, tag_by_influence
     from .runs import InfluenceResults
+    from .tuning import fit_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,14 +19,19 @@ __all__ = [
     "InfluenceResults",
     "compute_influence",
     "export_pairs",
+    "fit_model",
     "select_by_influence",
     "tag_by_influence",
 ]
 
 _HOMES = {
     "InfluenceResults": ".runs",
+    "edit_model": ".editing",
+    "group_influence": ".editing",
+    "trace": ".tracing",
     "compute_influence": ".api",
     "export_pairs": ".curation",
+    "fit_model": ".tuning",
     "select_by_influence": ".curation",
     "tag_by_influence": ".curation",
 }

@@ -5,25 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import fiftyone.utils.torch as fout
 import numpy as np
 
-from .encoder import Encoder, check_names, choose_device
 from .errors import EcifError
-from .features import PairKey, cached_features, pair_key
+from .problem import Problem, describe, prepare
 from .progress import Progress, follow
-from .runs import InfluenceConfig, InfluenceResults, check_key, influence_fields, release_store
-from .samples import Pairs, check_collection, read_pairs, warn_skipped, write_scores
-from .scoring import Scores, score_pairs
+from .runs import (
+    InfluenceConfig,
+    InfluenceResults,
+    PairFunction,
+    check_key,
+    influence_fields,
+    release_store,
+)
+from .samples import Pairs, write_scores
+from .scoring import Method, Scores, read_cached, score_pairs
 from .store import Store
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BATCH_SIZE = 256
 _FAR_FROM_STATIONARY = 0.01
+_POORLY_CACHED = 0.5
 
 
 def compute_influence(
@@ -33,12 +39,21 @@ def compute_influence(
     pretrained: str | None = None,
     target: Any = None,
     *,
+    target_loss: str | PairFunction = "contrastive",
+    label_field: str | None = None,
+    templates: Sequence[str] = ("a photo of a {}.",),
     scope: str = "heads",
+    role: str = "exact",
+    solver: str | None = None,
+    damping: float = 0.0,
     brain_key: str = "ecif",
     fit: bool = False,
     proximal: float = 0.1,
     batch_size: int | None = None,
     seed: int = 0,
+    n_partitions: int = 1,
+    scores: Sequence[str] = (),
+    keep_gradients: bool | None = None,
     device: str | None = None,
     num_workers: int | None = None,
     skip_failures: bool = True,
@@ -49,9 +64,10 @@ def compute_influence(
 
     The influence of a pair is the change of the target's mean loss if the pair
     had not been trained on, to first order, for a model trained with the
-    contrastive (softmax) loss: **positive = valuable, negative = harmful**, in
-    nats. It is the sum of two parts, from the pair's own loss and from its
-    serving as a negative of the others in its batch.
+    contrastive loss (softmax, or sigmoid for a model with a ``logit_bias``):
+    **positive = valuable, negative = harmful**, in nats. It is the sum of two
+    parts, from the pair's own loss and from its serving as a negative of the
+    others in its batch.
 
     Four fields are written: ``{brain_key}_influence``, its parts
     ``{brain_key}_positive`` and ``{brain_key}_negative``, and
@@ -75,19 +91,51 @@ def compute_influence(
             checkpoint. Needed unless the model name brings its own weights
             (``local-dir:…``, ``hf-hub:…``).
         target: the validation pairs towards which influence is measured, a
-            dataset or view of images with the same caption field.
-        scope ("heads"): the parameters to attribute: both final projections.
+            dataset or view of images with the same caption field; or slices of
+            them as a dict of name -> view. Each slice then gets a field
+            ``{brain_key}_influence_on_{name}``, and ``{brain_key}_influence`` is
+            their mean.
+        target_loss ("contrastive"): what is measured on the target: the pairs'
+            own ``"contrastive"`` loss, ``"zero_shot"`` classification by
+            ``label_field``, ``"retrieval_margin"`` (logit of the strongest
+            wrong match minus that of the right one), or a function
+            ``loss(images, captions, logits)`` of a batch's unit embeddings,
+            ``(n, d)`` each, and its similarity matrix ``(n, n)``, returning a
+            loss for each pair, ``(n,)``, in torch.
+        label_field (None): a string or Classification field of the target's
+            classes; the classes are those found in it.
+        templates ("a photo of a {}.",): prompts of a class; their embeddings
+            are averaged.
+        scope ("heads"): the parameters to attribute: ``"heads"`` (both final
+            projections), ``"heads+logit_scale"``, ``"lora[:RANK[:BLOCKS]]"``
+            (adapters on attention and MLP weights, of the last BLOCKS blocks),
+            ``"blocks:K"`` (the last K blocks of both towers), or a regular
+            expression that parameter names are searched for.
+        role ("exact"): how a pair's part in its batch is taken: ``"exact"``,
+            ``"taylor"`` (the paper's first-order form), ``"positive"`` or
+            ``"negative"`` alone, or ``"as_printed"`` (the paper's formula as
+            printed, which is wrong; for comparison).
+        solver (None): the curvature: ``"hessian"`` (default for heads), ``"ggn"``
+            (default for deeper scopes), ``"logra"`` or ``"identity"``.
+        damping (0.0): added to the curvature, relative to its mean eigenvalue.
         brain_key ("ecif"): names the run and its fields.
         fit (False): whether to bring the scope to a stationary point of the
             pairs' loss first, in memory, starting from the loaded weights.
             Influence functions presume one.
         proximal (0.1): strength of the pull to the loaded weights, in the
-            objective and as the damping of its Hessian.
+            objective and in its curvature.
         batch_size (None): pairs that compete in one softmax; by default 256,
             or all pairs if there are fewer. Scores depend on it.
         seed (0): which pairs share a batch.
-        device (None): where images and captions are encoded; by default a GPU
-            where there is one. All that follows is float64 on the CPU.
+        n_partitions (1): how many random partitions into batches to average
+            over; with more than one, ``{brain_key}_error`` is the standard error.
+        scores: further fields to write: ``"relative_influence"``,
+            ``"self_influence"``, ``"leave_one_out_loss"``.
+        keep_gradients (None): whether to store projected gradients, which
+            :func:`fiftyone_ecif.trace` needs; by default for heads only, where
+            they cost little.
+        device (None): where the model runs; by default a GPU where there is
+            one. For the heads all that follows is float64 on the CPU.
         num_workers (None): processes that load images.
         skip_failures (True): whether to skip samples without a caption or with
             an unreadable image, with a warning, rather than raise.
@@ -97,13 +145,15 @@ def compute_influence(
     Returns:
         :class:`fiftyone_ecif.InfluenceResults`. Its ``diagnostics`` hold
         ``relative_gradient_norm`` (of the mean over a pair's, 0 at a stationary
-        point),
-        ``damping`` (what had to be added to an indefinite Hessian, else 0),
-        ``solve_residual``, ``solve_iterations`` and ``condition_number`` of the
-        solve, ``smallest_norm`` (the shortest embedding over the median,
-        before normalisation), ``training_loss`` and ``target_loss`` (mean pair
-        losses in nats), ``pairs``, ``target_pairs``, ``shared_pairs``,
-        ``parameters`` and ``attributed`` (what is in scope).
+        point), ``damping`` (what was added to the curvature to make it positive,
+        relative to its mean eigenvalue), ``solve_residual``,
+        ``solve_iterations`` and ``condition_number`` of the solves,
+        ``smallest_norm`` (the shortest embedding over the median, before
+        normalisation), ``training_loss`` and ``target_loss`` (means over pairs),
+        ``cached_correlation`` (Pearson, of influence from the stored gradients
+        with the scores), ``pairs``, ``target_pairs``, ``shared_pairs``,
+        ``parameters`` (how many are in scope), ``attributed`` (their names) and
+        ``held_fixed`` (the names of all others).
 
     Raises:
         EcifError: if an argument or the data is not usable, or the result
@@ -114,10 +164,19 @@ def compute_influence(
         model=model,
         pretrained=pretrained,
         scope=scope,
+        role=role,
+        solver=solver,
+        damping=damping,
         fit=fit,
         proximal=proximal,
         batch_size=batch_size,
         seed=seed,
+        n_partitions=n_partitions,
+        target_loss=target_loss,
+        label_field=label_field,
+        templates=templates,
+        scores=scores,
+        keep_gradients=keep_gradients,
     )
     work = influence_steps(
         samples,
@@ -144,142 +203,112 @@ def influence_steps(
     overwrite: bool = False,
 ) -> Generator[Progress, None, InfluenceResults]:
     """:func:`compute_influence` as a generator of its progress, for a caller that shows it or stops it."""
-    choose_device(device)
-    check_names(config.model, config.pretrained)
-    if target is None:
-        raise EcifError("target is needed: a view of validation pairs, such as dataset.match_tags('val')")
-    check_collection(samples, config.caption_field)
-    dataset = samples._dataset
-    check_key(dataset, brain_key, overwrite)
-
-    yield Progress("Reading pairs", 0, 1)
-    pairs = read_pairs(samples, config.caption_field, skip_failures)
-    try:
-        aims = read_pairs(target, config.caption_field, skip_failures)
-    except EcifError as error:
-        raise EcifError(f"The target cannot be used. {error}") from error
-    _check_sizes(pairs, aims, config.batch_size)
-    shared = _warn_shared(pairs, aims)
-    Store(str(dataset._doc.id)).ensure_writable()
-    yield Progress("Reading pairs", 1, 1)
-
-    yield Progress("Loading the model", 0, 1)
-    encoder = Encoder(config.model, config.pretrained, device)
-    scope = encoder.scope()
-    store = Store(str(dataset._doc.id), encoder.fingerprint)
-    yield Progress("Loading the model", 1, 1)
-
-    paths, captions = pairs.paths + aims.paths, pairs.captions + aims.captions
-    keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
-    images, texts, failures = yield from cached_features(
-        store,
-        encoder,
-        keys,
-        paths,
-        captions,
-        fout.recommend_num_workers() if num_workers is None else num_workers,
-        skip_failures,
+    config.slices = list(target) if isinstance(target, Mapping) else []
+    problem = yield from prepare(
+        samples,
+        target,
+        config,
+        device=device,
+        num_workers=num_workers,
+        skip_failures=skip_failures,
+        check=lambda: check_key(samples._dataset, brain_key, overwrite, config),
     )
-    pairs, aims, rows, aim_rows = _drop_failures(pairs, aims, failures)
-    warn_skipped(pairs.skipped, "training")
-    warn_skipped(aims.skipped, "target")
-    _check_sizes(pairs, aims, config.batch_size)
-
-    config.batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
-    config.target = _describe(target)
-    config.encoder = encoder.fingerprint
-    run_store = store.inside("run-" + _run_key([keys[row] for row in rows], config))
-    config.store = run_store.names
-    scores = yield from score_pairs(
-        run_store,
-        scope,
-        (images[rows], texts[rows]),
-        (images[aim_rows], texts[aim_rows]),
-        fit=config.fit,
-        proximal=config.proximal,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-    _check_scores(pairs, scores)
+    config.batch_size = problem.batch_size
+    config.encoder = problem.encoder.fingerprint
+    method = Method(config.fit, config.proximal, config.role, config.solver, config.damping, config.keep_gradients)
+    found: list[Scores] = []
+    for number in range(config.n_partitions):
+        store = problem.store.inside("run-" + _run_key(problem, config, config.seed + number))
+        if not number:
+            config.store = store.names
+        scores = yield from score_pairs(
+            store, problem.scope, problem.batches(config.seed + number), problem.targets, method
+        )
+        _check_scores(problem.pairs, scores)
+        found.append(scores)
+        method = replace(method, keep_gradients=False)  # one partition's are enough
+    config.target = describe(target, problem)
+    _warn(found[0].diagnostics)
 
     yield Progress("Writing fields", 0, 1)
-    diagnostics = scores.diagnostics | {
-        "pairs": len(pairs.ids),
-        "target_pairs": len(aims.ids),
-        "shared_pairs": shared,
-        "attributed": encoder.head_parameters(),
+    attributed = problem.encoder.scope_names(problem.choice)
+    names = [name for name, _ in problem.encoder.model.named_parameters()]
+    diagnostics = found[0].diagnostics | {
+        "pairs": len(problem.pairs.ids),
+        "target_pairs": sum(len(aims.ids) for aims in problem.aims.values()),
+        "shared_pairs": problem.shared,
+        "attributed": attributed,
+        "held_fixed": [name for name in names if name not in set(attributed)],
     }
-    results = _write_run(samples, brain_key, config, pairs, scores, diagnostics)
+    columns = _columns(found, config, problem)
+    results = _write_run(samples, brain_key, config, problem.pairs, columns, diagnostics)
     yield Progress("Writing fields", 1, 1)
-    logger.info("Influence of %d pairs written to %s", len(pairs.ids), ", ".join(influence_fields(brain_key)))
+    logger.info("Influence of %d pairs written to %s", len(problem.pairs.ids), ", ".join(columns))
     return results
 
 
-def _check_sizes(pairs: Pairs, aims: Pairs, batch_size: int | None) -> None:
-    if len(pairs.ids) < 2:
-        raise EcifError(f"Influence needs at least 2 training pairs, there are {len(pairs.ids)}")
-    if len(aims.ids) < 2:
-        raise EcifError(f"The target needs at least 2 pairs, it has {len(aims.ids)}")
-    if batch_size is not None and batch_size > len(pairs.ids):
-        raise EcifError(
-            f"batch_size={batch_size} is larger than the {len(pairs.ids)} training pairs. "
-            f"Use at most {len(pairs.ids)}, or leave it out"
-        )
-
-
-def _drop_failures(pairs: Pairs, aims: Pairs, failures: dict[int, str]) -> tuple[Pairs, Pairs, np.ndarray, np.ndarray]:
-    """Takes the pairs whose image could not be read out of both, and says which feature rows are left."""
-    count = len(pairs.ids)
-    good = np.array([index not in failures for index in range(count + len(aims.ids))])
-    pairs = pairs.without({index: reason for index, reason in failures.items() if index < count})
-    aims = aims.without({index - count: reason for index, reason in failures.items() if index >= count})
-    return pairs, aims, np.flatnonzero(good[:count]), count + np.flatnonzero(good[count:])
-
-
-def _warn_shared(pairs: Pairs, aims: Pairs) -> int:
-    shared = len(set(pairs.ids) & set(aims.ids))
-    if shared:
-        logger.warning(
-            "%d of the %d target pairs are also scored as training pairs: their influence on themselves is part of "
-            "their score. Leave them out of one of the two for a held-out target",
-            shared,
-            len(aims.ids),
-        )
-    return shared
-
-
-def _run_key(keys: list[PairKey], config: InfluenceConfig) -> str:
+def _run_key(problem: Problem, config: InfluenceConfig, seed: int) -> str:
     """A digest of all that the fitted parameters and the gradients depend on, beside the encoder."""
-    settings = [config.scope, config.fit, config.proximal, config.batch_size, config.seed]
-    return hashlib.blake2b(json.dumps([keys, settings]).encode(), digest_size=16).hexdigest()
+    settings = [config.scope, config.fit, config.proximal, problem.batch_size, seed, config.role]
+    digest = hashlib.blake2b(json.dumps([problem.keys, settings]).encode(), digest_size=16)
+    digest.update(problem.scope.start.cpu().numpy().tobytes())  # adapters are not part of the encoder
+    return digest.hexdigest()
+
+
+def _columns(found: Sequence[Scores], config: InfluenceConfig, problem: Problem) -> dict[str, np.ndarray]:
+    """What is written, by the end of the field's name: averages over partitions, then over slices."""
+    positive = np.mean([scores.positive for scores in found], axis=0)
+    negative = np.mean([scores.negative for scores in found], axis=0)
+    influence = (positive + negative).mean(0)
+    rank = np.empty(len(influence), dtype=int)
+    rank[np.argsort(influence, kind="stable")] = np.arange(1, len(influence) + 1)
+    columns = {"influence": influence, "positive": positive.mean(0), "negative": negative.mean(0), "rank": rank}
+    if len(found) > 1:
+        each = [(scores.positive + scores.negative).mean(0) for scores in found]
+        columns["error"] = np.std(each, axis=0, ddof=1) / len(found) ** 0.5
+    for name, row in zip(config.slices, positive + negative, strict=False):
+        columns[f"influence_on_{name}"] = row
+    if config.scores:
+        store = Store(*(config.store or ()))
+        cached = read_cached(store, config.solver)
+        if "relative_influence" in config.scores:
+            columns["relative_influence"] = influence / cached.lengths
+        own = cached.self_influence()
+        if "self_influence" in config.scores:
+            columns["self_influence"] = own
+        if "leave_one_out_loss" in config.scores:
+            table = store.table("gradients").read_all("row", "loss")
+            columns["leave_one_out_loss"] = own + table["loss"][np.argsort(table["row"])]
+    return columns
 
 
 def _check_scores(pairs: Pairs, scores: Scores) -> None:
-    bad = np.flatnonzero(~np.isfinite(scores.positive + scores.negative))
+    bad = np.flatnonzero(~np.isfinite(scores.positive + scores.negative).all(0))
     if len(bad):
         raise EcifError(
             f"The scores of {len(bad)} samples are not finite; the first is {pairs.ids[bad[0]]}. "
             "Check its image and caption, or raise proximal"
         )
-    found = scores.diagnostics
+
+
+def _warn(found: Mapping[str, Any]) -> None:
     if found["relative_gradient_norm"] > _FAR_FROM_STATIONARY:
         logger.warning(
             "The model is not at a stationary point of these pairs' loss (relative gradient norm %.2g, 0 is ideal), so "
             "influence is a rougher estimate. fit=True brings it there",
             found["relative_gradient_norm"],
         )
-    if found["damping"]:
+    if found.get("damping"):
         logger.warning(
-            "The Hessian has negative curvature here, so it was damped by %.3g and influence is a rougher estimate. "
-            "fit=True avoids that",
+            "The curvature is negative in places, so it was damped by %.2g of its mean and influence is a rougher "
+            "estimate. fit=True avoids that",
             found["damping"],
         )
-
-
-def _describe(target: Any) -> dict[str, Any]:
-    """The target for the record: its dataset, size, and the stages of its view."""
-    view = target.view()
-    return {"dataset": target._dataset.name, "samples": len(target), "view": view.name, "stages": str(view)[:2000]}
+    if found.get("cached_correlation", 1.0) < _POORLY_CACHED:
+        logger.warning(
+            "The stored gradients reproduce these scores poorly (correlation %.2f), so tracing is rough here",
+            found["cached_correlation"],
+        )
 
 
 def _write_run(
@@ -287,24 +316,23 @@ def _write_run(
     brain_key: str,
     config: InfluenceConfig,
     pairs: Pairs,
-    scores: Scores,
+    columns: Mapping[str, np.ndarray],
     diagnostics: dict[str, Any],
 ) -> InfluenceResults:
     dataset = samples._dataset
-    old_store = dataset.get_brain_info(brain_key).config.store if dataset.has_brain_run(brain_key) else None
-    fields = influence_fields(brain_key)
-    influence = scores.positive + scores.negative
-    rank = np.empty(len(influence), dtype=int)
-    rank[np.argsort(influence, kind="stable")] = np.arange(1, len(influence) + 1)
-    columns = (influence, scores.positive, scores.negative, rank)
+    fields = influence_fields(brain_key, config)
     values = {
-        field: dict(zip(pairs.ids, column.tolist(), strict=True)) for field, column in zip(fields, columns, strict=True)
+        f"{brain_key}_{name}": dict(zip(pairs.ids, column.tolist(), strict=True)) for name, column in columns.items()
     }
+    old = dataset.get_brain_info(brain_key).config if dataset.has_brain_run(brain_key) else None
     run = config.build()
     run.register_run(samples, brain_key, cleanup=False)
     write_scores(dataset, values, fields)
     results = InfluenceResults(samples, config, brain_key, pairs.ids, pairs.skipped, diagnostics, backend=run)
     run.save_run_results(samples, brain_key, results)
-    if old_store not in (None, config.store):
-        release_store(dataset, "", old_store)
+    if old is not None:
+        gone = [name for name in influence_fields(brain_key, old) if name not in fields]
+        dataset.delete_sample_fields([name for name in gone if dataset.has_sample_field(name)])
+        if old.store != config.store:
+            release_store(dataset, "", old.store)
     return results

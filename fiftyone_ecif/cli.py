@@ -152,6 +152,53 @@ def score(
 
 @main.command()
 @click.argument("dataset")
+@click.argument("path")
+@click.option("--caption-field", default="caption", show_default=True, help="The string field of the captions.")
+@click.option("--tag", "tags", multiple=True, help="Train on samples with this tag only.")
+@click.option("--view", help="Train on this saved view only.")
+@click.option("--model", default="ViT-B-32", show_default=True, help="An open_clip model.")
+@click.option("--pretrained", help="A pretrained tag of the model, or the path of a checkpoint.")
+@click.option("--scope", default="lora", show_default=True, help="What to train: lora:RANK, blocks:K or a pattern.")
+@click.option("--epochs", default=5, show_default=True, help="How often each pair is seen.")
+@click.option("--batch-size", default=64, show_default=True, help="Pairs that compete in one softmax.")
+@click.option("--learning-rate", default=1e-3, show_default=True, help="The highest, after the warm-up.")
+@click.option("--weight-decay", default=0.0, show_default=True, help="Of what is trained to zero.")
+@click.option("--seed", default=0, show_default=True, help="Fixes new adapters and all batches.")
+@click.option("--device", help="cpu or cuda.")
+@click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be trained on.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint.")
+@_AS_JSON
+def fit(
+    dataset: str,
+    path: str,
+    tags: tuple[str, ...],
+    view: str | None,
+    strict: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fine-tune a pretrained model on the pairs of DATASET and write the checkpoint PATH.
+
+    A fit that was stopped goes on where it was when the same command is run again.
+
+    Example: fiftyone-ecif fit my-pairs tuned.pt --tag train --model ViT-B-32 --pretrained laion2b_s34b_b79k
+    """
+    with _job():
+        from .tuning import fit_model
+
+        result = fit_model(_narrow(_load(dataset), tags, view), path, skip_failures=not strict, **options)
+    _print(
+        result,
+        as_json,
+        lambda r: (
+            f"Trained {r['parameters']} parameters on {r['pairs']} pairs of {dataset!r}, skipped {len(r['skipped'])}. "
+            f"Mean pair loss {r['loss_before']:.3f} before, {r['loss_after']:.3f} after. Checkpoint: {r['checkpoint']}"
+        ),
+    )
+
+
+@main.command()
+@click.argument("dataset")
 @click.option("--field", default="ecif_influence", show_default=True, help="The score.")
 @click.option("--direction", type=click.Choice(["harmful", "valuable"]), default="harmful", show_default=True)
 @click.option("--count", type=int, help="How many pairs.")

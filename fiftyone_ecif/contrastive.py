@@ -13,7 +13,7 @@ Removing it changes the batch loss by exactly the sum of the two::
 
 Source: the removal perturbation behind Eq. 3 of arXiv 2411.11667 (ECIF), which
 keeps only its first order in the negative role and is printed with the softmax
-inverted; :data:`ROLES` has all forms.
+inverted; :data:`fiftyone_ecif.choices.ROLES` has all forms.
 """
 
 from __future__ import annotations
@@ -26,11 +26,6 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .errors import EcifError
-
-#: How a pair's part in its batch is taken: both roles exactly (the default), the
-#: negative one to first order, one role alone, or the paper's formula as printed,
-#: which is wrong and here for comparison only.
-ROLES = ("exact", "taylor", "positive", "negative", "as_printed")
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ class BatchLoss(ABC):
 
         Args:
             similarity: ``S``, shape ``(n, n)``.
-            role: one of :data:`ROLES`.
+            role: one of :data:`fiftyone_ecif.choices.ROLES`.
 
         Returns:
             ``(positive, negative)``: the pulls that add up to each role
@@ -91,7 +86,7 @@ class BatchLoss(ABC):
         Args:
             similarity: ``S``, shape ``(n, n)``.
             direction: the derivative of ``S`` along some change of the model, same shape.
-            role: one of :data:`ROLES`.
+            role: one of :data:`fiftyone_ecif.choices.ROLES`.
 
         Returns:
             ``(positive, negative)``, each of shape ``(n,)``.

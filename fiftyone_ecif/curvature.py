@@ -1,16 +1,7 @@
 """Solving with the curvature of the objective.
 
 The influence of a pair on a target ``f`` is ``grad f . H^-1 g / N``. One solve
-``s = H^-1 grad f`` a target serves every pair. :data:`SOLVERS` says what may
-stand for ``H``:
-
-============  ===============================================================================
-``hessian``   the exact Hessian; damped where it is not positive along the solve
-``ggn``       the generalised Gauss-Newton matrix, never negative
-``logra``     the covariance of the pairs' projected gradients (arXiv 2405.13954), dense in
-              the projected space (see ``gradients``)
-``identity``  none: the dot product of gradients, as in TracIn (arXiv 2002.08484)
-============  ===============================================================================
+``s = H^-1 grad f`` a target serves every pair.
 
 Damping is relative to the mean eigenvalue.
 """
@@ -19,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,8 +18,6 @@ from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from .errors import EcifError
-
-SOLVERS = ("hessian", "ggn", "logra", "identity")
 
 _DENSE = 512  # parameters up to which the matrix is factorised
 _PROBES = 8
@@ -92,13 +82,17 @@ def solve(
         shift = damping * mean
         try:
             solution = None
-            for solution in conjugate_gradient(lambda v, s=shift: product(v) + s * v, right, tolerance):
+            for solution in conjugate_gradient(partial(_shifted, product, shift), right, tolerance):
                 yield solution.residual
             assert solution is not None
             return Solution(solution.vector, solution.iterations, solution.residual, solution.condition_number, damping)
         except NegativeCurvatureError:
             mean = mean or mean_eigenvalue(product, right)
             damping = _more(damping)
+
+
+def _shifted(product: Product, shift: float, vector: Tensor) -> Tensor:
+    return product(vector) + shift * vector
 
 
 def _solve_dense(product: Product, right: Tensor, damping: float) -> Solution:

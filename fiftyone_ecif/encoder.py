@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 from open_clip.factory import parse_model_name
@@ -25,11 +24,12 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from .checkpoint import load_adapters
+from .choices import ScopeChoice
 from .contrastive import SigmoidLoss, SoftmaxLoss
 from .errors import EcifError
 from .heads import HeadScope
 from .inputs import Images
-from .scope import Scope, ScopeChoice
+from .scope import Scope
 from .towers import Tower, TowerScope, scope_parameters
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")

@@ -18,15 +18,16 @@ _MAGNIFY = 1e8  # torch's L-BFGS forgets steps whose curvature product is below 
 
 
 def minimise(
-    objective: ContrastiveLoss, tolerance: float = 1e-5, max_iterations: int = 1000
+    objective: ContrastiveLoss, tolerance: float = 1e-5, max_iterations: int = 1000, start: Tensor | None = None
 ) -> Iterator[tuple[Tensor, float]]:
-    """Minimises the objective from its scope's starting weights by L-BFGS.
+    """Minimises the objective by L-BFGS.
 
     Args:
         objective: what to minimise.
         tolerance (1e-5): the gradient norm to reach, relative to
             :meth:`ContrastiveLoss.gradient_scale` at the start.
         max_iterations (1000): L-BFGS steps to spend at most.
+        start (None): where to begin; by default at the scope's starting weights.
 
     Yields:
         the parameters, shape ``(p,)``, and the relative gradient norm after
@@ -35,8 +36,8 @@ def minimise(
     Raises:
         EcifError: if it is not reached
     """
-    theta = objective.scope.start.clone()
-    scale = objective.gradient_scale(theta)
+    theta = (objective.scope.start if start is None else start).clone()
+    scale = objective.gradient_scale(objective.scope.start)
     optimiser = torch.optim.LBFGS(
         [theta],
         max_iter=1,  # a step at a time, so that the caller can show progress or stop

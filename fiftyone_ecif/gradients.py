@@ -16,19 +16,21 @@ kept as its coordinates in a subspace of orthonormal directions:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vjp
 from torch.nn.functional import normalize
 
 from .contrastive import Pull
 from .heads import Batch, HeadScope
 from .objective import ContrastiveLoss
 from .scope import Scope
+
+_CHUNK = 32  # vectors at a time
 
 
 class Projection(ABC):
@@ -47,6 +49,10 @@ class Projection(ABC):
         """Projected gradients of both roles of every pair of a batch, each of shape ``(n, r)``."""
 
     @abstractmethod
+    def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+        """Projected gradients of the entries of ``function(theta)``, ``(n,)`` to ``(n, r)``."""
+
+    @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """Named arrays from which it can be made again."""
 
@@ -57,8 +63,8 @@ class Projection(ABC):
 
     def curvature(self, product: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         """The curvature restricted to the subspace, shape ``(r, r)``, at the cost of ``r`` products."""
-        rows = [self.project(product(self.lift(row))) for row in torch.eye(self.rank).to(theta)]
-        matrix = torch.stack(rows)
+        restricted = torch.vmap(lambda row: self.project(product(self.lift(row))), chunk_size=_CHUNK)
+        matrix: Tensor = restricted(torch.eye(self.rank).to(theta))
         return (matrix + matrix.T) / 2
 
 
@@ -77,15 +83,22 @@ class BasisProjection(Projection):
         return vectors @ self.basis
 
     def lift(self, coordinates: Tensor) -> Tensor:
-        return self.basis @ coordinates
+        lifted: Tensor = self.basis @ coordinates
+        return lifted
 
     def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
         columns = []
         for direction in self.basis.T:
-            similarity, moved = jvp(lambda at: self.scope.similarity(at, batch), (theta,), (direction.contiguous(),))
+            similarity, moved = jvp(lambda at: self.scope.similarity(at, batch), (theta,), (direction.contiguous(),))[
+                :2
+            ]
             columns.append(self.scope.loss.removal_tangents(similarity, moved, role))
         positive, negative = (torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))
         return positive, negative
+
+    def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+        columns = [jvp(function, (theta,), (direction.contiguous(),))[1] for direction in self.basis.T]
+        return torch.stack(columns, dim=1)
 
     def state(self) -> dict[str, Tensor]:
         return {"basis": self.basis}
@@ -95,7 +108,7 @@ class BasisProjection(Projection):
         return self.basis.shape[1]
 
 
-def gradient_basis(theta: Tensor, objectives: Mapping[ContrastiveLoss, int]) -> Tensor:
+def gradient_basis(theta: Tensor, sources: Sequence[tuple[ContrastiveLoss, int]]) -> Tensor:
     """Directions in which pair gradients vary most, by random sums of them.
 
     A randomised range finder (Halko, Martinsson and Tropp 2011): gradients summed
@@ -103,14 +116,14 @@ def gradient_basis(theta: Tensor, objectives: Mapping[ContrastiveLoss, int]) -> 
 
     Args:
         theta: the parameters, shape ``(p,)``.
-        objectives: pairs, and how many directions to draw from them.
+        sources: pairs, and how many directions to draw from them.
 
     Returns:
         orthonormal columns, shape ``(p, r)``
     """
     drawn = [
         gradient
-        for objective, count in objectives.items()
+        for objective, count in sources
         for gradient in objective.random_gradients(theta, min(count, len(theta)), seed=count)
     ]
     return torch.linalg.qr(torch.stack(drawn, dim=1)).Q
@@ -150,7 +163,7 @@ class KroneckerProjection(Projection):
         flat = vectors.reshape(-1, vectors.shape[-1])
         blocks, start = [], 0
         for head, shape in zip(self.heads, self.scope.shapes, strict=True):
-            matrices = flat[:, start : start + shape.numel()].unflatten(1, shape)
+            matrices = flat[:, start : start + shape.numel()].reshape(-1, *shape)
             blocks.append((head.input.T @ matrices @ head.output).flatten(1))
             start += shape.numel()
         return torch.cat([*blocks, flat[:, start:]], dim=1).view(*vectors.shape[:-1], -1)
@@ -166,6 +179,12 @@ class KroneckerProjection(Projection):
 
     def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
         return removal_gradients(self.scope, theta, batch, self.heads, role)
+
+    def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+        value, pull_back = vjp(function, theta)[:2]
+        pulled = torch.vmap(lambda row: self.project(pull_back(row)[0]), chunk_size=_CHUNK)
+        rows: Tensor = pulled(torch.eye(len(value)).to(value))
+        return rows
 
     def state(self) -> dict[str, Tensor]:
         return {

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.func import jvp
 
@@ -41,26 +40,3 @@ def batch_influence(
     similarity, direction = jvp(lambda at: scope.similarity(at, batch), (theta,), (solution,))[:2]
     positive, negative = scope.loss.removal_tangents(similarity, direction, role)
     return positive / pairs, negative / pairs
-
-
-def self_influence(gradients: Tensor, damping: float = 0.1) -> Tensor:
-    """How much each pair moves the model on itself, in the space of projected gradients.
-
-        g_n . (C + damping * mean eigenvalue of C)^-1 g_n / N
-
-    with ``C`` the mean outer product of the gradients: LoGra's approximation of
-    the curvature (arXiv 2405.13954). Good for ranking pairs, not a loss change.
-
-    Args:
-        gradients: projected removal gradients, shape ``(N, r)``.
-        damping (0.1): relative to the mean eigenvalue of ``C``.
-
-    Returns:
-        shape ``(N,)``, never negative, without a unit
-    """
-    gradients = gradients.double()
-    curvature = gradients.T @ gradients / len(gradients)
-    curvature.diagonal().add_(damping * curvature.diagonal().mean())
-    factor = torch.linalg.cholesky(curvature)
-    whitened: Tensor = torch.linalg.solve_triangular(factor, gradients.T, upper=False)
-    return whitened.square().sum(0) / len(gradients)

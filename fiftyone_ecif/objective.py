@@ -150,7 +150,7 @@ class ContrastiveLoss:
 
         for batch in self.batches:
             similarity = partial(self.scope.similarity, batch=batch)
-            value, direction = jvp(similarity, (theta,), (vector,))
+            value, direction = jvp(similarity, (theta,), (vector,))[:2]
             curved = jvp(grad(batch_loss), (value,), (direction,))[1]
             product = product + vjp(similarity, theta)[1](curved)[0]
         return product

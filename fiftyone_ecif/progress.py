@@ -20,7 +20,7 @@ STAGES = (
     "Loading the model",
     "Encoding images",
     "Encoding captions",
-    "Fitting the heads",
+    "Fitting",
     "Solving",
     "Computing gradients",
     "Scoring",

@@ -7,15 +7,26 @@ list, load and delete runs, so this module and its classes keep their names.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fiftyone.core.brain as fob
 import fiftyone.core.fields as fof
 import numpy as np
 
+from .choices import ROLES, SOLVERS, TARGET_LOSSES, parse_scope
 from .errors import EcifError
 from .store import Store
+
+if TYPE_CHECKING:
+    from .cached import CachedGradients
+
+PairFunction = Callable[..., Any]
+
+
+#: Scores that a run can write beside influence, from the projected gradients.
+EXTRA_SCORES = ("relative_influence", "self_influence", "leave_one_out_loss")
 
 
 class InfluenceConfig(fob.BrainMethodConfig):
@@ -26,11 +37,23 @@ class InfluenceConfig(fob.BrainMethodConfig):
         model ("ViT-B-32"): the model's name.
         pretrained (None): its tag or checkpoint.
         scope ("heads"): the parameters that are attributed.
-        fit (False): whether they are brought to a stationary point first.
+        role ("exact"): how a pair's part in its batch is taken.
+        solver (None): the curvature; by default the Hessian for heads and the
+            Gauss-Newton matrix for deeper scopes.
+        damping (0.0): of the curvature, relative to its mean eigenvalue.
+        fit (False): whether the scope is brought to a stationary point first.
         proximal (0.1): the strength of the pull to the loaded weights.
         batch_size (None): of the partition.
         seed (0): of the partition.
-        target (None): the target view, for the record.
+        n_partitions (1): over how many partitions scores are averaged.
+        target_loss ("contrastive"): what is measured on the target.
+        label_field (None): the classes of the target, for ``"zero_shot"``.
+        templates: prompts of a class, ``{}`` standing for its name.
+        scores: which of :data:`EXTRA_SCORES` to write too.
+        keep_gradients (None): whether projected gradients are stored; by default
+            for heads, and where something needs them.
+        slices: names of the target's slices, if it has any.
+        target (None): the target, for the record.
         encoder (None): fingerprint of the loaded model, once it is.
         store (None): where the run's tables lie below the cache folder.
 
@@ -45,32 +68,71 @@ class InfluenceConfig(fob.BrainMethodConfig):
         model: str = "ViT-B-32",
         pretrained: str | None = None,
         scope: str = "heads",
+        role: str = "exact",
+        solver: str | None = None,
+        damping: float = 0.0,
         fit: bool = False,
         proximal: float = 0.1,
         batch_size: int | None = None,
         seed: int = 0,
+        n_partitions: int = 1,
+        target_loss: str | PairFunction = "contrastive",
+        label_field: str | None = None,
+        templates: Sequence[str] = ("a photo of a {}.",),
+        scores: Sequence[str] = (),
+        keep_gradients: bool | None = None,
+        slices: Sequence[str] = (),
         target: dict[str, Any] | None = None,
         encoder: str | None = None,
         store: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        if scope != "heads":
-            raise EcifError(f"scope={scope!r} is not available. Use 'heads'")
-        if not (isinstance(proximal, int | float) and math.isfinite(proximal) and proximal > 0):
-            raise EcifError(f"proximal={proximal!r} must be a positive number, such as 0.1")
-        for name, value in (("batch_size", batch_size), ("seed", seed)):
-            if not isinstance(value, Integral | None) or (value is None and name == "seed"):
+        choice = parse_scope(scope)
+        _check_number("proximal", proximal, above=0.0)
+        _check_number("damping", damping, least=0.0)
+        for name, value in (("batch_size", batch_size), ("seed", seed), ("n_partitions", n_partitions)):
+            if not isinstance(value, Integral | None) or (value is None and name != "batch_size"):
                 raise EcifError(f"{name}={value!r} must be a whole number")
         if batch_size is not None and batch_size < 2:
             raise EcifError(f"batch_size={batch_size} leaves no negatives. Use at least 2")
+        if n_partitions < 1:
+            raise EcifError(f"n_partitions={n_partitions} must be at least 1")
+        _check_choice("role", role, ROLES)
+        solver = solver or ("hessian" if choice.heads else "ggn")
+        _check_choice("solver", solver, SOLVERS)
+        if not callable(target_loss):
+            _check_choice("target_loss", target_loss, TARGET_LOSSES)
+        if (target_loss == "zero_shot") != (label_field is not None):
+            raise EcifError("target_loss='zero_shot' and label_field, the classes of the target, belong together")
+        if not templates or not all(isinstance(text, str) and "{}" in text for text in templates):
+            raise EcifError(f"templates={templates!r} must hold {{}} for the class, as in 'a photo of a {{}}.'")
+        for score in scores:
+            _check_choice("scores", score, EXTRA_SCORES)
+        for name in slices:
+            if not str(name).isidentifier():
+                raise EcifError(f"{name!r} is not a name for a slice of the target. Use letters, digits and _")
+        needed = bool(scores) or solver == "logra"
+        if keep_gradients is False and needed:
+            raise EcifError(f"keep_gradients=False does not go with {'scores' if scores else 'solver=logra'}")
         self.caption_field = caption_field
         self.model = model
         self.pretrained = pretrained
         self.scope = scope
+        self.role = role
+        self.solver = solver
+        self.damping = float(damping)
         self.fit = fit
-        self.proximal = proximal
+        self.proximal = float(proximal)
         self.batch_size = None if batch_size is None else int(batch_size)
         self.seed = int(seed)
+        self.n_partitions = int(n_partitions)
+        self._target_function = target_loss if callable(target_loss) else None
+        self.target_loss = getattr(target_loss, "__name__", "callable") if callable(target_loss) else target_loss
+        self.label_field = label_field
+        self.templates = list(templates)
+        self.scores = list(scores)
+        self.keep_gradients = (choice.heads or needed) if keep_gradients is None else keep_gradients
+        self.slices = list(slices)
         self.target = target
         self.encoder = encoder
         self.store = store
@@ -97,27 +159,49 @@ class ScoreField(NamedTuple):
     description: str
 
 
-def influence_fields(key: str) -> dict[str, ScoreField]:
-    """The fields of a run."""
-    unit = "nats of the target's mean pair loss"
-    return {
-        f"{key}_influence": ScoreField(
+def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[str, ScoreField]:
+    """The fields of a run; of a plain one if its configuration is not given."""
+    config = config or InfluenceConfig()
+    unit = "nats" if config.target_loss in ("contrastive", "zero_shot") else "units of the target loss"
+    fields = {
+        "influence": ScoreField(
             fof.FloatField,
             f"Change of the target loss if this pair had not been trained on, in {unit}: "
             "positive = valuable, negative = harmful",
         ),
-        f"{key}_positive": ScoreField(
+        "positive": ScoreField(
             fof.FloatField, f"The part of the influence that comes from this pair's own loss, in {unit}"
         ),
-        f"{key}_negative": ScoreField(
+        "negative": ScoreField(
             fof.FloatField, f"The part of the influence that comes from serving as a negative of others, in {unit}"
         ),
-        f"{key}_rank": ScoreField(fof.IntField, "Place of the pair by influence: 1 = most harmful"),
+        "rank": ScoreField(fof.IntField, "Place of the pair by influence: 1 = most harmful"),
     }
+    if config.n_partitions > 1:
+        fields["error"] = ScoreField(
+            fof.FloatField, f"Standard error of the influence over {config.n_partitions} random partitions, in {unit}"
+        )
+    fields |= {
+        f"influence_on_{name}": ScoreField(fof.FloatField, f"Influence on the slice {name} of the target, in {unit}")
+        for name in config.slices
+    }
+    extra = {
+        "relative_influence": "Influence over the length of what the pair does to the model",
+        "self_influence": "Change of the pair's own loss if it had not been trained on, in nats",
+        "leave_one_out_loss": "Predicted loss of the pair had it not been trained on, in nats",
+    }
+    fields |= {name: ScoreField(fof.FloatField, extra[name]) for name in config.scores}
+    return {f"{key}_{name}": field for name, field in fields.items()}
 
 
-def check_key(dataset: Any, brain_key: str, overwrite: bool) -> None:
+def check_key(dataset: Any, brain_key: str, overwrite: bool, config: InfluenceConfig | None = None) -> None:
     """Checks that a run may be written under a key.
+
+    Args:
+        dataset: where.
+        brain_key: the key.
+        overwrite: whether a run of that key may be replaced.
+        config (None): of the run; of a plain one if it is not given.
 
     Raises:
         EcifError: if the key is no identifier, is taken, or one of the fields
@@ -132,9 +216,11 @@ def check_key(dataset: Any, brain_key: str, overwrite: bool) -> None:
             raise EcifError(
                 f"The brain key {brain_key!r} is taken. Choose another one, or set overwrite=True to replace that run"
             )
-        return
-    for field in influence_fields(brain_key):
-        if dataset.has_sample_field(field):
+        ours = set(influence_fields(brain_key, dataset.get_brain_info(brain_key).config))
+    else:
+        ours = set()
+    for field in influence_fields(brain_key, config):
+        if field not in ours and dataset.has_sample_field(field):
             raise EcifError(f"There is a field {field!r} already, which no run wrote. Choose another brain_key")
 
 
@@ -142,16 +228,16 @@ class Influence(fob.BrainMethod):
     """Lists, renames and cleans up influence runs for FiftyOne."""
 
     def get_fields(self, samples: Any, key: str) -> list[str]:
-        return [self.config.caption_field, *influence_fields(key)]
+        return [self.config.caption_field, *influence_fields(key, self.config)]
 
     def rename(self, samples: Any, key: str, new_key: str) -> None:
         dataset = samples._root_dataset
-        renamed = dict(zip(influence_fields(key), influence_fields(new_key), strict=True))
+        renamed = dict(zip(influence_fields(key, self.config), influence_fields(new_key, self.config), strict=True))
         dataset.rename_sample_fields(renamed)
 
     def cleanup(self, samples: Any, key: str) -> None:
         """Deletes the run's fields, and its tables unless another run uses them."""
-        dataset, fields = samples._root_dataset, influence_fields(key)
+        dataset, fields = samples._root_dataset, influence_fields(key, self.config)
         ours = [name for name in fields if _description(dataset, name) == fields[name].description]
         dataset.delete_sample_fields(ours)
         release_store(samples._root_dataset, key, self.config.store)
@@ -176,6 +262,36 @@ def release_store(dataset: Any, key: str, store: list[str]) -> None:
 
 def _description(dataset: Any, field: str) -> str | None:
     return dataset.get_field(field).description if dataset.has_sample_field(field) else None
+
+
+class TargetPairs(NamedTuple):
+    """The pairs of a target as a run saw them.
+
+    Attributes:
+        ids: their samples.
+        losses: of each, shape ``(M,)``.
+        mistakes: which the model gets wrong, bool, shape ``(M,)``.
+        gradients: of their losses, projected, shape ``(M, r)``.
+        images: unit image embeddings, shape ``(M, d)``.
+    """
+
+    ids: list[str]
+    losses: np.ndarray
+    mistakes: np.ndarray
+    gradients: np.ndarray
+    images: np.ndarray
+
+
+def _check_number(name: str, value: Any, above: float | None = None, least: float | None = None) -> None:
+    usable = isinstance(value, int | float) and math.isfinite(value)
+    if not usable or (above is not None and value <= above) or (least is not None and value < least):
+        kind = "positive number" if above is not None else "number from 0 up"
+        raise EcifError(f"{name}={value!r} must be a {kind}, such as 0.1")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise EcifError(f"{name}={value!r} is not available. Use one of {', '.join(choices)}")
 
 
 class InfluenceResults(fob.BrainResults):
@@ -203,35 +319,58 @@ class InfluenceResults(fob.BrainResults):
         self.skipped = skipped
         self.diagnostics = diagnostics
 
-    def gradients(self) -> tuple[np.ndarray, np.ndarray]:
-        """Projected removal gradients from the store, positive and negative apart.
-
-        Returns:
-            two arrays of shape ``(N, r)``, rows in the order of :attr:`ids`
+    def cached(self) -> CachedGradients:
+        """Projected removal gradients and their curvature from the store, rows in the order of :attr:`ids`.
 
         Raises:
-            EcifError: if the run's store was deleted
+            EcifError: if the run kept none, or its store was deleted
         """
-        positive, negative = self._stored("positive", "negative")
-        return positive, negative
+        from .scoring import read_cached  # torch, without which FiftyOne can list runs
+
+        self._stored("row")
+        return read_cached(Store(*self.config.store), self.config.solver)
 
     def self_influence(self) -> np.ndarray:
-        """How much each pair moves the model on itself, from the store, shape ``(N,)``.
+        """Change of each pair's own loss if it had not been trained on, in nats, shape ``(N,)``."""
+        return self.cached().self_influence()
 
-        See :func:`fiftyone_ecif.influence.self_influence`.
-        """
-        import torch  # here, so that FiftyOne can list runs without it
+    def leave_one_out_loss(self) -> np.ndarray:
+        """Predicted loss of each pair had it not been trained on, in nats, shape ``(N,)``."""
+        losses: np.ndarray = self._stored("loss")[0] + self.self_influence()
+        return losses
 
-        from .influence import self_influence
-
-        positive, negative = self.gradients()
-        return self_influence(torch.from_numpy(positive + negative)).numpy()
+    def image_embeddings(self) -> np.ndarray:
+        """Unit image embeddings of the pairs, from the store, shape ``(N, d)``."""
+        return self._stored("image")[0]
 
     def clip_score(self) -> np.ndarray:
         """Cosine similarity of each pair's image and caption, from the store, shape ``(N,)``."""
         return self._stored("cosine")[0]
 
+    @property
+    def slices(self) -> list[str]:
+        """Names of the target's slices; one without a name if it has none."""
+        return list(self.config.slices) or [""]
+
+    def target_pairs(self, name: str = "") -> TargetPairs:
+        """What the store knows of the target's pairs.
+
+        Args:
+            name (""): of the slice, if the target has any.
+
+        Raises:
+            EcifError: if the run kept no gradients, or its store was deleted
+        """
+        self._stored("row")
+        table = Store(*self.config.store).table(self.config.target["tables"][name])
+        columns = ("loss", "mistake", "gradient", "image")
+        found = table.read_all("row", *columns)
+        order = np.argsort(found["row"])
+        return TargetPairs(self.config.target["ids"][name], *(found[column][order] for column in columns))
+
     def _stored(self, *columns: str) -> list[np.ndarray]:
+        if not self.config.keep_gradients:
+            raise EcifError(f"Run {self.key!r} kept no gradients. Run compute_influence with keep_gradients=True")
         found = Store(*self.config.store).table("gradients").read_all("row", *columns)
         if len(found["row"]) != len(self.ids):
             raise EcifError(f"The store of run {self.key!r} is gone. Run compute_influence again with overwrite=True")

@@ -52,8 +52,12 @@ def caption_fields(samples: Any) -> list[str]:
     return [name for name in schema if name not in ("filepath", "metadata.mime_type") and not name.startswith("_")]
 
 
-def check_collection(samples: Any, caption_field: str) -> None:
+def check_collection(samples: Any, caption_field: str | None) -> None:
     """Checks that a collection can hold image-caption pairs.
+
+    Args:
+        samples: the collection.
+        caption_field: where the captions are; None to check the images only.
 
     Raises:
         EcifError: if it is none of images, or has no such caption field
@@ -70,6 +74,8 @@ def check_collection(samples: Any, caption_field: str) -> None:
         fov.validate_collection(samples, media_type="image")
     except ValueError as error:
         raise EcifError(f"Images are needed: {error}") from error
+    if caption_field is None:
+        return
     field = samples.get_field(caption_field)
     offer = ", ".join(caption_fields(samples)) or "none; add one with dataset.add_sample_field"
     if field is None:

@@ -1,44 +1,76 @@
-"""Scores of pairs from their features: fit, solve, gradients, one pass.
+"""Scores of pairs: fit, solve, gradients, one pass.
 
-Arrays in, arrays out. What a partition fixes (the fitted parameters and the
-projected gradients) is kept in the run's store and read back by the next run
-with the same partition, whatever its target.
+Arrays in, arrays out. What a partition fixes (the fitted parameters, the
+projected gradients and the curvature between them) is kept in the run's store
+and read back by the next run with the same partition, whatever its target.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from .curvature import NegativeCurvatureError, Solution, conjugate_gradient
+from .cached import CachedGradients, gradient_covariance, mended
+from .curvature import Solution, solve
 from .errors import EcifError
 from .fitting import minimise
-from .gradients import HeadProjection, principal_projections, removal_gradients
+from .gradients import (
+    BasisProjection,
+    Projection,
+    gradient_basis,
+    principal_projection,
+    projection_from_state,
+)
 from .heads import FeatureBatches, HeadScope
 from .influence import batch_influence
-from .objective import ContrastiveLoss, random_partition
+from .objective import Batches, ContrastiveLoss
 from .progress import Progress
-from .store import Store
-
-Features = tuple[Tensor, Tensor]
+from .scope import Scope
+from .store import Store, Table
+from .targets import Target
 
 _COLLAPSED = 1e-3
-_MAX_DAMPING = 2**20
 _BATCHES_A_PART = 8
+_CURVATURE_PAIRS = 512  # that the projected curvature is computed on
+_DIRECTIONS = 64  # of a scope that is not the heads
+_PAIR_COLUMNS = ("row", "batch", "image", "cosine", "loss", "positive", "negative")
+_TARGET_COLUMNS = ("row", "image", "loss", "mistake", "gradient")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How influence is computed.
+
+    Attributes:
+        fit: whether to bring the scope to a stationary point first.
+        proximal: strength of the pull to the parameters as loaded.
+        role: one of ``contrastive.ROLES``.
+        solver: one of ``curvature.SOLVERS``.
+        damping: relative to the mean eigenvalue of the curvature.
+        keep_gradients: whether projected gradients are computed and stored.
+    """
+
+    fit: bool = False
+    proximal: float = 0.1
+    role: str = "exact"
+    solver: str = "hessian"
+    damping: float = 0.0
+    keep_gradients: bool = True
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Influence of each pair and what tells how far to trust it.
+    """Influence of each pair on each target and what tells how far to trust it.
 
     Attributes:
-        positive: the part from the pair's own loss, shape ``(N,)``, in nats.
+        positive: the part from the pair's own loss, shape ``(T, N)``.
         negative: the part from serving as a negative of others, likewise.
         diagnostics: see :func:`fiftyone_ecif.compute_influence`.
     """
@@ -49,85 +81,126 @@ class Scores:
 
 
 def score_pairs(
-    store: Store,
-    scope: HeadScope,
-    training: Features,
-    target: Features,
-    *,
-    fit: bool,
-    proximal: float,
-    batch_size: int,
-    seed: int,
+    store: Store, scope: Scope, batches: Batches, targets: Mapping[str, Target], method: Method
 ) -> Generator[Progress, None, Scores]:
-    """Influence of training pairs on the mean loss of target pairs.
+    """Influence of training pairs on the mean losses of targets.
 
     Args:
         store: of this partition of these pairs.
-        scope: the heads.
-        training: image and caption features, ``(N, w_image)`` and ``(N, w_text)``.
-        target: likewise, of the target pairs.
-        fit: whether to bring the heads to a stationary point first.
-        proximal: strength of the pull to the heads as loaded.
-        batch_size: pairs that compete in one softmax, at most.
-        seed: of the partitions.
+        scope: what is attributed.
+        batches: the training pairs.
+        targets: name -> target; the name is a table's in the store.
+        method: how.
 
     Raises:
-        EcifError: if the fit or the solve does not converge, or an embedding
-            has collapsed
+        EcifError: if the fit or a solve does not converge, or an embedding has
+            collapsed
     """
-    partition = random_partition(len(training[0]), batch_size, seed)
-    batches = FeatureBatches(*training, partition)
-    objective = ContrastiveLoss(scope, batches, len(training[0]), proximal)
-    theta, relative_gradient_norm = yield from _stationary_point(store, objective, fit)
+    pairs = sum(len(rows) for rows in batches.partition)
+    objective = ContrastiveLoss(scope, batches, pairs, method.proximal)
+    theta, relative_gradient_norm = yield from stationary_point(store, objective, method.fit)
     smallest_norm = _smallest_norm(scope, theta, batches)
+    product = {"ggn": objective.gauss_newton_product}.get(method.solver, objective.hessian_product)
 
-    target_batches = FeatureBatches(*target, random_partition(len(target[0]), batch_size, seed))
-    gradient, target_loss = ContrastiveLoss(scope, target_batches, len(target[0])).gradient_and_value(theta)
-    solution, damping = yield from _solve(objective, theta, gradient)
-    yield from _keep_gradients(store, scope, theta, batches)
-
-    positive, negative = np.empty(len(training[0])), np.empty(len(training[0]))
-    for done, (rows, batch) in enumerate(zip(partition, batches, strict=True), start=1):
-        parts = batch_influence(scope, theta, batch, solution.vector, len(training[0]))
-        positive[rows], negative[rows] = (part.numpy() for part in parts)
-        yield Progress("Scoring", done, len(partition))
-    diagnostics = {
+    solutions: list[Solution] = []
+    gradients: list[Tensor] = []
+    losses: list[float] = []
+    for target in targets.values():
+        gradient, loss = target.gradient_and_value(theta)
+        gradients.append(gradient)
+        losses.append(loss.item())
+        if method.solver in ("hessian", "ggn"):
+            steps = solve(lambda v: product(theta, v), gradient, method.damping)
+            solutions.append((yield from solving(steps)))
+    diagnostics: dict[str, Any] = {
         "parameters": len(theta),
         "relative_gradient_norm": relative_gradient_norm,
-        "damping": damping,
-        "solve_residual": solution.residual,
-        "solve_iterations": solution.iterations,
-        "condition_number": solution.condition_number,
         "smallest_norm": smallest_norm,
         "training_loss": objective.loss(theta).item(),
-        "target_loss": target_loss.item(),
+        "target_loss": float(np.mean(losses)),
     }
+    if solutions:
+        diagnostics |= {
+            "damping": max(solution.damping for solution in solutions),
+            "solve_residual": max(solution.residual for solution in solutions),
+            "solve_iterations": sum(solution.iterations for solution in solutions),
+            "condition_number": max(solution.condition_number for solution in solutions),
+        }
+
+    projection: Projection | None = None
+    if method.keep_gradients or method.solver == "logra":
+        projection = yield from _keep_gradients(store, objective, theta, targets, method)
+        cached = read_cached(store, method.solver)
+        projected = np.stack([projection.project(gradient).cpu().double().numpy() for gradient in gradients])
+        from_store = cached.influence(projected)
+    if method.solver == "logra":
+        positive, negative = from_store
+    else:
+        vectors = [solution.vector for solution in solutions] or gradients
+        positive, negative = yield from direct_influence(objective, theta, vectors, method.role)
+        if projection is not None:
+            diagnostics["cached_correlation"] = _correlation(from_store[0] + from_store[1], positive + negative)
     return Scores(positive, negative, diagnostics)
 
 
-def _stationary_point(
+def stationary_point(
     store: Store, objective: ContrastiveLoss, fit: bool
 ) -> Generator[Progress, None, tuple[Tensor, float]]:
     """The parameters to score at and their relative gradient norm, from the store where they are."""
     table = store.table("parameters")
+    start = objective.scope.start
     if table.parts():
         found = table.read("0", "theta", "relative_gradient_norm")
-        return torch.from_numpy(found["theta"][0]), float(found["relative_gradient_norm"][0])
-    theta = objective.scope.start
+        return torch.from_numpy(found["theta"][0]).to(start), float(found["relative_gradient_norm"][0])
+    theta = start
     if fit:
-        tolerance = 1e-5
+        tolerance = 1e-5 if start.dtype == torch.float64 else 1e-3
         for fitted, relative in minimise(objective, tolerance):
             theta = fitted
-            yield Progress("Fitting the heads", _percent(relative, tolerance), 100)
+            yield Progress("Fitting", _percent(relative, tolerance), 100)
     else:
         relative = (objective.gradient_and_value(theta)[0].norm() / objective.gradient_scale(theta)).item()
-    table.write("0", {"theta": theta.numpy()[None], "relative_gradient_norm": np.array([relative])})
+    table.write("0", {"theta": theta.cpu().numpy()[None], "relative_gradient_norm": np.array([relative])})
     return theta, relative
 
 
-def _smallest_norm(scope: HeadScope, theta: Tensor, batches: FeatureBatches) -> float:
+def read_cached(store: Store, solver: str) -> CachedGradients:
+    """The projected gradients of a run, rows in the order of the pairs, and their curvature.
+
+    Raises:
+        EcifError: if they are not in the store, or it is damaged
+    """
+    found = store.table("gradients").read_all("row", "positive", "negative")
+    order = np.argsort(found["row"])
+    positive, negative = found["positive"][order], found["negative"][order]
+    if solver == "logra":
+        curvature = gradient_covariance(positive, negative)
+    elif solver == "identity":
+        curvature = np.eye(positive.shape[1])
+    else:
+        curvature = mended(store.table("projected-curvature").read(solver, "matrix")["matrix"])
+    return CachedGradients(positive, negative, curvature)
+
+
+def direct_influence(
+    objective: ContrastiveLoss, theta: Tensor, vectors: list[Tensor], role: str
+) -> Generator[Progress, None, tuple[np.ndarray, np.ndarray]]:
+    positive, negative = np.empty((len(vectors), objective.pairs)), np.empty((len(vectors), objective.pairs))
+    batches = objective.batches
+    for done, (rows, batch) in enumerate(zip(batches.partition, batches, strict=True), start=1):
+        for number, vector in enumerate(vectors):
+            parts = batch_influence(objective.scope, theta, batch, vector, objective.pairs, role)
+            positive[number, rows], negative[number, rows] = (part.cpu().numpy() for part in parts)
+        yield Progress("Scoring", done, len(batches))
+    return positive, negative
+
+
+def _smallest_norm(scope: Scope, theta: Tensor, batches: Batches) -> float:
     """The shortest embedding over the median, before normalisation; the smaller of both towers."""
-    norms = torch.cat([scope.embedding_norms(theta, batch) for batch in batches])
+    with torch.no_grad():
+        norms = torch.cat(
+            [torch.stack([part.norm(dim=1) for part in scope.embed(theta, batch)], dim=1) for batch in batches]
+        )
     smallest = (norms.min(0).values / norms.median(0).values).min().item()
     if not smallest >= _COLLAPSED:
         raise EcifError(
@@ -137,28 +210,13 @@ def _smallest_norm(scope: HeadScope, theta: Tensor, batches: FeatureBatches) -> 
     return smallest
 
 
-def _solve(
-    objective: ContrastiveLoss, theta: Tensor, right: Tensor
-) -> Generator[Progress, None, tuple[Solution, float]]:
-    """Solves with the Hessian, damped where it is not positive, and says by how much.
-
-    Away from a minimum the Hessian can have negative curvature. The least power
-    of two of the proximal strength that mends it along the solve is then added.
-    """
-    tolerance, damping = 1e-6, 0.0
-
-    def product(vector: Tensor) -> Tensor:
-        return objective.hessian_product(theta, vector) + damping * vector
-
-    while True:
-        try:
-            for solution in conjugate_gradient(product, right, tolerance):
-                yield Progress("Solving", _percent(solution.residual, tolerance), 100)
-            return solution, damping
-        except NegativeCurvatureError:
-            damping = 2 * damping or objective.proximal
-            if damping > _MAX_DAMPING * objective.proximal:
-                raise
+def solving(steps: Generator[float, None, Solution]) -> Generator[Progress, None, Solution]:
+    try:
+        while True:
+            yield Progress("Solving", _percent(next(steps), 1e-6), 100)
+    except StopIteration as end:
+        solution: Solution = end.value
+        return solution
 
 
 def _percent(value: float, goal: float) -> int:
@@ -166,44 +224,98 @@ def _percent(value: float, goal: float) -> int:
     return int(100 * min(max(math.log(max(value, goal)) / math.log(goal), 0.0), 1.0))
 
 
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """The mean over targets of Pearson's correlation, 0 where there is no variance."""
+    found = [np.corrcoef(x, y)[0, 1] if x.std() and y.std() else 0.0 for x, y in zip(a, b, strict=True)]
+    return float(np.mean(found))
+
+
 def _keep_gradients(
-    store: Store, scope: HeadScope, theta: Tensor, batches: FeatureBatches
-) -> Generator[Progress, None, None]:
-    """Writes the partition and the projected gradients to the store, as far as they are not there."""
-    table = store.table("gradients")
-    starts = range(0, len(batches), _BATCHES_A_PART)
-    missing = [start for start in starts if f"{start:09d}" not in table.parts()]
-    if missing:
-        projections = _projections(store, scope, theta, batches)
-    for done, start in enumerate(missing, start=1):
-        columns: dict[str, list[Tensor]] = {"row": [], "batch": [], "cosine": [], "positive": [], "negative": []}
-        for number in range(start, min(start + _BATCHES_A_PART, len(batches))):
-            batch, rows = batches[number], batches.partition[number]
-            positive, negative = removal_gradients(scope, theta, batch, projections)
-            columns["row"].append(rows)
-            columns["batch"].append(torch.full_like(rows, number))
-            columns["cosine"].append(scope.similarity(theta, batch).diagonal() / scope.scale)
-            columns["positive"].append(positive.float())
-            columns["negative"].append(negative.float())
-        table.write(f"{start:09d}", {name: torch.cat(values).numpy() for name, values in columns.items()})
-        yield Progress("Computing gradients", done, len(missing))
+    store: Store, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target], method: Method
+) -> Generator[Progress, None, Projection]:
+    """Writes projected gradients and their curvature to the store, as far as they are not there."""
+    scope, batches = objective.scope, objective.batches
+    projection = _projection(store, objective, theta, targets)
+    tables: dict[str, Target | None] = {"gradients": None, **targets}
+    work = [
+        (store.table(name), target, start)
+        for name, target in tables.items()
+        for start in range(0, len(target.batches if target else batches), _BATCHES_A_PART)
+    ]
+    missing = [(table, target, start) for table, target, start in work if f"{start:09d}" not in table.parts()]
+    curvature = store.table("projected-curvature")
+    lacks_curvature = method.solver in ("hessian", "ggn") and method.solver not in curvature.parts()
+    total = len(missing) + lacks_curvature
+    for done, (table, target, start) in enumerate(missing, start=1):
+        if target is None:
+            _write_pairs(table, scope, theta, batches, start, projection, method.role)
+        else:
+            _write_targets(table, target, theta, start, projection)
+        yield Progress("Computing gradients", done, total)
+    if lacks_curvature:
+        kept, sample = 0, list[Tensor]()
+        for rows in batches.partition:
+            if not sample or kept + len(rows) <= _CURVATURE_PAIRS:
+                sample, kept = [*sample, rows], kept + len(rows)
+        part = ContrastiveLoss(scope, batches.regrouped(sample), kept, objective.proximal)
+        product = part.gauss_newton_product if method.solver == "ggn" else part.hessian_product
+        matrix = projection.curvature(lambda v: product(theta, v), theta)
+        curvature.write(method.solver, {"matrix": matrix.cpu().double().numpy()})
+        yield Progress("Computing gradients", total, total)
+    return projection
 
 
-def _projections(
-    store: Store, scope: HeadScope, theta: Tensor, batches: FeatureBatches
-) -> tuple[HeadProjection, HeadProjection]:
-    """The projections of both heads, computed once: all parts of the gradients must share them."""
-    table = store.table("projections")
-    if len(table.parts()) < 4:
-        for head, projection in zip(
-            ("image", "text"), principal_projections(scope, theta, batches.images, batches.texts), strict=True
-        ):
-            table.write(f"{head}-input", {"matrix": projection.input.numpy()})
-            table.write(f"{head}-output", {"matrix": projection.output.numpy()})
-    image, text = (
-        HeadProjection(
-            *(torch.from_numpy(table.read(f"{head}-{side}", "matrix")["matrix"]) for side in ("input", "output"))
-        )
-        for head in ("image", "text")
-    )
-    return image, text
+def _write_pairs(
+    table: Table, scope: Scope, theta: Tensor, batches: Batches, start: int, projection: Projection, role: str
+) -> None:
+    columns: dict[str, list[Tensor]] = {name: [] for name in _PAIR_COLUMNS}
+    for number in range(start, min(start + _BATCHES_A_PART, len(batches))):
+        batch, rows = batches[number], batches.partition[number]
+        positive, negative = projection.removal_gradients(theta, batch, role)
+        images, captions = (normalize(part, dim=1) for part in scope.embed(theta, batch))
+        cosine = images @ captions.T
+        columns["row"].append(rows)
+        columns["image"].append(images.float())
+        columns["batch"].append(torch.full_like(rows, number))
+        columns["cosine"].append(cosine.diagonal())
+        columns["loss"].append(scope.loss.pair_losses(scope.logits(theta, cosine)))
+        columns["positive"].append(positive.float())
+        columns["negative"].append(negative.float())
+    table.write(f"{start:09d}", _arrays(columns))
+
+
+def _write_targets(table: Table, target: Target, theta: Tensor, start: int, projection: Projection) -> None:
+    columns: dict[str, list[Tensor]] = {name: [] for name in _TARGET_COLUMNS}
+    for number in range(start, min(start + _BATCHES_A_PART, len(target.batches))):
+        batch, rows = target.batches[number], target.batches.partition[number]
+        columns["row"].append(rows)
+        columns["image"].append(normalize(target.scope.embed_images(theta, batch[0]), dim=1).float())
+        columns["loss"].append(target.batch_losses(theta, rows, batch))
+        columns["mistake"].append(target.batch_mistakes(theta, rows, batch))
+        gradients = projection.jacobian(lambda at, r=rows, b=batch: target.batch_losses(at, r, b), theta)  # type: ignore[misc]
+        columns["gradient"].append(gradients.float())
+    table.write(f"{start:09d}", _arrays(columns))
+
+
+def _arrays(columns: Mapping[str, list[Tensor]]) -> dict[str, np.ndarray]:
+    return {name: torch.cat(values).detach().cpu().numpy() for name, values in columns.items()}
+
+
+def _projection(store: Store, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target]) -> Projection:
+    """The directions that gradients are kept in, chosen once: all parts of the gradients must share them."""
+    table, scope, batches = store.table("projection"), objective.scope, objective.batches
+    if "whole" not in table.parts():
+        if isinstance(scope, HeadScope):
+            assert isinstance(batches, FeatureBatches)
+            chosen: Projection = principal_projection(scope, theta, batches.images, batches.texts)
+        else:
+            share = max(_DIRECTIONS // 2 // len(targets), 1)
+            sources = [(objective, _DIRECTIONS // 2)]
+            sources += [(ContrastiveLoss(scope, target.batches, 1), share) for target in targets.values()]
+            chosen = BasisProjection(scope, gradient_basis(theta, sources))
+        for name, value in chosen.state().items():
+            table.write(name, {"matrix": value.cpu().numpy()})
+        table.write("whole", {"matrix": np.ones(1)})  # the last: all that belongs to it is there
+    names = [name for name in table.parts() if name != "whole"]
+    state = {name: torch.from_numpy(table.read(name, "matrix")["matrix"]) for name in names}
+    return projection_from_state(scope, state)

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jacrev
+from torch.func import grad_and_value
 from torch.nn.functional import cross_entropy, normalize
 
 from .errors import EcifError
 from .objective import Batches
 from .scope import Scope
 
-TARGET_LOSSES = ("contrastive", "zero_shot", "retrieval_margin")
 PairFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -70,12 +69,6 @@ class Target(ABC):
             gradient, value = gradient + part / self.pairs, value + loss / self.pairs
         return gradient, value
 
-    def pair_gradients(self, theta: Tensor, batch: int) -> Tensor:
-        """The gradient of the loss of each pair of a batch, shape ``(n, p)``."""
-        rows, inputs = self.batches.partition[batch], self.batches[batch]
-        gradients: Tensor = jacrev(lambda at: self.batch_losses(at, rows, inputs), chunk_size=16)(theta)
-        return gradients
-
     def _numbered(self) -> Any:
         return zip(self.batches.partition, self.batches, strict=True)
 
@@ -99,8 +92,7 @@ class PairTarget(Target):
         self.function = function
 
     def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
-        images = normalize(self.scope.embed_images(theta, batch[0]), dim=1)
-        captions = normalize(self.scope.embed_captions(theta, batch[1]), dim=1)
+        images, captions = (normalize(part, dim=1) for part in self.scope.embed(theta, batch))
         losses = self.function(images, captions, self.scope.logits(theta, images @ captions.T))
         if losses.shape != (len(rows),):
             raise EcifError(
@@ -145,7 +137,7 @@ class ZeroShotTarget(Target):
         """Shape ``(n, classes)``."""
         images = normalize(self.scope.embed_images(theta, batch[0]), dim=1)
         prompts = normalize(self.scope.embed_captions(theta, self.prompts), dim=1)
-        classes = normalize(prompts.unflatten(0, (-1, self.templates)).mean(1), dim=1)
+        classes = normalize(prompts.view(-1, self.templates, prompts.shape[1]).mean(1), dim=1)
         return self.scope.logits(theta, images @ classes.T)
 
     def predictions(self, theta: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .choices import ScopeChoice
 from .contrastive import BatchLoss
 from .errors import EcifError
-from .scope import Scope, ScopeChoice
+from .scope import Scope
 
 
 @contextlib.contextmanager
@@ -94,7 +95,7 @@ class TowerScope(Scope):
 
     def split(self, theta: Tensor) -> list[Tensor]:
         """The tensors inside a flat vector: one a name, or ``A`` and ``B`` of each name's adapter."""
-        pieces = theta.split([shape.numel() for shape in self._shapes])
+        pieces = torch.split(theta, [shape.numel() for shape in self._shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
 
     def parameters(self, theta: Tensor) -> dict[str, Tensor]:
@@ -120,7 +121,7 @@ class TowerScope(Scope):
     def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
         changed = self.parameters(theta)
         model: Any = self.model
-        similarity = changed.get("logit_scale", model.logit_scale).exp() * cosine
+        similarity: Tensor = changed.get("logit_scale", model.logit_scale).exp() * cosine
         if getattr(model, "logit_bias", None) is not None:
             similarity = similarity + changed.get("logit_bias", model.logit_bias)
         return similarity
@@ -154,7 +155,7 @@ def scope_parameters(model: nn.Module, choice: ScopeChoice) -> list[str]:
         if not chosen:
             raise EcifError(
                 f"scope={choice.text!r} is no scope, and as a regular expression it matches none of the model's "
-                f"parameters, such as {', '.join(names[:3])}, {names[-1]}. Use heads, lora, blocks:1, or another pattern"
+                f"parameters ({', '.join(names[:3])}, ..., {names[-1]}). Use heads, lora, blocks:1, or another pattern"
             )
         return chosen
     last = {tower: found[-choice.blocks :] if choice.blocks else found for tower, found in _blocks(model).items()}

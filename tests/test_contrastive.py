@@ -4,7 +4,8 @@ import pytest
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 
-from fiftyone_ecif.contrastive import ROLES, SigmoidLoss, SoftmaxLoss
+from fiftyone_ecif.choices import ROLES
+from fiftyone_ecif.contrastive import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.errors import EcifError
 
 LOSSES = {"softmax": SoftmaxLoss(), "sigmoid": SigmoidLoss()}

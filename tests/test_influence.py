@@ -3,43 +3,16 @@
 import open_clip
 import pytest
 import torch
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fiftyone_ecif.contrastive import SoftmaxLoss
 from fiftyone_ecif.curvature import conjugate_gradient
 from fiftyone_ecif.fitting import minimise
 from fiftyone_ecif.heads import FeatureBatches, HeadScope
-from fiftyone_ecif.influence import batch_influence, self_influence
+from fiftyone_ecif.influence import batch_influence
 from fiftyone_ecif.objective import ContrastiveLoss, random_partition
+from fiftyone_ecif.towers import TowerScope
 
 
-class WholeModel:
-    """Every parameter of an open_clip model as a scope, in float32."""
-
-    def __init__(self, model):
-        self.model = model
-        self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.start = torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    def similarity(self, theta, batch):
-        pieces = theta.split([shape.numel() for shape in self.shapes.values()])
-        params = {n: piece.view(shape) for (n, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
-        images, texts, scale = functional_call(self.model, params, batch)[:3]
-        return scale * images @ texts.T
-
-
-@pytest.fixture
-def forward_mode():
-    """What forward-mode differentiation through open_clip's attention needs."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-    torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@pytest.mark.usefixtures("forward_mode")
 @pytest.mark.parametrize(
     "vision",
     [
@@ -55,7 +28,7 @@ def test_direct_mode_equals_per_pair_autograd_through_the_model(vision):
         vision_cfg={"image_size": 32, **vision},
         text_cfg={"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
     ).eval()
-    scope = WholeModel(model)
+    scope = TowerScope(model, [name for name, _ in model.named_parameters()], SoftmaxLoss())
     batch = torch.randn(6, 3, 32, 32), torch.randint(1, 50, (6, 8))
     direction = torch.randn_like(scope.start)
     positive, negative = batch_influence(scope, scope.start, batch, direction, pairs=6)
@@ -109,11 +82,3 @@ def test_influence_predicts_leave_one_out_retraining():
     predicted, actual = torch.tensor(predicted), torch.tensor(actual)
     assert torch.corrcoef(torch.stack([predicted, actual]))[0, 1] > 0.97
     assert (predicted.dot(actual) / predicted.dot(predicted)).item() == pytest.approx(1, abs=0.15)
-
-
-def test_self_influence_equals_a_dense_inverse():
-    gradients = torch.randn(30, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    curvature = sum(torch.outer(g, g) for g in gradients) / 30
-    inverse = torch.linalg.inv(curvature + 0.1 * curvature.trace() / 7 * torch.eye(7))
-    expected = torch.stack([g @ inverse @ g for g in gradients]) / 30
-    torch.testing.assert_close(self_influence(gradients), expected)

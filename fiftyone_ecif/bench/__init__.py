@@ -1,0 +1,1 @@
+"""Measures how faithful scores are to retraining, ours and those of other methods."""

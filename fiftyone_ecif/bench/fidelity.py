@@ -1,0 +1,622 @@
+"""Predicted effects of removing pairs against real retraining.
+
+Everything is retrained for real: L-BFGS on the objective without the removed
+pairs, to a relative gradient norm that leaves many digits of the smallest
+effect. A goal of these measurements is to say where predictions stop matching.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from ..cached import CachedGradients, gradient_covariance, mended
+from ..choices import ROLES
+from ..curvature import solve
+from ..editing import group_gradient, removal_step
+from ..fitting import minimise
+from ..gradients import BasisProjection, HeadProjection, KroneckerProjection, gradient_basis, principal_projection
+from ..heads import FeatureBatches, HeadScope
+from ..influence import batch_influence
+from ..objective import ContrastiveLoss
+from ..scope import Scope
+from ..targets import Target
+from .peers import PEERS, Problem
+from .world import World, make_world
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        pairs: training pairs of the heads scope.
+        lora_pairs: of the LoRA scope, the first of them.
+        validation: validation pairs.
+        steps: batches that the model is trained on.
+        removals: pairs that are left out one by one, a seed.
+        subsets: half-subsets that are retrained on.
+        lora_subsets: likewise for LoRA.
+        seeds: of the partition and of what is removed.
+        fractions: shares of the pairs to remove in the curves.
+    """
+
+    pairs: int = 1024
+    lora_pairs: int = 256
+    validation: int = 256
+    steps: int = 400
+    removals: int = 64
+    subsets: int = 100
+    lora_subsets: int = 50
+    seeds: int = 3
+    fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
+
+
+QUICK = Sizes(steps=250, removals=20, subsets=50, lora_subsets=12, seeds=1, fractions=(0.1, 0.3))
+
+
+@dataclass
+class Study:
+    """One scope at its minimum, with a target.
+
+    Attributes:
+        name: of the scope.
+        scope: what varies.
+        objective: over the training pairs.
+        theta: its minimum, shape ``(p,)``.
+        target: what influence is measured on.
+        tolerance: relative gradient norm that retraining reaches.
+    """
+
+    name: str
+    scope: Scope
+    objective: ContrastiveLoss
+    theta: Tensor
+    target: Target
+    tolerance: float
+
+    def retrain(self, removed: Tensor) -> Tensor:
+        """The minimum without some pairs, from this minimum."""
+        return _minimum(self.objective.without(removed), self.tolerance, self.theta)
+
+    def solution(self, solver: str, gradient: Tensor) -> Tensor:
+        """``H^-1 gradient`` with the curvature of a solver, shape ``(p,)``."""
+        if solver == "identity":
+            return gradient
+        product = self.objective.gauss_newton_product if solver == "ggn" else self.objective.hessian_product
+        return _drive(solve(lambda v: product(self.theta, v), gradient))
+
+    def influence(self, solution: Tensor, role: str = "exact") -> tuple[np.ndarray, np.ndarray]:
+        """The positive and the negative part for every pair, ``(N,)`` each."""
+        return _direct(self.scope, self.objective, self.theta, solution, role)
+
+    def change(self, theta: Tensor) -> float:
+        """Of the target's mean loss against this minimum."""
+        return (self.target.loss(theta) - self.target.loss(self.theta)).item()
+
+    def accuracy(self, theta: Tensor) -> float:
+        """Share of target pairs that find their partner in their batch."""
+        return 1 - self.target.mistakes(theta).double().mean().item()
+
+
+def make_study(
+    world: World,
+    name: str,
+    pairs: int,
+    seed: int,
+    *,
+    proximal: float = 1.0,
+    batch_size: int = 128,
+    tolerance: float = 1e-7,
+    scale: float | None = None,
+) -> Study:
+    """Fits a scope and sets up its target.
+
+    Args:
+        world: pairs and model.
+        name: of the scope.
+        pairs: training pairs to take, the first of them.
+        seed: of the partition.
+        proximal (1.0): pull to the loaded weights.
+        batch_size (128): of the partition.
+        tolerance (1e-7): of the fit and of retraining.
+        scale (None): another inverse temperature than the model's, for heads.
+    """
+    scope = world.scope(name)
+    if scale is not None:
+        assert isinstance(scope, HeadScope)
+        scope = HeadScope(*scope.split(scope.start), scale)
+    objective = ContrastiveLoss(scope, world.batches(name, torch.arange(pairs), batch_size, seed), pairs, proximal)
+    theta = _minimum(objective, tolerance)
+    return Study(name, scope, objective, theta, world.target(name, scope, 32), tolerance)
+
+
+def leave_one_out(study: Study, count: int, seed: int) -> tuple[Tensor, np.ndarray]:
+    """Which pairs were left out, and the true change of the target's loss for each."""
+    rows = torch.randperm(study.objective.pairs, generator=torch.Generator().manual_seed(seed))[:count]
+    return rows, np.array([study.change(study.retrain(row[None])) for row in rows])
+
+
+def loo(world: World, sizes: Sizes) -> list[Row]:
+    """Leave-one-out: every role with every solver against retraining."""
+    found: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
+    for seed in range(sizes.seeds):
+        study = make_study(world, "heads", sizes.pairs, seed)
+        rows, true = leave_one_out(study, sizes.removals, seed)
+        gradient, _ = study.target.gradient_and_value(study.theta)
+        for solver in ("hessian", "ggn", "identity", "logra"):
+            for role in ROLES:
+                if solver == "logra":
+                    scores = _full_logra(study, gradient, role)
+                else:
+                    scores = sum(study.influence(study.solution(solver, gradient), role))
+                found.setdefault((role, solver), []).append((scores[rows.numpy()], true))
+    return [
+        {"role": role, "solver": solver, "scope": "heads", "n": sizes.pairs, "removals": sizes.removals * sizes.seeds}
+        | _agreement(parts)
+        for (role, solver), parts in found.items()
+    ]
+
+
+def lds(world: World, sizes: Sizes) -> list[Row]:
+    """Linear datamodelling score on random half-subsets, ours beside the peers."""
+    rows = []
+    for name, pairs, subsets in (
+        ("heads", sizes.pairs, sizes.subsets),
+        ("lora:2", sizes.lora_pairs, sizes.lora_subsets),
+    ):
+        study = _study_for(world, name, pairs)
+        generator = torch.Generator().manual_seed(0)
+        left_out = [torch.randperm(pairs, generator=generator)[: pairs // 2] for _ in range(subsets)]
+        groups = _target_groups(study)
+        true = np.array([[_losses(study, theta)[g].mean() for g in groups] for theta in map(study.retrain, left_out)])
+        gradients = [_group_target_gradient(study, group) for group in groups]
+        scores: dict[str, list[np.ndarray]] = {}
+        for gradient in gradients:
+            for solver in ("hessian", "ggn"):
+                scores.setdefault(f"ecif_{solver}", []).append(
+                    np.sum(study.influence(study.solution(solver, gradient)), axis=0)
+                )
+        problem = Problem(study.scope, study.theta, study.objective.batches, pairs, gradients[0])  # type: ignore[arg-type]
+        for gradient in gradients:
+            problem = problem.towards(gradient)
+            for method, function in PEERS.items():
+                scores.setdefault(method, []).append(function(problem))
+        for method, each in scores.items():
+            predicted = np.array([[score[rows_out.numpy()].sum() for score in each] for rows_out in left_out])
+            mean, low, high = _bootstrap(predicted, true, _mean_spearman)
+            rows.append(
+                {
+                    "method": method,
+                    "scope": name,
+                    "n": pairs,
+                    "subsets": subsets,
+                    "mean": mean,
+                    "ci_low": low,
+                    "ci_high": high,
+                }
+            )
+    return sorted(rows, key=lambda row: (row["scope"], -row["mean"]))
+
+
+def edit(world: World, sizes: Sizes) -> list[Row]:
+    """One Newton step against retraining, for groups of pairs; times side by side."""
+    rows = []
+    for name, pairs in (("heads", sizes.pairs), ("lora:2", sizes.lora_pairs)):
+        study = _study_for(world, name, pairs)
+        gradient, _ = study.target.gradient_and_value(study.theta)
+        solver = "hessian"
+        influence = np.sum(study.influence(study.solution(solver, gradient)), axis=0)
+        for kind, order in _orders(influence, seed=0).items():
+            for fraction in (0.01, 0.05, 0.1, 0.2):
+                removed = torch.from_numpy(order[: max(round(fraction * pairs), 1)])
+                start = time.perf_counter()
+                cold = _minimum(study.objective.without(removed), 1e-5)
+                retraining = time.perf_counter() - start
+                start = time.perf_counter()
+                step = _drive(removal_step(study.objective, study.theta, removed, solver, tolerance=3e-2))
+                editing = time.perf_counter() - start
+                truth = study.retrain(removed)
+                change = truth - study.theta
+                rows.append(
+                    {
+                        "scope": name,
+                        "kind": kind,
+                        "fraction": fraction,
+                        "cosine": _cosine(step, change),
+                        "norm_ratio": (step.norm() / change.norm()).item(),
+                        "gap_points": 100 * (study.accuracy(study.theta + step) - study.accuracy(truth)),
+                        "loss_change_predicted": study.change(study.theta + step),
+                        "loss_change_true": study.change(truth),
+                        "retraining_distance": (cold - truth).norm().item() / change.norm().item(),
+                        "seconds": editing,
+                        "time_ratio": retraining / editing,
+                    }
+                )
+    return rows
+
+
+def curves(world: World, sizes: Sizes) -> list[Row]:
+    """Target accuracy and loss after retraining without the most harmful, most valuable or random pairs."""
+    rows = []
+    for seed in range(sizes.seeds):
+        study = make_study(world, "heads", sizes.pairs, seed)
+        gradient, _ = study.target.gradient_and_value(study.theta)
+        influence = np.sum(study.influence(study.solution("hessian", gradient)), axis=0)
+        test = _held_out(world, study)
+        for kind, order in _orders(influence, seed).items():
+            for fraction in (0.0, *sizes.fractions):
+                theta = study.retrain(torch.from_numpy(order[: round(fraction * sizes.pairs)]))
+                rows.append(
+                    {
+                        "seed": seed,
+                        "kind": kind,
+                        "fraction": fraction,
+                        "target_loss": study.target.loss(theta).item(),
+                        "target_accuracy": study.accuracy(theta),
+                        "test_loss": test.loss(theta).item(),
+                    }
+                )
+    return rows
+
+
+def superposition(world: World, sizes: Sizes) -> list[Row]:
+    """Whether effects add up: pairs that share a batch and a near-duplicate scene, or do not.
+
+    For couples of training pairs with nearly the same caption, in one batch or in
+    two, and for groups: the true joint effect, the sum of the true single
+    effects, and what is predicted with the group's true gradient and by summing.
+    """
+    study = make_study(world, "heads", sizes.lora_pairs, 0, batch_size=32)
+    gradient, _ = study.target.gradient_and_value(study.theta)
+    solution = study.solution("hessian", gradient)
+    single = np.sum(study.influence(solution), axis=0)
+    rows = []
+    for kind, couples in _couples(world, study, sizes.removals // 2).items():
+        joint, apart, predicted, summed = [], [], [], []
+        for couple in couples:
+            joint.append(study.change(study.retrain(couple)))
+            apart.append(sum(study.change(study.retrain(row[None])) for row in couple))
+            predicted.append(solution.dot(group_gradient(study.objective, study.theta, couple)).item())
+            summed.append(single[couple.numpy()].sum())
+        size = np.abs(joint).mean()
+        rows.append(
+            {
+                "kind": kind,
+                "groups": len(couples),
+                "non_additivity": float(np.abs(np.subtract(joint, apart)).mean() / size),
+                "error_true_gradient": float(np.abs(np.subtract(predicted, joint)).mean() / size),
+                "error_sum_of_pairs": float(np.abs(np.subtract(summed, joint)).mean() / size),
+            }
+        )
+    return rows
+
+
+def sensitivity(world: World, sizes: Sizes) -> list[Row]:
+    """What scores depend on; each row a setting and what it does to the agreement with retraining."""
+    rows: list[Row] = []
+    count = max(sizes.removals // 2, 8)
+
+    def agreement(study: Study, what: str, value: Any) -> Row:
+        left_out, true = leave_one_out(study, count, 0)
+        gradient, _ = study.target.gradient_and_value(study.theta)
+        scores = np.sum(study.influence(study.solution("hessian", gradient)), axis=0)
+        return {"what": what, "value": value} | _agreement([(scores[left_out.numpy()], true)])
+
+    for proximal in (0.3, 1.0, 3.0):
+        rows.append(agreement(make_study(world, "heads", sizes.pairs, 0, proximal=proximal), "proximal", proximal))
+    for batch_size in (32, 128, 512):
+        rows.append(
+            agreement(make_study(world, "heads", sizes.pairs, 0, batch_size=batch_size), "batch_size", batch_size)
+        )
+    for scale in (5.0, 20.0):
+        rows.append(agreement(make_study(world, "heads", sizes.pairs, 0, scale=scale), "inverse_temperature", scale))
+
+    study = make_study(world, "heads", sizes.pairs, 0)
+    left_out, true = leave_one_out(study, count, 0)
+    gradient, _ = study.target.gradient_and_value(study.theta)
+    base = np.sum(study.influence(study.solution("hessian", gradient)), axis=0)
+    for damping in (0.0, 0.1, 1.0):
+        solution = _drive(solve(lambda v: study.objective.hessian_product(study.theta, v), gradient, damping))
+        scores = np.sum(study.influence(solution), axis=0)
+        rows.append({"what": "damping", "value": damping} | _agreement([(scores[left_out.numpy()], true)]))
+    for tolerance in (1e-1, 1e-2, 1e-3):
+        away = replace(study, theta=_minimum(study.objective, tolerance))
+        direction, _ = away.target.gradient_and_value(away.theta)
+        scores = np.sum(away.influence(away.solution("hessian", direction)), axis=0)
+        rows.append(
+            {"what": "relative_gradient_norm", "value": tolerance} | _agreement([(scores[left_out.numpy()], true)])
+        )
+    rows += _projection_sensitivity(study, gradient, base)
+    for validation in (32, 128):
+        target = world.target("heads", study.scope, 32, validation)
+        part, _ = target.gradient_and_value(study.theta)
+        scores = np.sum(study.influence(study.solution("hessian", part)), axis=0)
+        rows.append({"what": "validation_pairs", "value": validation, "spearman": _spearman(scores, base)})
+    each = []
+    for seed in range(1, 5):
+        other = make_study(world, "heads", sizes.pairs, seed)
+        part, _ = other.target.gradient_and_value(other.theta)
+        each.append(np.sum(other.influence(other.solution("hessian", part)), axis=0))
+    rows.append({"what": "n_partitions", "value": 1, "spearman": _spearman(each[0], each[1])})
+    rows.append({"what": "n_partitions", "value": 2, "spearman": _spearman(each[0] + each[1], each[2] + each[3])})
+    return rows
+
+
+def _projection_sensitivity(study: Study, gradient: Tensor, base: np.ndarray) -> Iterator[Row]:
+    """How well influence from stored gradients agrees with the direct one, by rank and curvature."""
+    objective, theta, scope = study.objective, study.theta, study.scope
+    assert isinstance(scope, HeadScope) and isinstance(objective.batches, FeatureBatches)
+    for rank in (8, 16, 32):
+        projection = principal_projection(scope, theta, objective.batches.images, objective.batches.texts, rank)
+        positive, negative = _stored(projection, objective, theta)
+        target = projection.project(gradient).numpy()[None]
+        for name, matrix in (
+            ("logra", gradient_covariance(positive, negative)),
+            ("hessian", mended(projection.curvature(lambda v: objective.hessian_product(theta, v), theta).numpy())),
+        ):
+            scores = np.sum(CachedGradients(positive, negative, matrix).influence(target), axis=0)[0]
+            yield {"what": f"projection_rank_{name}", "value": rank, "pearson": _pearson(scores, base)}
+
+
+def sketches(world: World, sizes: Sizes) -> list[Row]:
+    """Deep cached mode: gradients kept by a forward-mode sketch, against truncated reverse-mode ones.
+
+    Both are held against the direct influence on single target pairs, with the
+    same curvature (the Gauss-Newton matrix in the kept directions).
+    """
+    from .truncated import truncated_gradients
+
+    study = _study_for(world, "lora:2", sizes.lora_pairs)
+    objective, theta, target = study.objective, study.theta, study.target
+    product = objective.gauss_newton_product
+    rows_of = target.batches.partition[0]
+    loss = lambda at: target.batch_losses(at, rows_of, target.batches[0])  # noqa: E731
+    gradients = torch.func.jacrev(loss, chunk_size=8)(theta)[:12]
+    direct = np.array([np.sum(study.influence(study.solution("ggn", gradient)), axis=0) for gradient in gradients])
+    exact: Tensor | None = None
+    found = []
+    sources = [(objective, 128), (ContrastiveLoss(study.scope, target.batches, 1), 128)]
+    basis = gradient_basis(theta, sources)
+    for rank in (16, 64, 256):
+        half = rank // 2
+        chosen = torch.linalg.qr(torch.cat([basis[:, :half], basis[:, 128 : 128 + half]], dim=1)).Q
+        projection = BasisProjection(study.scope, chosen)
+        start = time.perf_counter()
+        positive, negative = _stored(projection, objective, theta)
+        seconds = time.perf_counter() - start
+        curvature = projection.curvature(lambda v: product(theta, v), theta)
+        scores = _from_projection(projection, positive, negative, curvature, gradients)
+        found.append(
+            {"way": "forward sketch", "size": rank, "seconds": seconds, "pearson": _mean_pearson(scores, direct)}
+        )
+    projection = BasisProjection(study.scope, basis)
+    curvature = projection.curvature(lambda v: product(theta, v), theta)
+    for size in (32, 1, 2, 4, 8, 16):
+        start = time.perf_counter()
+        parts = [truncated_gradients(study.scope, theta, batch, size) for batch in objective.batches]
+        seconds = time.perf_counter() - start
+        full = torch.empty(objective.pairs, len(theta), dtype=theta.dtype)
+        for rows, (gradient, _) in zip(objective.batches.partition, parts, strict=True):
+            full[rows] = gradient
+        exact = full if exact is None else exact
+        projected = projection.project(full).numpy()
+        scores = _from_projection(projection, projected, np.zeros_like(projected), curvature, gradients)
+        found.append(
+            {
+                "way": "truncated reverse",
+                "size": size,
+                "seconds": seconds,
+                "pearson": _mean_pearson(scores, direct),
+                "mass_kept": float(np.mean([mass for _, mass in parts])),
+                "gradient_error": ((full - exact).norm() / exact.norm()).item(),
+            }
+        )
+    return found
+
+
+def run(sizes: Sizes, report: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """All measurements.
+
+    Args:
+        sizes: how much to measure.
+        report: told what is being measured.
+
+    Returns:
+        a table for each section, rows as dicts, and ``seconds`` of each
+    """
+    result: dict[str, Any] = {"seconds": {}}
+    start = time.perf_counter()
+    report("training the model")
+    world = make_world(sizes.pairs, sizes.validation, sizes.steps)
+    result["seconds"]["world"] = round(time.perf_counter() - start, 1)
+    for name, section in SECTIONS.items():
+        report(name)
+        start = time.perf_counter()
+        result[name] = section(world, sizes)
+        result["seconds"][name] = round(time.perf_counter() - start, 1)
+    return result
+
+
+SECTIONS: dict[str, Callable[[World, Sizes], list[Row]]] = {
+    "loo": loo,
+    "lds": lds,
+    "edit": edit,
+    "curves": curves,
+    "superposition": superposition,
+    "sensitivity": sensitivity,
+    "sketches": sketches,
+}
+
+
+def _study_for(world: World, name: str, pairs: int) -> Study:
+    if name == "heads":
+        return make_study(world, name, pairs, 0)
+    return make_study(world, name, pairs, 0, batch_size=32, tolerance=1e-5)
+
+
+def _minimum(objective: ContrastiveLoss, tolerance: float, start: Tensor | None = None) -> Tensor:
+    theta = objective.scope.start if start is None else start
+    for theta, _ in minimise(objective, tolerance, start=start):  # noqa: B007  # the last one
+        pass
+    return theta
+
+
+def _drive(steps: Any) -> Tensor:
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        vector: Tensor = end.value.vector
+        return vector
+
+
+def _direct(
+    scope: Scope, objective: ContrastiveLoss, theta: Tensor, solution: Tensor, role: str
+) -> tuple[np.ndarray, np.ndarray]:
+    positive, negative = np.empty(objective.pairs), np.empty(objective.pairs)
+    for rows, batch in zip(objective.batches.partition, objective.batches, strict=True):
+        parts = batch_influence(scope, theta, batch, solution, objective.pairs, role)
+        positive[rows], negative[rows] = (part.numpy() for part in parts)
+    return positive, negative
+
+
+def _full_logra(study: Study, gradient: Tensor, role: str) -> np.ndarray:
+    """LoGra without the loss of a projection: the damped covariance of whole gradients."""
+    scope = study.scope
+    assert isinstance(scope, HeadScope)
+    heads = [HeadProjection(*(torch.eye(size, dtype=torch.float64) for size in shape)) for shape in scope.shapes]
+    projection = KroneckerProjection(scope, *heads)
+    positive, negative = _stored(projection, study.objective, study.theta, role)
+    cached = CachedGradients(positive, negative, gradient_covariance(positive, negative))
+    scores: np.ndarray = np.sum(cached.influence(gradient.numpy()[None]), axis=0)[0]
+    return scores
+
+
+def _stored(
+    projection: Any, objective: ContrastiveLoss, theta: Tensor, role: str = "exact"
+) -> tuple[np.ndarray, np.ndarray]:
+    parts = [projection.removal_gradients(theta, batch, role) for batch in objective.batches]
+    order = torch.cat(list(objective.batches.partition)).argsort()
+    positive, negative = (torch.cat([part[side] for part in parts])[order].numpy() for side in (0, 1))
+    return positive, negative
+
+
+def _from_projection(
+    projection: BasisProjection, positive: np.ndarray, negative: np.ndarray, curvature: Tensor, gradients: Tensor
+) -> np.ndarray:
+    cached = CachedGradients(positive, negative, mended(curvature.numpy()))
+    scores: np.ndarray = np.sum(cached.influence(projection.project(gradients).numpy()), axis=0)
+    return scores
+
+
+def _target_groups(study: Study, groups: int = 8) -> list[np.ndarray]:
+    """The target's pairs in parts, whole batches together."""
+    parts = np.array_split(np.arange(len(study.target.batches.partition)), groups)
+    return [np.concatenate([study.target.batches.partition[batch].numpy() for batch in part]) for part in parts]
+
+
+def _group_target_gradient(study: Study, group: np.ndarray) -> Tensor:
+    wanted = set(group.tolist())
+    target = study.target
+    batches = [rows for rows in target.batches.partition if set(rows.tolist()) <= wanted]
+    part = type(target)(target.scope, target.batches.regrouped(batches), target.function)  # type: ignore[call-arg, attr-defined]
+    gradient, _ = part.gradient_and_value(study.theta)
+    return gradient
+
+
+def _losses(study: Study, theta: Tensor) -> np.ndarray:
+    losses: np.ndarray = study.target.losses(theta).numpy()
+    return losses
+
+
+def _orders(influence: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    order = np.argsort(influence)
+    return {
+        "random": np.random.default_rng(seed).permutation(len(influence)),
+        "harmful": order,
+        "valuable": order[::-1].copy(),
+    }
+
+
+def _held_out(world: World, study: Study) -> Target:
+    """The second half of the validation pairs: what the first half's influence is not fitted to."""
+    target = study.target
+    half = len(target.batches.partition) // 2
+    study.target = type(target)(
+        target.scope, target.batches.regrouped(target.batches.partition[:half]), target.function
+    )  # type: ignore[call-arg, attr-defined]
+    return type(target)(target.scope, target.batches.regrouped(target.batches.partition[half:]), target.function)  # type: ignore[call-arg, attr-defined]
+
+
+def _couples(world: World, study: Study, count: int) -> dict[str, list[Tensor]]:
+    """Couples of training pairs whose captions share most words, in one batch and in two; and random tenths."""
+    batch_of = {row: number for number, rows in enumerate(study.objective.batches.partition) for row in rows.tolist()}
+    words = [set(world.pairs[row].true_caption.split()) for row in range(study.objective.pairs)]
+    ranked = sorted(
+        ((len(words[a] & words[b]), a, b) for a in batch_of for b in batch_of if a < b), key=lambda found: -found[0]
+    )
+    together = [torch.tensor([a, b]) for _, a, b in ranked if batch_of[a] == batch_of[b]][:count]
+    apart = [torch.tensor([a, b]) for _, a, b in ranked if batch_of[a] != batch_of[b]][:count]
+    generator = torch.Generator().manual_seed(0)
+    tenth = study.objective.pairs // 10
+    groups = [torch.randperm(study.objective.pairs, generator=generator)[:tenth] for _ in range(3)]
+    return {"near-duplicates in one batch": together, "near-duplicates in two batches": apart, "random tenths": groups}
+
+
+def _agreement(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Row:
+    """Pearson, Spearman and slope of true against predicted, means over seeds, with a bootstrap interval."""
+    predicted, true = np.concatenate([p for p, _ in parts]), np.concatenate([t for _, t in parts])
+    if not np.isfinite(predicted).all():
+        return {"pearson": 0.0, "spearman": 0.0, "slope": 0.0}
+    mean, low, high = _bootstrap(predicted, true, _pearson)
+    slope = float(predicted @ true / (predicted @ predicted))
+    return {
+        "pearson": mean,
+        "pearson_low": low,
+        "pearson_high": high,
+        "spearman": _spearman(predicted, true),
+        "slope": slope,
+    }
+
+
+def _bootstrap(
+    a: np.ndarray, b: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray], float], draws: int = 300
+) -> tuple[float, float, float]:
+    """The statistic and its 95 % percentile interval over rows drawn again."""
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(draws):
+        rows = rng.integers(len(a), size=len(a))
+        drawn.append(statistic(a[rows], b[rows]))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return statistic(a, b), float(low), float(high)
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) and np.std(b) else 0.0
+
+
+def _mean_pearson(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.mean([_pearson(x, y) for x, y in zip(a, b, strict=True)]))
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    return float(spearmanr(a, b).statistic)
+
+
+def _mean_spearman(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.mean([spearmanr(x, y).statistic for x, y in zip(a.T, b.T, strict=True)]))
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return (a.dot(b) / (a.norm() * b.norm())).item()

@@ -1,0 +1,109 @@
+"""Influence from stored gradients: many targets without the model.
+
+Arrays of projected gradients in, scores out. With ``g`` a pair's removal
+gradient and ``H`` the curvature, both in the projected space of ``r``
+directions, the influence of the pair on a target with gradient ``f`` is
+``f . H^-1 g / N``: one matrix product for any number of targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.linalg import cholesky, solve_triangular
+
+from .errors import EcifError
+
+_COVARIANCE_DAMPING = 0.1
+
+
+def gradient_covariance(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """LoGra's stand-in for the curvature (arXiv 2405.13954), shape ``(r, r)``.
+
+    The mean outer product of the removal gradients, damped by a tenth of its
+    mean eigenvalue.
+    """
+    gradients = (positive + negative).astype(np.float64)
+    covariance = gradients.T @ gradients / len(gradients)
+    damping = _COVARIANCE_DAMPING * np.trace(covariance) / len(covariance)
+    damped: np.ndarray = covariance + damping * np.eye(len(covariance))
+    return damped
+
+
+def mended(curvature: np.ndarray) -> np.ndarray:
+    """A symmetric matrix, with the least of ``2^-10, 2^-9 ...`` of its mean eigenvalue added that makes it positive."""
+    mean, least = abs(np.trace(curvature)) / len(curvature), np.linalg.eigvalsh(curvature)[0]
+    damping = 0.0
+    while least + damping * mean <= 1e-6 * mean:
+        if damping > 2.0**20 or not np.isfinite(least):
+            raise EcifError("The projected curvature is not usable: it is zero or not finite. Load other weights")
+        damping = 2 * damping or 2.0**-10
+    shifted: np.ndarray = curvature + damping * mean * np.eye(len(curvature))
+    return shifted
+
+
+@dataclass(frozen=True)
+class CachedGradients:
+    """Projected removal gradients of all pairs and the curvature between them.
+
+    Attributes:
+        positive: of the positive role, shape ``(N, r)``.
+        negative: of the negative role, shape ``(N, r)``.
+        curvature: positive definite, shape ``(r, r)``.
+    """
+
+    positive: np.ndarray
+    negative: np.ndarray
+    curvature: np.ndarray
+
+    def influence(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The positive and the negative part of the influence of every pair on many targets.
+
+        Args:
+            targets: projected gradients of the targets' losses, shape ``(M, r)``.
+
+        Returns:
+            two arrays of shape ``(M, N)``, in nats; positive = valuable
+        """
+        solved = self._half_solve(self._half_solve(targets.T), transposed=True).T / len(self.positive)
+        return solved @ self.positive.T, solved @ self.negative.T
+
+    def relative_influence(self, targets: np.ndarray) -> np.ndarray:
+        """Influence over the length of what the pair does to the model, shape ``(M, N)``.
+
+        ``influence_n / |H^-1/2 g_n|``: pairs that move everything do not win every
+        query (relative influence, arXiv 2003.11630). Without a unit that matters.
+        """
+        positive, negative = self.influence(targets)
+        relative: np.ndarray = (positive + negative) / self.lengths
+        return relative
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """What each pair does to the model, ``|H^-1/2 g_n|``, shape ``(N,)``."""
+        lengths: np.ndarray = np.linalg.norm(self._whitened, axis=0)
+        return np.maximum(lengths, np.finfo(float).tiny)
+
+    def self_influence(self) -> np.ndarray:
+        """Change of each pair's own loss if it had not been trained on, shape ``(N,)``, in nats.
+
+        Large for pairs that the model can only fit by learning them by heart.
+        """
+        own = self._half_solve(self.positive.T)
+        scores: np.ndarray = (own * self._whitened).sum(0) / len(self.positive)
+        return scores
+
+    @cached_property
+    def _whitened(self) -> np.ndarray:
+        return self._half_solve((self.positive + self.negative).T)
+
+    @cached_property
+    def _factor(self) -> np.ndarray:
+        factor: np.ndarray = cholesky(self.curvature, lower=True)
+        return factor
+
+    def _half_solve(self, columns: np.ndarray, transposed: bool = False) -> np.ndarray:
+        solved: np.ndarray = solve_triangular(self._factor, columns, lower=True, trans=int(transposed))
+        return solved

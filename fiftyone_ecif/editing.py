@@ -1,0 +1,228 @@
+"""A model as if some pairs had never been trained on, by one Newton step.
+
+With ``L`` the objective of a run and ``L_`` the same without some pairs, whose
+batches are left smaller, the step is ``theta + H_^-1 (grad L - grad L_)`` with
+``H_`` the curvature of ``L_``. The gradient of the group is the true one, not a
+sum over its pairs. At a stationary point of ``L`` this is the Newton step on
+``L_``. Source: Section 5 of arXiv 2411.11667, which sums single pairs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checkpoint import save_checkpoint
+from .curvature import Solution, solve
+from .errors import EcifError
+from .objective import ContrastiveLoss
+from .problem import Problem, reopen
+from .progress import Progress, follow
+from .runs import InfluenceResults
+from .scoring import solving
+from .towers import TowerScope
+
+
+class GroupInfluence(NamedTuple):
+    """What a group of pairs does to a target together.
+
+    Attributes:
+        influence: predicted change of the target's loss if none of the group had
+            been trained on, with the group's true gradient; positive = valuable.
+        sum_of_pairs: the sum of the pairs' own influences, which overlooks that
+            pairs in one batch compete with each other.
+    """
+
+    influence: float
+    sum_of_pairs: float
+
+
+class Edit(NamedTuple):
+    """What an edit did.
+
+    Attributes:
+        checkpoint: where the edited model is.
+        removed: how many pairs were taken out.
+        target_loss_before: mean loss of the target under the run's model.
+        target_loss_predicted: after the edit, to first order.
+        target_loss_after: after the edit, measured.
+        mistakes_before: share of target pairs that the run's model gets wrong.
+        mistakes_after: share that the edited one gets wrong.
+        relative_change: length of the parameter change over that of the parameters.
+        solve_iterations: curvature products used.
+        solve_residual: of the solve.
+        seconds: from the group's gradient to the new parameters.
+    """
+
+    checkpoint: str
+    removed: int
+    target_loss_before: float
+    target_loss_predicted: float
+    target_loss_after: float
+    mistakes_before: float
+    mistakes_after: float
+    relative_change: float
+    solve_iterations: int
+    solve_residual: float
+    seconds: float
+
+
+def removal_step(
+    objective: ContrastiveLoss, theta: Tensor, rows: Tensor, solver: str, damping: float = 0.0, tolerance: float = 1e-3
+) -> Generator[float, None, Solution]:
+    """The change of the parameters when pairs are taken out of the objective.
+
+    Args:
+        objective: with the pairs.
+        theta: its stationary point, shape ``(p,)``.
+        rows: of the pairs to take out.
+        solver: ``"hessian"`` or ``"ggn"``.
+        damping (0.0): relative to the mean eigenvalue.
+        tolerance (1e-3): relative residual of the solve.
+
+    Yields:
+        the relative residual so far
+    """
+    left = objective.without(rows)
+    product = left.gauss_newton_product if solver == "ggn" else left.hessian_product
+    gradient = group_gradient(objective, theta, rows)
+    return (yield from solve(lambda v: product(theta, v), gradient, damping, tolerance))
+
+
+def group_gradient(objective: ContrastiveLoss, theta: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of what some pairs add to the objective together, shape ``(p,)``."""
+    touched = [batch for batch in objective.batches.partition if torch.isin(batch, rows).any()]
+    part = ContrastiveLoss(objective.scope, objective.batches.regrouped(touched), objective.pairs)
+    return part.gradient_and_value(theta)[0] - part.without(rows).gradient_and_value(theta)[0]
+
+
+def group_influence(
+    results: InfluenceResults,
+    group: Any,
+    *,
+    device: str | None = None,
+    progress: bool | Callable[..., None] | None = None,
+) -> GroupInfluence:
+    """Influence of a group of training pairs on the target of a run, together and summed up.
+
+    Args:
+        results: of :func:`fiftyone_ecif.compute_influence`.
+        group: a view or sample ids of scored pairs.
+        device (None): where the model runs.
+        progress (None): whether to show progress bars, or a callback.
+
+    Raises:
+        EcifError: if a pair was not scored, or the run's pairs changed since
+    """
+
+    def work() -> Generator[Progress, None, GroupInfluence]:
+        ids, rows = _rows(results, group)
+        problem, objective, theta = yield from reopen(results, device)
+        gradient, _ = _target_gradient(problem, theta)
+        steps = removal_step(objective, theta, rows, _solver(results))
+        solution = yield from solving(steps)
+        single = dict(zip(*results.samples._dataset.values(["id", f"{results.key}_influence"]), strict=True))
+        return GroupInfluence(gradient.dot(solution.vector).item(), sum(single[sample] for sample in ids))
+
+    return follow(work(), progress)
+
+
+def edit_model(
+    results: InfluenceResults,
+    removed: Any,
+    path: str,
+    *,
+    overwrite: bool = False,
+    device: str | None = None,
+    progress: bool | Callable[..., None] | None = None,
+) -> Edit:
+    """Writes the model of a run as if some of its pairs had never been trained on.
+
+    Only the parameters in the run's scope change. If the run was fitted, what is
+    written is the fitted model, edited.
+
+    Args:
+        results: of :func:`fiftyone_ecif.compute_influence`, best with ``fit=True``.
+        removed: a view or sample ids of scored pairs.
+        path: of the checkpoint, for ``open_clip.create_model(pretrained=path)``.
+        overwrite (False): whether to replace a file.
+        device (None): where the model runs.
+        progress (None): whether to show progress bars, or a callback.
+
+    Returns:
+        what the edit did, target losses before, predicted and after included
+
+    Raises:
+        EcifError: if a pair was not scored, all would be removed, the run's
+            pairs changed since, or the file exists
+    """
+    return follow(edit_steps(results, removed, path, overwrite=overwrite, device=device), progress)
+
+
+def edit_steps(
+    results: InfluenceResults, removed: Any, path: str, *, overwrite: bool = False, device: str | None = None
+) -> Generator[Progress, None, Edit]:
+    """:func:`edit_model` as a generator of its progress."""
+    out = Path(path)
+    if out.exists() and not overwrite:
+        raise EcifError(f"{path} exists. Choose another path, or set overwrite=True")
+    _, rows = _rows(results, removed)
+    problem, objective, theta = yield from reopen(results, device)
+    gradient, before = _target_gradient(problem, theta)
+
+    start = time.perf_counter()
+    steps = removal_step(objective, theta, rows, _solver(results), results.config.damping)
+    solution = yield from solving(steps)
+    edited = theta + solution.vector
+    seconds = time.perf_counter() - start
+
+    targets = problem.targets.values()
+    after = sum(target.loss(edited).item() for target in targets) / len(targets)
+    wrong = [torch.cat([target.mistakes(at) for target in targets]).double().mean().item() for at in (theta, edited)]
+    scope = problem.scope
+    adapters = scope.adapters(edited) if isinstance(scope, TowerScope) and scope.rank else None
+    save_checkpoint(out, problem.encoder.changed_state(scope, edited), adapters)
+    return Edit(
+        str(out),
+        len(rows),
+        before,
+        before + gradient.dot(solution.vector).item(),
+        after,
+        wrong[0],
+        wrong[1],
+        (solution.vector.norm() / theta.norm()).item(),
+        solution.iterations,
+        solution.residual,
+        seconds,
+    )
+
+
+def _solver(results: InfluenceResults) -> str:
+    """Of the run, or what a run of its scope would use if that has no curvature to solve with."""
+    solver: str = results.config.solver
+    return solver if solver in ("hessian", "ggn") else "ggn"
+
+
+def _rows(results: InfluenceResults, group: Any) -> tuple[list[str], Tensor]:
+    """The samples of a group and their rows among the scored pairs."""
+    ids = list(group if isinstance(group, list | tuple) else group.values("id"))
+    places = {sample: row for row, sample in enumerate(results.ids)}
+    unknown = [sample for sample in ids if sample not in places]
+    if unknown:
+        raise EcifError(f"Sample {unknown[0]} was not scored by run {results.key!r}. Leave it out, or score it")
+    if not ids:
+        raise EcifError("No pairs were given to remove")
+    if len(set(ids)) > len(places) - 2:
+        raise EcifError(f"Removing {len(set(ids))} of {len(places)} pairs leaves no pairs to learn from")
+    return ids, torch.tensor([places[sample] for sample in ids])
+
+
+def _target_gradient(problem: Problem, theta: Tensor) -> tuple[Tensor, float]:
+    """Of the mean over the target's slices."""
+    found = [target.gradient_and_value(theta) for target in problem.targets.values()]
+    return torch.stack([gradient for gradient, _ in found]).mean(0), sum(loss.item() for _, loss in found) / len(found)

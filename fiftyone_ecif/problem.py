@@ -1,0 +1,286 @@
+"""From samples to what is scored: pairs, encoder, scope, batches and targets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import fiftyone as fo
+import fiftyone.core.labels as fol
+import fiftyone.utils.torch as fout
+import numpy as np
+import torch
+from torch import Tensor
+
+from .choices import TARGET_LOSSES, ScopeChoice, parse_scope
+from .encoder import Encoder, check_names, choose_device
+from .errors import EcifError
+from .features import PairKey, cached_features, pair_key
+from .heads import FeatureBatches
+from .inputs import ImageTextBatches
+from .objective import Batches, ContrastiveLoss, random_partition
+from .progress import Progress
+from .runs import InfluenceConfig, InfluenceResults
+from .samples import Pairs, check_collection, read_pairs, warn_skipped
+from .scope import Scope
+from .scoring import stationary_point
+from .store import Store
+from .targets import PairTarget, Target, ZeroShotTarget, fill_prompts, pair_function
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a run is about, ready to be scored.
+
+    Attributes:
+        encoder: the model.
+        store: of the encoder's features on this dataset.
+        choice: the scope that was asked for.
+        scope: what varies.
+        pairs: the training pairs.
+        keys: what they are known by.
+        aims: the target's pairs, by the name of the slice.
+        features: of images and captions of the training pairs, float32.
+        targets: by the name of their table in a run's store, in the order of ``aims``.
+        batch_size: pairs that compete in one softmax, at most.
+        shared: how many target pairs are also training pairs.
+    """
+
+    encoder: Encoder
+    store: Store
+    choice: ScopeChoice
+    scope: Scope
+    pairs: Pairs
+    keys: list[PairKey]
+    aims: dict[str, Pairs]
+    features: tuple[Tensor, Tensor]
+    targets: dict[str, Target]
+    batch_size: int
+    shared: int
+
+    def batches(self, seed: int) -> Batches:
+        """The training pairs in random batches."""
+        partition = random_partition(len(self.pairs.ids), self.batch_size, seed)
+        return _batches(self.encoder, self.choice, self.pairs, self.features, partition)
+
+
+def prepare(
+    samples: Any,
+    target: Any,
+    config: InfluenceConfig,
+    *,
+    device: str | None = None,
+    num_workers: int | None = None,
+    skip_failures: bool = True,
+    check: Callable[[], None] = lambda: None,
+) -> Generator[Progress, None, Problem]:
+    """Reads pairs, loads the model and encodes what is not cached.
+
+    Args:
+        samples: the training pairs.
+        target: the target pairs, or a dict of slices.
+        config: of the run.
+        device (None): where the model runs.
+        num_workers (None): processes that load images.
+        skip_failures (True): whether to skip what cannot be used.
+        check: called when the collections are known to be usable.
+
+    Raises:
+        EcifError: for bad input, before the model is loaded where that is possible
+    """
+    choose_device(device)
+    check_names(config.model, config.pretrained)
+    choice = parse_scope(config.scope)
+    if target is None or target == {}:
+        raise EcifError("target is needed: a view of validation pairs, such as dataset.match_tags('val')")
+    check_collection(samples, config.caption_field)
+    check()
+
+    yield Progress("Reading pairs", 0, 1)
+    pairs = read_pairs(samples, config.caption_field, skip_failures)
+    slices = dict(target) if isinstance(target, Mapping) else {"": target}
+    aims = {name: _read_target(name, view, config, skip_failures) for name, view in slices.items()}
+    _check_sizes(pairs, aims, config.batch_size)
+    shared = _warn_shared(pairs, aims)
+    Store(str(samples._dataset._doc.id)).ensure_writable()
+    yield Progress("Reading pairs", 1, 1)
+
+    yield Progress("Loading the model", 0, 1)
+    encoder = Encoder(config.model, config.pretrained, device)
+    scope = encoder.scope(choice, config.seed)
+    store = Store(str(samples._dataset._doc.id), encoder.fingerprint)
+    yield Progress("Loading the model", 1, 1)
+
+    groups = [pairs, *aims.values()]
+    paths = [path for group in groups for path in group.paths]
+    captions = [caption for group in groups for caption in group.captions]
+    keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
+    workers = fout.recommend_num_workers() if num_workers is None else num_workers
+    images, texts, failures = yield from cached_features(store, encoder, keys, paths, captions, workers, skip_failures)
+    kept, rows = _drop_failures(groups, failures)
+    pairs, aims = kept[0], dict(zip(aims, kept[1:], strict=True))
+    warn_skipped(pairs.skipped, "training")
+    for group in aims.values():
+        warn_skipped(group.skipped, "target")
+    _check_sizes(pairs, aims, config.batch_size)
+    batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
+
+    targets = {}
+    classes = sorted({label for group in aims.values() for label in group.captions})
+    for group, chosen in zip(aims.values(), rows[1:], strict=True):
+        partition = random_partition(len(group.ids), batch_size, config.seed)
+        batches = _batches(encoder, choice, group, (images[chosen], texts[chosen]), partition)
+        made_of = [keys[row] for row in chosen], config.target_loss, config.templates, classes, config.seed
+        name = "target-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+        targets[name] = _make_target(encoder, choice, scope, batches, group, config, classes)
+    return Problem(
+        encoder,
+        store,
+        choice,
+        scope,
+        pairs,
+        [keys[row] for row in rows[0]],
+        aims,
+        (images[rows[0]], texts[rows[0]]),
+        targets,
+        batch_size,
+        shared,
+    )
+
+
+def reopen(
+    results: InfluenceResults, device: str | None = None
+) -> Generator[Progress, None, tuple[Problem, ContrastiveLoss, Tensor]]:
+    """The problem of a run once more, from its samples as they are now.
+
+    Returns:
+        the problem, its objective and the parameters that were scored at
+
+    Raises:
+        EcifError: if pairs were deleted or changed since, or the target was a
+            function that is not at hand any more
+    """
+    config = results.config
+    if config.target_loss not in TARGET_LOSSES and config._target_function is None:
+        raise EcifError(
+            f"Run {results.key!r} measured a function of your own ({config.target_loss}), which is not kept with the "
+            "run. Run compute_influence again in this session"
+        )
+    dataset = results.samples._dataset
+    source = dataset if config.target["dataset"] == dataset.name else fo.load_dataset(config.target["dataset"])
+    slices = {name: source.select(ids) for name, ids in config.target["ids"].items()}
+    problem = yield from prepare(
+        dataset.select(results.ids),
+        slices if config.slices else slices[""],
+        config,
+        device=device,
+        num_workers=0,
+        skip_failures=False,
+    )
+    if problem.pairs.ids != results.ids or problem.encoder.fingerprint != config.encoder:
+        raise EcifError(
+            f"The pairs or the model of run {results.key!r} changed since. "
+            "Run compute_influence again with overwrite=True"
+        )
+    objective = ContrastiveLoss(problem.scope, problem.batches(config.seed), len(problem.pairs.ids), config.proximal)
+    theta, _ = yield from stationary_point(Store(*config.store), objective, config.fit)
+    return problem, objective, theta
+
+
+def describe(target: Any, problem: Problem) -> dict[str, Any]:
+    """The target for the record: its dataset, size, the stages of its view, its samples and its tables."""
+    views = list(target.values()) if isinstance(target, Mapping) else [target]
+    return {
+        "dataset": views[0]._dataset.name,
+        "samples": sum(len(view) for view in views),
+        "view": views[0].view().name,
+        "stages": "; ".join(str(view.view()) for view in views)[:2000],
+        "ids": {name: group.ids for name, group in problem.aims.items()},
+        "tables": dict(zip(problem.aims, problem.targets, strict=True)),
+    }
+
+
+def _read_target(name: str, view: Any, config: InfluenceConfig, skip_failures: bool) -> Pairs:
+    """The pairs of a target; for zero-shot classification with the class in place of the caption."""
+    try:
+        field = config.caption_field
+        if config.label_field is not None:
+            check_collection(view, None)
+            found = view.get_field(config.label_field)
+            nested = isinstance(getattr(found, "document_type", None), type) and issubclass(
+                found.document_type, fol.Classification
+            )
+            field = f"{config.label_field}.label" if nested else config.label_field
+        return read_pairs(view, field, skip_failures)
+    except EcifError as error:
+        raise EcifError(f"The target {name + ' ' if name else ''}cannot be used. {error}") from error
+
+
+def _make_target(
+    encoder: Encoder,
+    choice: ScopeChoice,
+    scope: Scope,
+    batches: Batches,
+    aims: Pairs,
+    config: InfluenceConfig,
+    classes: list[str],
+) -> Target:
+    if config.target_loss != "zero_shot":
+        return PairTarget(scope, batches, pair_function(scope, config._target_function or config.target_loss))
+    prompts = fill_prompts(classes, config.templates)
+    tokens = torch.cat(list(encoder.text_features(prompts, 128))).double() if choice.heads else encoder.tokens(prompts)
+    labels = torch.tensor([classes.index(label) for label in aims.captions])
+    return ZeroShotTarget(scope, batches, labels, tokens, len(config.templates))
+
+
+def _batches(
+    encoder: Encoder, choice: ScopeChoice, pairs: Pairs, features: tuple[Tensor, Tensor], partition: list[Tensor]
+) -> Batches:
+    if choice.heads:
+        return FeatureBatches(*features, partition)
+    return ImageTextBatches(encoder, pairs.paths, pairs.captions, partition)
+
+
+def _check_sizes(pairs: Pairs, aims: Mapping[str, Pairs], batch_size: int | None) -> None:
+    if len(pairs.ids) < 2:
+        raise EcifError(f"Influence needs at least 2 training pairs, there are {len(pairs.ids)}")
+    for group in aims.values():
+        if len(group.ids) < 2:
+            raise EcifError(f"The target needs at least 2 pairs, it has {len(group.ids)}")
+    if batch_size is not None and batch_size > len(pairs.ids):
+        raise EcifError(
+            f"batch_size={batch_size} is larger than the {len(pairs.ids)} training pairs. "
+            f"Use at most {len(pairs.ids)}, or leave it out"
+        )
+
+
+def _drop_failures(groups: list[Pairs], failures: Mapping[int, str]) -> tuple[list[Pairs], list[np.ndarray]]:
+    """Takes the pairs whose image could not be read out of all groups, and says which feature rows are left."""
+    kept, rows, start = [], [], 0
+    for group in groups:
+        places = range(start, start + len(group.ids))
+        kept.append(group.without({place - start: failures[place] for place in places if place in failures}))
+        rows.append(np.array([place for place in places if place not in failures], dtype=int))
+        start = places.stop
+    return kept, rows
+
+
+def _warn_shared(pairs: Pairs, aims: Mapping[str, Pairs]) -> int:
+    targets = [sample for group in aims.values() for sample in group.ids]
+    shared = len(set(pairs.ids) & set(targets))
+    if shared:
+        logger.warning(
+            "%d of the %d target pairs are also scored as training pairs: their influence on themselves is part of "
+            "their score. Leave them out of one of the two for a held-out target",
+            shared,
+            len(targets),
+        )
+    return shared
