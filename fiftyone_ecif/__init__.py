@@ -10,7 +10,9 @@ from .errors import EcifError
 if TYPE_CHECKING:
     from .api import compute_influence
     from .curation import export_pairs, select_by_influence, tag_by_influence
+    from .editing import edit_model, group_influence
     from .runs import InfluenceResults
+    from .tracing import trace
     from .tuning import fit_model
 
 __version__ = "0.1.0"
@@ -18,22 +20,25 @@ __all__ = [
     "EcifError",
     "InfluenceResults",
     "compute_influence",
+    "edit_model",
     "export_pairs",
     "fit_model",
+    "group_influence",
     "select_by_influence",
     "tag_by_influence",
+    "trace",
 ]
 
 _HOMES = {
     "InfluenceResults": ".runs",
-    "edit_model": ".editing",
-    "group_influence": ".editing",
-    "trace": ".tracing",
     "compute_influence": ".api",
+    "edit_model": ".editing",
     "export_pairs": ".curation",
     "fit_model": ".tuning",
+    "group_influence": ".editing",
     "select_by_influence": ".curation",
     "tag_by_influence": ".curation",
+    "trace": ".tracing",
 }
 
 

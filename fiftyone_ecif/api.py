@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +19,7 @@ from .runs import (
     check_key,
     influence_fields,
     release_store,
+    slice_names,
 )
 from .samples import Pairs, write_scores
 from .scoring import Method, Scores, read_cached, score_pairs
@@ -203,7 +202,7 @@ def influence_steps(
     overwrite: bool = False,
 ) -> Generator[Progress, None, InfluenceResults]:
     """:func:`compute_influence` as a generator of its progress, for a caller that shows it or stops it."""
-    config.slices = list(target) if isinstance(target, Mapping) else []
+    config.slices = slice_names(target)
     problem = yield from prepare(
         samples,
         target,
@@ -218,7 +217,7 @@ def influence_steps(
     method = Method(config.fit, config.proximal, config.role, config.solver, config.damping, config.keep_gradients)
     found: list[Scores] = []
     for number in range(config.n_partitions):
-        store = problem.store.inside("run-" + _run_key(problem, config, config.seed + number))
+        store = problem.store.inside(problem.run_name(config, config.seed + number))
         if not number:
             config.store = store.names
         scores = yield from score_pairs(
@@ -245,14 +244,6 @@ def influence_steps(
     yield Progress("Writing fields", 1, 1)
     logger.info("Influence of %d pairs written to %s", len(problem.pairs.ids), ", ".join(columns))
     return results
-
-
-def _run_key(problem: Problem, config: InfluenceConfig, seed: int) -> str:
-    """A digest of all that the fitted parameters and the gradients depend on, beside the encoder."""
-    settings = [config.scope, config.fit, config.proximal, problem.batch_size, seed, config.role]
-    digest = hashlib.blake2b(json.dumps([problem.keys, settings]).encode(), digest_size=16)
-    digest.update(problem.scope.start.cpu().numpy().tobytes())  # adapters are not part of the encoder
-    return digest.hexdigest()
 
 
 def _columns(found: Sequence[Scores], config: InfluenceConfig, problem: Problem) -> dict[str, np.ndarray]:
@@ -328,6 +319,11 @@ def _write_run(
     run = config.build()
     run.register_run(samples, brain_key, cleanup=False)
     write_scores(dataset, values, fields)
+    for name, field in fields.items():  # a run that is overwritten may have described its fields otherwise
+        written = dataset.get_field(name)
+        if written.description != field.description:
+            written.description = field.description
+            written.save()
     results = InfluenceResults(samples, config, brain_key, pairs.ids, pairs.skipped, diagnostics, backend=run)
     run.save_run_results(samples, brain_key, results)
     if old is not None:

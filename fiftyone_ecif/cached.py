@@ -34,11 +34,11 @@ def gradient_covariance(positive: np.ndarray, negative: np.ndarray) -> np.ndarra
 
 def mended(curvature: np.ndarray) -> np.ndarray:
     """A symmetric matrix, with the least of ``2^-10, 2^-9 ...`` of its mean eigenvalue added that makes it positive."""
-    mean, least = abs(np.trace(curvature)) / len(curvature), np.linalg.eigvalsh(curvature)[0]
-    damping = 0.0
+    mean = abs(np.trace(curvature)) / len(curvature)
+    if not (np.isfinite(curvature).all() and mean > 0):
+        raise EcifError("The projected curvature is not usable: it is zero or not finite. Load other weights")
+    damping, least = 0.0, np.linalg.eigvalsh(curvature)[0]
     while least + damping * mean <= 1e-6 * mean:
-        if damping > 2.0**20 or not np.isfinite(least):
-            raise EcifError("The projected curvature is not usable: it is zero or not finite. Load other weights")
         damping = 2 * damping or 2.0**-10
     shifted: np.ndarray = curvature + damping * mean * np.eye(len(curvature))
     return shifted
@@ -84,7 +84,7 @@ class CachedGradients:
     def lengths(self) -> np.ndarray:
         """What each pair does to the model, ``|H^-1/2 g_n|``, shape ``(N,)``."""
         lengths: np.ndarray = np.linalg.norm(self._whitened, axis=0)
-        return np.maximum(lengths, np.finfo(float).tiny)
+        return lengths.clip(min=np.finfo(float).tiny)
 
     def self_influence(self) -> np.ndarray:
         """Change of each pair's own loss if it had not been trained on, shape ``(N,)``, in nats.

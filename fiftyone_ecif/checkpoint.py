@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,7 +18,12 @@ from .errors import EcifError
 Adapters = dict[str, tuple[Tensor, Tensor]]
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Tensor], adapters: Adapters | None = None) -> None:
+def save_checkpoint(
+    path: Path,
+    state: Mapping[str, Tensor],
+    adapters: Adapters | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> None:
     """Saves weights, whole or not at all.
 
     Args:
@@ -25,40 +33,59 @@ def save_checkpoint(path: Path, state: Mapping[str, Tensor], adapters: Adapters 
             name's ``B A`` already added. They are written to
             ``{path}.adapters`` (safetensors), so that they can be attributed
             later or fitted further.
+        preprocessing (None): how images were prepared, as arguments of
+            ``open_clip.create_model_and_transforms``; written to
+            ``{path}.json``, as open_clip knows it by the pretrained tag only.
 
     Raises:
-        EcifError: if the file cannot be written
+        EcifError: if a file cannot be written
     """
-    beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.unlink(missing_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        if path.suffix == ".safetensors":
-            save_file(dict(state), temporary)
-        else:
-            torch.save(dict(state), temporary)
-        os.replace(temporary, path)
+        _adapters(path).unlink(missing_ok=True)
         if adapters:
             parts = {
                 f"{side}.{name}": part.detach().cpu().contiguous()
                 for name, pair in adapters.items()
                 for side, part in zip("AB", pair, strict=True)
             }
-            temporary = beside.with_name(f"{beside.name}.tmp")
-            save_file(parts, temporary)
-            os.replace(temporary, beside)
-    except OSError as error:
-        raise EcifError(f"The checkpoint {path} cannot be written ({error.strerror or error})") from error
+            _write(_adapters(path), lambda temporary: save_file(parts, temporary))
+        if preprocessing:
+            _write(_preprocessing(path), lambda temporary: temporary.write_text(json.dumps(dict(preprocessing))))
+        save = save_file if path.suffix == ".safetensors" else torch.save
+        _write(path, lambda temporary: save(dict(state), temporary))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise EcifError(f"The checkpoint {path} cannot be written ({error})") from error
 
 
 def load_adapters(pretrained: str | None) -> Adapters | None:
     """The adapters that :func:`save_checkpoint` wrote beside a checkpoint, or None."""
-    if pretrained is None or not _beside(Path(pretrained)).is_file():
+    if pretrained is None or not _adapters(Path(pretrained)).is_file():
         return None
-    parts = load_file(_beside(Path(pretrained)))
+    parts = load_file(_adapters(Path(pretrained)))
     return {name[2:]: (value, parts[f"B.{name[2:]}"]) for name, value in parts.items() if name.startswith("A.")}
 
 
-def _beside(path: Path) -> Path:
+def load_preprocessing(pretrained: str | None) -> dict[str, Any] | None:
+    """The preprocessing that :func:`save_checkpoint` wrote beside a checkpoint, or None."""
+    if pretrained is None or not _preprocessing(Path(pretrained)).is_file():
+        return None
+    found: dict[str, Any] = json.loads(_preprocessing(Path(pretrained)).read_text())
+    return found
+
+
+def _adapters(path: Path) -> Path:
     return path.with_name(f"{path.name}.adapters")
+
+
+def _preprocessing(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -13,11 +13,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
 from . import __version__
+from .choices import ROLES, SOLVERS, TARGET_LOSSES
 from .errors import EcifError
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -45,7 +47,7 @@ def _job() -> Iterator[None]:
             raise click.ClickException(str(error)) from error
 
 
-def _print(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
+def _print(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     click.echo(json.dumps(result) if as_json else text(result))
 
 
@@ -100,10 +102,22 @@ def _demo_report(result: dict[str, Any]) -> str:
 @click.option("--target-tag", "target_tags", multiple=True, help="Measure influence on samples with this tag.")
 @click.option("--target-view", help="Measure influence on this saved view.")
 @click.option("--key", default="ecif", show_default=True, help="Names the run and its fields.")
-@click.option("--fit", is_flag=True, help="Bring the heads to a stationary point first.")
+@click.option("--target-loss", type=click.Choice(TARGET_LOSSES), default="contrastive", show_default=True)
+@click.option("--label-field", help="The target's classes, for zero_shot.")
+@click.option("--template", "templates", multiple=True, default=["a photo of a {}."], help="A prompt of a class.")
+@click.option("--scope", default="heads", show_default=True, help="heads, lora:RANK, blocks:K or a pattern.")
+@click.option("--role", type=click.Choice(ROLES), default="exact", show_default=True, help="The pair's part.")
+@click.option("--solver", type=click.Choice(SOLVERS), help="The curvature; by default what suits the scope.")
+@click.option("--damping", default=0.0, show_default=True, help="Of the curvature, relative to its mean eigenvalue.")
+@click.option("--fit", is_flag=True, help="Bring the scope to a stationary point first.")
 @click.option("--proximal", default=0.1, show_default=True, help="Pull to the loaded weights.")
 @click.option("--batch-size", type=int, help="Pairs that compete in one softmax.")
 @click.option("--seed", default=0, show_default=True, help="Which pairs share a batch.")
+@click.option("--partitions", "n_partitions", default=1, show_default=True, help="Partitions to average over.")
+@click.option(
+    "--score", "scores", multiple=True, help="Also write relative_influence, self_influence or leave_one_out_loss."
+)
+@click.option("--keep-gradients", is_flag=True, default=None, help="Keep what trace needs, also if scope is not heads.")
 @click.option("--device", help="cpu or cuda.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be scored.")
 @click.option("--overwrite", is_flag=True, help="Replace a run of the same key.")
@@ -250,6 +264,114 @@ def export(
 
 
 @main.group()
+def bench() -> None:
+    """Measure this software against retraining and against other methods."""
+
+
+@bench.command()
+@click.option("--quick", is_flag=True, help="Minutes instead of the better part of an hour.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md, result.json and plots.")
+@_AS_JSON
+def fidelity(quick: bool, out: Path | None, as_json: bool) -> None:
+    """Hold predicted effects of removing pairs against real retraining, beside other attribution methods.
+
+    Example: fiftyone-ecif bench fidelity --quick --out fidelity
+    """
+    with _job():
+        from .bench.fidelity import QUICK, Sizes, run
+        from .bench.report import markdown, plot
+
+        result = run(QUICK if quick else Sizes(), report=lambda name: click.echo(name, err=True))
+        if out:
+            plot(result, out)
+            (out / "report.md").write_text(markdown(result))
+            (out / "result.json").write_text(json.dumps(result))
+    _print(result, as_json, markdown)
+
+
+@main.command()
+@click.argument("dataset")
+@click.option("--key", default="ecif", show_default=True, help="The run.")
+@click.option("--count", default=10, show_default=True, help="Training pairs to print for each mistake.")
+@click.option("--exact", is_flag=True, help="Solve for each mistake with the model instead of reading gradients.")
+@click.option("--device", help="cpu or cuda, with --exact.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
+def trace(dataset: str, key: str, as_json: bool, **options: Any) -> None:
+    """Find the training pairs of DATASET behind each mistake on a run's validation pairs.
+
+    Example: fiftyone-ecif trace my-pairs --count 5
+    """
+    with _job():
+        from .tracing import trace as find
+
+        found = _load(dataset)
+        traces = find(_load_run(found, key), **options)
+        texts = _captions(found, key, traces)
+        result = [
+            {
+                **one._asdict(),
+                "culprits": [culprit._asdict() for culprit in one.culprits],
+                "neighbours": [neighbour._asdict() for neighbour in one.neighbours],
+            }
+            for one in traces
+        ]
+    _print(result, as_json, lambda r: _trace_report(r, texts))
+
+
+def _captions(dataset: Any, key: str, traces: Any) -> dict[str, str]:
+    """Captions of the training pairs that traces name."""
+    config = dataset.get_brain_info(key).config
+    named = {pair.id for one in traces for pair in (*one.culprits, *one.neighbours)}
+    return dict(zip(*dataset.select(list(named)).values(["id", config.caption_field]), strict=True))
+
+
+def _trace_report(traces: list[dict[str, Any]], captions: dict[str, str]) -> str:
+    if not traces:
+        return "No mistakes."
+    lines = []
+    for one in traces:
+        lines += ["", f"{one['id']}, loss {one['loss']:.3f}", "  Relative influence  Culprit                   Caption"]
+        lines += [f"  {c['relative_influence']:18.2e}  {c['id']}  {captions[c['id']]}" for c in one["culprits"]]
+        lines += ["          Similarity  Neighbour                 Caption"]
+        lines += [f"  {n['similarity']:18.3f}  {n['id']}  {captions[n['id']]}" for n in one["neighbours"]]
+    return "\n".join(lines[1:])
+
+
+@main.command()
+@click.argument("dataset")
+@click.argument("path")
+@click.option("--key", default="ecif", show_default=True, help="The run.")
+@click.option("--tag", "tags", multiple=True, help="Take out samples with this tag.")
+@click.option("--view", help="Take out this saved view.")
+@click.option("--device", help="cpu or cuda.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint.")
+@_AS_JSON
+def edit(
+    dataset: str, path: str, key: str, tags: tuple[str, ...], view: str | None, as_json: bool, **options: Any
+) -> None:
+    """Write the model of a run on DATASET to PATH as if some pairs had never been trained on.
+
+    Example: fiftyone-ecif edit my-pairs edited.pt --tag harmful
+    """
+    with _job():
+        from .editing import edit_model
+
+        if not (tags or view):
+            raise click.UsageError("Say what to take out: --tag or --view")
+        found = _load(dataset)
+        result = edit_model(_load_run(found, key), _narrow(found, tags, view), path, **options)._asdict()
+    _print(
+        result,
+        as_json,
+        lambda r: (
+            f"Took out {r['removed']} pairs of {dataset!r}. Target loss {r['target_loss_before']:.4f} before, "
+            f"{r['target_loss_predicted']:.4f} predicted, {r['target_loss_after']:.4f} after. "
+            f"Checkpoint: {r['checkpoint']}"
+        ),
+    )
+
+
+@main.group()
 def plugin() -> None:
     """The FiftyOne plugin."""
 
@@ -290,6 +412,13 @@ def _load(name: str) -> Any:
         known = ", ".join(fo.list_datasets()) or "none"
         raise EcifError(f"There is no dataset {name!r}. Datasets here: {known}")
     return fo.load_dataset(name)
+
+
+def _load_run(dataset: Any, key: str) -> Any:
+    known = dataset.list_brain_runs(type="influence", method="ecif")
+    if key not in known:
+        raise EcifError(f"{dataset.name!r} has no run {key!r}. Runs: {', '.join(known) or 'none'}")
+    return dataset.load_brain_results(key)
 
 
 def _narrow(dataset: Any, tags: tuple[str, ...], view: str | None) -> Any:

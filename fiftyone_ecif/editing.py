@@ -124,7 +124,7 @@ def group_influence(
         ids, rows = _rows(results, group)
         problem, objective, theta = yield from reopen(results, device)
         gradient, _ = _target_gradient(problem, theta)
-        steps = removal_step(objective, theta, rows, _solver(results))
+        steps = removal_step(objective, theta, rows, _solver(results), results.config.damping)
         solution = yield from solving(steps)
         single = dict(zip(*results.samples._dataset.values(["id", f"{results.key}_influence"]), strict=True))
         return GroupInfluence(gradient.dot(solution.vector).item(), sum(single[sample] for sample in ids))
@@ -186,7 +186,7 @@ def edit_steps(
     wrong = [torch.cat([target.mistakes(at) for target in targets]).double().mean().item() for at in (theta, edited)]
     scope = problem.scope
     adapters = scope.adapters(edited) if isinstance(scope, TowerScope) and scope.rank else None
-    save_checkpoint(out, problem.encoder.changed_state(scope, edited), adapters)
+    save_checkpoint(out, problem.encoder.changed_state(scope, edited), adapters, problem.encoder.preprocessing)
     return Edit(
         str(out),
         len(rows),
@@ -210,15 +210,15 @@ def _solver(results: InfluenceResults) -> str:
 
 def _rows(results: InfluenceResults, group: Any) -> tuple[list[str], Tensor]:
     """The samples of a group and their rows among the scored pairs."""
-    ids = list(group if isinstance(group, list | tuple) else group.values("id"))
+    ids = list(dict.fromkeys(group if isinstance(group, list | tuple) else group.values("id")))
     places = {sample: row for row, sample in enumerate(results.ids)}
     unknown = [sample for sample in ids if sample not in places]
     if unknown:
         raise EcifError(f"Sample {unknown[0]} was not scored by run {results.key!r}. Leave it out, or score it")
     if not ids:
         raise EcifError("No pairs were given to remove")
-    if len(set(ids)) > len(places) - 2:
-        raise EcifError(f"Removing {len(set(ids))} of {len(places)} pairs leaves no pairs to learn from")
+    if len(ids) > len(places) - 2:
+        raise EcifError(f"Removing {len(ids)} of {len(places)} pairs leaves no pairs to learn from")
     return ids, torch.tensor([places[sample] for sample in ids])
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
-from .checkpoint import load_adapters
+from .checkpoint import load_adapters, load_preprocessing
 from .choices import ScopeChoice
 from .contrastive import SigmoidLoss, SoftmaxLoss
 from .errors import EcifError
@@ -108,7 +108,10 @@ class Encoder:
         check_names(model, pretrained)
         try:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(
-                model, pretrained=pretrained, device=self.device
+                model,
+                pretrained=pretrained,
+                device=self.device,
+                **(load_preprocessing(pretrained) or {}),
             )
             self.tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip, the hub and torch raise many kinds here
@@ -167,7 +170,7 @@ class Encoder:
         if choice.rank is None or self.adapters is None:
             return scope_parameters(self.model, choice)
         rank = len(next(iter(self.adapters.values()))[0])
-        if (choice.text, choice.rank) != ("lora", rank) and choice.text != f"lora:{rank}":
+        if choice.text not in ("lora", f"lora:{rank}"):
             raise EcifError(
                 f"scope={choice.text!r} does not fit the checkpoint, whose adapters have rank {rank}. Use 'lora:{rank}'"
             )
@@ -186,10 +189,11 @@ class Encoder:
         state = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         return state | {name: value.detach().to(state[name]).contiguous() for name, value in changed.items()}
 
-    def embeddings(self, tower: str, features: Tensor) -> Tensor:
-        """Embeddings before normalisation of features of a tower, ``(n, w)`` to ``(n, d)``, in float64."""
-        head = self.heads[tower]
-        return features.double() if head is None else features.double() @ head.matrix(self.model).cpu()
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images are prepared, as arguments of ``open_clip.create_model_and_transforms``."""
+        made = open_clip.get_model_preprocess_cfg(self.model)
+        return {f"image_{name}": made[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in made}
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """What the text tower takes, on the device; a caption longer than the context is cut, as in training."""
@@ -288,7 +292,9 @@ def check_names(model: str, pretrained: str | None) -> None:
         EcifError: if open_clip does not know the model, or ``pretrained`` is
             neither a tag of it nor a file
     """
-    if parse_model_name(model)[0]:  # hf-hub: and local-dir: bring their weights
+    if parse_model_name(model)[0]:
+        if pretrained:
+            raise EcifError(f"{model} brings its own weights, so pretrained={pretrained!r} does not go with it")
         return
     known = open_clip.list_models()
     if model not in known:

@@ -9,8 +9,8 @@ kept as its coordinates in a subspace of orthonormal directions:
   batch are matrix products. They are kept as ``input.T @ gradient @ output`` for
   each head: LoGra's Kronecker projection (arXiv 2405.13954), applied to the
   removal gradient.
-* any scope: a coordinate is the derivative of the roles along a direction, one
-  ``torch.func.jvp`` a batch for all its pairs, exact roles included.
+* any scope: each embedding is back-propagated alone, for the pairs whose removal
+  pulls it most (see ``truncation``).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .contrastive import Pull
 from .heads import Batch, HeadScope
 from .objective import ContrastiveLoss
 from .scope import Scope
+from .truncation import truncated_gradients
 
 _CHUNK = 32  # vectors at a time
 
@@ -87,14 +88,7 @@ class BasisProjection(Projection):
         return lifted
 
     def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
-        columns = []
-        for direction in self.basis.T:
-            similarity, moved = jvp(lambda at: self.scope.similarity(at, batch), (theta,), (direction.contiguous(),))[
-                :2
-            ]
-            columns.append(self.scope.loss.removal_tangents(similarity, moved, role))
-        positive, negative = (torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))
-        return positive, negative
+        return truncated_gradients(self.scope, theta, batch, role, self.basis)[0]
 
     def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         columns = [jvp(function, (theta,), (direction.contiguous(),))[1] for direction in self.basis.T]
@@ -126,7 +120,8 @@ def gradient_basis(theta: Tensor, sources: Sequence[tuple[ContrastiveLoss, int]]
         for objective, count in sources
         for gradient in objective.random_gradients(theta, min(count, len(theta)), seed=count)
     ]
-    return torch.linalg.qr(torch.stack(drawn, dim=1)).Q
+    basis: Tensor = torch.linalg.qr(torch.stack(drawn, dim=1)).Q
+    return basis
 
 
 @dataclass(frozen=True)

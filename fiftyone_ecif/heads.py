@@ -65,6 +65,9 @@ class HeadScope(Scope):
         """``exp(logit_scale)``."""
         return theta[-1].exp() if self.with_scale else self._scale
 
+    def logit_parameters(self, theta: Tensor) -> list[int]:
+        return [len(theta) - 1] if self.with_scale else []
+
     def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
         return images @ self.split(theta)[0]
 

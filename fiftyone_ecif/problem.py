@@ -71,6 +71,13 @@ class Problem:
         partition = random_partition(len(self.pairs.ids), self.batch_size, seed)
         return _batches(self.encoder, self.choice, self.pairs, self.features, partition)
 
+    def run_name(self, config: InfluenceConfig, seed: int) -> str:
+        """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
+        settings = [config.scope, config.fit, config.proximal, self.batch_size, seed, config.role]
+        digest = hashlib.blake2b(json.dumps([self.keys, settings]).encode(), digest_size=16)
+        digest.update(self.scope.start.cpu().numpy().tobytes())  # adapters are not part of the encoder
+        return "run-" + digest.hexdigest()
+
 
 def prepare(
     samples: Any,
@@ -135,10 +142,11 @@ def prepare(
 
     targets = {}
     classes = sorted({label for group in aims.values() for label in group.captions})
-    for group, chosen in zip(aims.values(), rows[1:], strict=True):
+    for (label, group), chosen in zip(aims.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, config.seed)
         batches = _batches(encoder, choice, group, (images[chosen], texts[chosen]), partition)
-        made_of = [keys[row] for row in chosen], config.target_loss, config.templates, classes, config.seed
+        measured = config.target_loss + config._target_token, config.templates, classes, config.seed
+        made_of = label, [keys[row] for row in chosen], measured
         name = "target-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
         targets[name] = _make_target(encoder, choice, scope, batches, group, config, classes)
     return Problem(
@@ -175,7 +183,10 @@ def reopen(
             "run. Run compute_influence again in this session"
         )
     dataset = results.samples._dataset
-    source = dataset if config.target["dataset"] == dataset.name else fo.load_dataset(config.target["dataset"])
+    home = config.target["dataset"]
+    if home != dataset.name and not fo.dataset_exists(home):
+        raise EcifError(f"The target of run {results.key!r} is in dataset {home!r}, which is gone or has another name")
+    source = dataset if home == dataset.name else fo.load_dataset(home)
     slices = {name: source.select(ids) for name, ids in config.target["ids"].items()}
     problem = yield from prepare(
         dataset.select(results.ids),
@@ -185,9 +196,10 @@ def reopen(
         num_workers=0,
         skip_failures=False,
     )
-    if problem.pairs.ids != results.ids or problem.encoder.fingerprint != config.encoder:
+    tables = dict(zip(problem.aims, problem.targets, strict=True))
+    if problem.run_name(config, config.seed) != config.store[-1] or tables != config.target["tables"]:
         raise EcifError(
-            f"The pairs or the model of run {results.key!r} changed since. "
+            f"The pairs, the target or the model of run {results.key!r} changed since. "
             "Run compute_influence again with overwrite=True"
         )
     objective = ContrastiveLoss(problem.scope, problem.batches(config.seed), len(problem.pairs.ids), config.proximal)

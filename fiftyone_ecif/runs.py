@@ -7,9 +7,10 @@ list, load and delete runs, so this module and its classes keep their names.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 import fiftyone.core.brain as fob
 import fiftyone.core.fields as fof
@@ -108,9 +109,6 @@ class InfluenceConfig(fob.BrainMethodConfig):
             raise EcifError(f"templates={templates!r} must hold {{}} for the class, as in 'a photo of a {{}}.'")
         for score in scores:
             _check_choice("scores", score, EXTRA_SCORES)
-        for name in slices:
-            if not str(name).isidentifier():
-                raise EcifError(f"{name!r} is not a name for a slice of the target. Use letters, digits and _")
         needed = bool(scores) or solver == "logra"
         if keep_gradients is False and needed:
             raise EcifError(f"keep_gradients=False does not go with {'scores' if scores else 'solver=logra'}")
@@ -127,6 +125,7 @@ class InfluenceConfig(fob.BrainMethodConfig):
         self.seed = int(seed)
         self.n_partitions = int(n_partitions)
         self._target_function = target_loss if callable(target_loss) else None
+        self._target_token = uuid4().hex if callable(target_loss) else ""  # two functions can have one name
         self.target_loss = getattr(target_loss, "__name__", "callable") if callable(target_loss) else target_loss
         self.label_field = label_field
         self.templates = list(templates)
@@ -192,6 +191,19 @@ def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[st
     }
     fields |= {name: ScoreField(fof.FloatField, extra[name]) for name in config.scores}
     return {f"{key}_{name}": field for name, field in fields.items()}
+
+
+def slice_names(target: Any) -> list[str]:
+    """The names of a target's slices, none if it is a single view.
+
+    Raises:
+        EcifError: if one cannot be part of a field's name
+    """
+    names = list(target) if isinstance(target, Mapping) else []
+    for name in names:
+        if not isinstance(name, str) or not f"_{name}".isidentifier():
+            raise EcifError(f"{name!r} is not a name for a slice of the target. Use letters, digits and _")
+    return names
 
 
 def check_key(dataset: Any, brain_key: str, overwrite: bool, config: InfluenceConfig | None = None) -> None:

@@ -36,6 +36,10 @@ class Scope(ABC):
     def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
         """Scaled (and, for a sigmoid loss, shifted) cosine similarities."""
 
+    def logit_parameters(self, theta: Tensor) -> list[int]:
+        """Places in ``theta`` of the temperature and the bias, as far as they are in scope."""
+        return []
+
     def similarity(self, theta: Tensor, batch: Any) -> Tensor:
         """``S`` of a batch under the parameters ``theta``, shape ``(n, n)``."""
         images, captions = (normalize(part, dim=1) for part in self.embed(theta, batch))

@@ -38,8 +38,8 @@ from .targets import Target
 
 _COLLAPSED = 1e-3
 _BATCHES_A_PART = 8
-_CURVATURE_PAIRS = 512  # that the projected curvature is computed on
-_DIRECTIONS = 64  # of a scope that is not the heads
+_SAMPLED_PAIRS = 512  # that directions and the curvature between them are computed on
+_DIRECTIONS = 128  # of a scope that is not the heads
 _PAIR_COLUMNS = ("row", "batch", "image", "cosine", "loss", "positive", "negative")
 _TARGET_COLUMNS = ("row", "image", "loss", "mistake", "gradient")
 
@@ -253,16 +253,21 @@ def _keep_gradients(
             _write_targets(table, target, theta, start, projection)
         yield Progress("Computing gradients", done, total)
     if lacks_curvature:
-        kept, sample = 0, list[Tensor]()
-        for rows in batches.partition:
-            if not sample or kept + len(rows) <= _CURVATURE_PAIRS:
-                sample, kept = [*sample, rows], kept + len(rows)
-        part = ContrastiveLoss(scope, batches.regrouped(sample), kept, objective.proximal)
+        part = _sample(scope, batches, objective.proximal)
         product = part.gauss_newton_product if method.solver == "ggn" else part.hessian_product
         matrix = projection.curvature(lambda v: product(theta, v), theta)
         curvature.write(method.solver, {"matrix": matrix.cpu().double().numpy()})
         yield Progress("Computing gradients", total, total)
     return projection
+
+
+def _sample(scope: Scope, batches: Batches, proximal: float = 0.0) -> ContrastiveLoss:
+    """The objective on the first batches: enough for directions and their curvature."""
+    count, chosen = 0, list[Tensor]()
+    for rows in batches.partition:
+        if not chosen or count + len(rows) <= _SAMPLED_PAIRS:
+            chosen, count = [*chosen, rows], count + len(rows)
+    return ContrastiveLoss(scope, batches.regrouped(chosen), count, proximal)
 
 
 def _write_pairs(
@@ -310,8 +315,8 @@ def _projection(store: Store, objective: ContrastiveLoss, theta: Tensor, targets
             chosen: Projection = principal_projection(scope, theta, batches.images, batches.texts)
         else:
             share = max(_DIRECTIONS // 2 // len(targets), 1)
-            sources = [(objective, _DIRECTIONS // 2)]
-            sources += [(ContrastiveLoss(scope, target.batches, 1), share) for target in targets.values()]
+            sources = [(_sample(scope, batches), _DIRECTIONS // 2)]
+            sources += [(_sample(scope, target.batches), share) for target in targets.values()]
             chosen = BasisProjection(scope, gradient_basis(theta, sources))
         for name, value in chosen.state().items():
             table.write(name, {"matrix": value.cpu().numpy()})

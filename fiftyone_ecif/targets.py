@@ -13,6 +13,7 @@ a callable             ``loss(images, captions, logits)`` of unit embeddings ``(
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 from torch.nn.functional import cross_entropy, normalize
+from typing_extensions import Self
 
 from .errors import EcifError
 from .objective import Batches
@@ -48,6 +50,13 @@ class Target(ABC):
     @abstractmethod
     def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
         """Which of the pairs of a batch the model gets wrong, bool, shape ``(n,)``."""
+
+    def part(self, partition: Sequence[Tensor]) -> Self:
+        """The same on some of its batches only."""
+        other = copy.copy(self)
+        other.batches = self.batches.regrouped(partition)
+        other.pairs = sum(len(rows) for rows in partition)
+        return other
 
     def losses(self, theta: Tensor) -> Tensor:
         """The loss of each target pair, in the order of the rows, shape ``(M,)``."""

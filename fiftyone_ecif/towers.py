@@ -126,6 +126,14 @@ class TowerScope(Scope):
             similarity = similarity + changed.get("logit_bias", model.logit_bias)
         return similarity
 
+    def logit_parameters(self, theta: Tensor) -> list[int]:
+        places, start = [], 0
+        for name, shape in zip(self.names, self._shapes, strict=False):
+            if name in ("logit_scale", "logit_bias"):
+                places.append(start)
+            start += shape.numel()
+        return places if self.rank is None else []
+
     def _embed(self, tower: str, theta: Tensor, inputs: Tensor) -> Tensor:
         changed = {f"model.{name}": value for name, value in self.parameters(theta).items()}
         with differentiable_attention():

@@ -106,6 +106,8 @@ def trace_steps(
     if count < 1:
         raise EcifError(f"count={count} must be at least 1")
     yield Progress("Reading pairs", 0, 1)
+    if exact and results.config.solver == "logra":
+        raise EcifError("solver='logra' has no curvature but that of the stored gradients. Leave exact out")
     cached, images = results.cached(), results.image_embeddings()
     wanted = None if queries is None else set(queries if isinstance(queries, list | tuple) else queries.values("id"))
     yield Progress("Reading pairs", 1, 1)
@@ -163,7 +165,7 @@ def _exact_influence(
     config = results.config
     problem, objective, theta = yield from reopen(results, device)
     target = dict(zip(problem.aims, problem.targets.values(), strict=True))[name]
-    product = objective.gauss_newton_product if config.solver == "ggn" else objective.hessian_product
+    product = {"ggn": objective.gauss_newton_product}.get(config.solver, objective.hessian_product)
 
     def loss(at: Tensor, row: int) -> Tensor:
         for batch_rows, batch in zip(target.batches.partition, target.batches, strict=True):
@@ -174,7 +176,11 @@ def _exact_influence(
 
     vectors = []
     for row in rows:
-        steps = solve(lambda v: product(theta, v), grad(loss)(theta, row), config.damping, tolerance=1e-2)
-        vectors.append((yield from solving(steps)).vector)
+        vector = grad(loss)(theta, row)
+        if config.solver != "identity":
+            steps = solve(lambda v: product(theta, v), vector, config.damping, tolerance=1e-2)
+            vector = (yield from solving(steps)).vector
+        vectors.append(vector)
     positive, negative = yield from direct_influence(objective, theta, vectors, config.role)
-    return positive + negative
+    total: np.ndarray = positive + negative
+    return total

@@ -227,7 +227,8 @@ def fit_steps(
         raise _diverged(settings)
 
     yield Progress("Saving", 0, 1)
-    save_checkpoint(path, encoder.changed_state(scope, theta), scope.adapters(theta) if scope.rank else None)
+    adapters = scope.adapters(theta) if scope.rank else None
+    save_checkpoint(path, encoder.changed_state(scope, theta), adapters, encoder.preprocessing)
     resume.unlink(missing_ok=True)
     _warn_preprocessing(encoder, path)
     yield Progress("Saving", 1, 1)
@@ -401,8 +402,8 @@ def _warn_preprocessing(encoder: Encoder, path: Path) -> None:
     }
     if special and not parse_model_name(encoder.name)[0]:
         logger.warning(
-            "open_clip forgets how %s prepares images when it loads weights from a file. Load %s with "
-            "force_preprocess_cfg=%s, or its embeddings are off",
+            "open_clip forgets how %s prepares images when it loads weights from a file. This plugin remembers; "
+            "elsewhere load %s with force_preprocess_cfg=%s, or its embeddings are off",
             encoder.name,
             path,
             special,

@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import fiftyone as fo
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
@@ -23,6 +24,15 @@ _DEFAULTS: dict[str, Any] = {
     "pretrained": "",
     "brain_key": "ecif",
     "overwrite": False,
+    "scope": "heads",
+    "role": "exact",
+    "solver": None,
+    "damping": 0.0,
+    "target_loss": "contrastive",
+    "label_field": None,
+    "n_partitions": 1,
+    "scores": [],
+    "keep_gradients": None,
     "fit": False,
     "proximal": 0.1,
     "batch_size": None,
@@ -30,6 +40,17 @@ _DEFAULTS: dict[str, Any] = {
     "skip_failures": True,
     "device": None,
     "num_workers": None,
+}
+
+_METHOD = (
+    *("scope", "role", "solver", "damping", "target_loss", "label_field", "n_partitions", "scores", "keep_gradients"),
+    *("fit", "proximal", "batch_size", "seed"),
+)
+_SCOPES = {
+    "heads": "Both final projections (seconds)",
+    "heads+logit_scale": "Both final projections and the temperature",
+    "lora": "Low-rank adapters on attention and MLP weights",
+    "blocks:1": "The last block of both towers",
 }
 
 
@@ -210,9 +231,27 @@ def _how(inputs: Any, ctx: Any) -> None:
         description="Brings both projections to a stationary point on these pairs, in memory: influence presumes one",
         view=types.CheckboxView(),
     )
+    _what_loss(inputs, ctx)
     inputs.bool("advanced", default=False, label="Advanced settings", view=types.SwitchView())
     if not ctx.params.get("advanced"):
         return
+    scope = types.AutocompleteView(allow_user_input=True)
+    for name, label in _SCOPES.items():
+        scope.add_choice(name, label=label)
+    inputs.str(
+        "scope",
+        default=_DEFAULTS["scope"],
+        label="Scope",
+        description="The parameters to attribute; also lora:RANK:BLOCKS, blocks:K or a regular expression",
+        view=scope,
+    )
+    inputs.int(
+        "n_partitions",
+        default=_DEFAULTS["n_partitions"],
+        min=1,
+        label="Partitions",
+        description="Random partitions into batches to average over; more than one gives a standard error",
+    )
     proximal = inputs.float(
         "proximal",
         default=_DEFAULTS["proximal"],
@@ -234,6 +273,21 @@ def _how(inputs: Any, ctx: Any) -> None:
         label="Skip samples that cannot be scored",
         view=types.CheckboxView(),
     )
+
+
+def _what_loss(inputs: Any, ctx: Any) -> None:
+    from fiftyone_ecif.choices import TARGET_LOSSES
+
+    labels = [
+        name
+        for name, field in ctx.dataset.get_field_schema().items()
+        if getattr(field, "document_type", None) is fo.Classification
+        or (isinstance(field, fo.StringField) and name not in ("filepath", ctx.params.get("caption_field")))
+    ]
+    choices = [name for name in TARGET_LOSSES if labels or name != "zero_shot"]
+    dropdown(inputs, "target_loss", choices, _DEFAULTS["target_loss"], label="Target loss")
+    if ctx.params.get("target_loss") == "zero_shot":
+        dropdown(inputs, "label_field", labels, label="Classes", description="The field of the classes to tell apart")
 
 
 def _target_view(dataset: Any, target: str) -> Any:
@@ -262,10 +316,7 @@ def _score(ctx: Any) -> Iterator[Any]:
             caption_field=params["caption_field"],
             model=params["model"],
             pretrained=params["pretrained"] or None,
-            fit=params["fit"],
-            proximal=params["proximal"],
-            batch_size=params["batch_size"],
-            seed=params["seed"],
+            **{name: params[name] for name in _METHOD},
         ),
         brain_key=params["brain_key"],
         device=params["device"] or None,

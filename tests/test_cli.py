@@ -8,8 +8,9 @@ import fiftyone as fo
 import pytest
 from click.testing import CliRunner
 
-from fiftyone_ecif import demo
+from fiftyone_ecif import demo, trace
 from fiftyone_ecif.cli import main
+from fiftyone_ecif.runs import InfluenceConfig
 from fiftyone_ecif.store import cache_folder
 
 
@@ -39,6 +40,79 @@ def test_score_tag_export(dataset, named, tmp_path):
     assert len(path.read_text().splitlines()) == 8
 
 
+def test_score_passes_its_options_on(dataset, named):
+    name, model = named
+    options = ["--scope", "heads+logit_scale", "--role", "taylor", "--solver", "ggn", "--damping", 0.5]
+    options += ["--target-loss", "zero_shot", "--label-field", "caption", "--template", "{}", "--template", "a {}"]
+    options += ["--partitions", 2, "--score", "self_influence", "--score", "relative_influence", "--keep-gradients"]
+    ran = invoke("score", name, "--tag", "train", "--target-tag", "val", *model, "--fit", *options, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    assert json.loads(ran.stdout)["diagnostics"]["damping"] == 0.5
+    dataset.reload()
+    config = dataset.get_brain_info("ecif").config
+    assert (config.scope, config.role, config.solver, config.damping) == ("heads+logit_scale", "taylor", "ggn", 0.5)
+    assert (config.target_loss, config.label_field, config.templates) == ("zero_shot", "caption", ["{}", "a {}"])
+    assert (config.n_partitions, config.keep_gradients) == (2, True)
+    assert config.scores == ["self_influence", "relative_influence"]
+    assert dataset.count("ecif_error") == dataset.count("ecif_self_influence") == 72
+
+
+def test_score_leaves_the_defaults_to_the_library(dataset, named):
+    name, model = named
+    ran = invoke("score", name, "--tag", "train", "--target-tag", "val", *model, "--fit")
+    assert ran.exit_code == 0, ran.stderr
+    dataset.reload()
+    config = dataset.get_brain_info("ecif").config
+    default = InfluenceConfig(model="ecif-digits")
+    for setting in ("scope", "role", "solver", "damping", "target_loss", "templates", "n_partitions", "scores"):
+        assert getattr(config, setting) == getattr(default, setting)
+    assert config.keep_gradients
+
+
+def test_trace_and_edit(dataset, named, score, tmp_path):
+    name, _ = named
+    train, val = dataset.match_tags("train"), dataset.match_tags("val")
+    results = score(train, val, fit=True)
+    expected = trace(results, count=3)
+    ran = invoke("trace", name, "--count", 3, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert [one["id"] for one in found] == [one.id for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == other.loss
+        assert one["culprits"] == [culprit._asdict() for culprit in other.culprits]
+        assert one["neighbours"] == [neighbour._asdict() for neighbour in other.neighbours]
+    ran = invoke("trace", name, "--count", 3)
+    lines = ran.stdout.splitlines()
+    assert lines[0] == f"{expected[0].id}, loss {expected[0].loss:.3f}"
+    worst = expected[0].culprits[0].id
+    assert lines[2].split()[1] == worst
+    assert lines[2].endswith(dataset[worst].caption)
+    assert len(lines) == sum(len(one.culprits) + len(one.neighbours) + 4 for one in expected) - 1
+    exact = json.loads(invoke("trace", name, "--count", 1, "--exact", "--json").stdout)
+    assert [one["id"] for one in exact] == [one.id for one in expected]
+    assert exact[0]["culprits"][0]["influence"] != found[0]["culprits"][0]["influence"]
+
+    path = tmp_path / "edited.pt"
+    train.sort_by("ecif_rank").limit(3).tag_samples("out")
+    ran = invoke("edit", name, path, "--tag", "out", "--json")
+    assert ran.exit_code == 0, ran.stderr
+    edit = json.loads(ran.stdout)
+    assert (edit["removed"], edit["checkpoint"]) == (3, str(path))
+    assert edit["target_loss_after"] < edit["target_loss_before"]
+    ran = invoke("edit", name, path, "--tag", "out")
+    assert (ran.exit_code, ran.stdout) == (1, "")
+    assert "exists" in ran.stderr
+    dataset.save_view("bad", dataset.match_tags("out").limit(2))
+    ran = invoke("edit", name, path, "--view", "bad", "--overwrite")
+    assert ran.stdout.startswith(f"Took out 2 pairs of {name!r}. Target loss {edit['target_loss_before']:.4f} before, ")
+
+    for command in (["trace", name], ["edit", name, path, "--tag", "out", "--overwrite"]):
+        ran = invoke(*command, "--key", "gone")
+        assert ran.exit_code == 1
+        assert "has no run 'gone'. Runs: ecif" in ran.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -47,6 +121,11 @@ def test_score_tag_export(dataset, named, tmp_path):
         (["score"], 2, "Missing argument 'DATASET'"),
         (["tag", "nowhere", "--direction", "sideways"], 2, "sideways"),
         (["export", "nowhere", "x.csv"], 1, "There is no dataset 'nowhere'"),
+        (["trace", "nowhere"], 1, "There is no dataset 'nowhere'"),
+        (["edit", "nowhere", "x.pt", "--tag", "out"], 1, "There is no dataset 'nowhere'"),
+        (["edit", "nowhere", "x.pt"], 2, "--tag or --view"),
+        (["score", "nowhere", "--target-tag", "val", "--role", "both"], 2, "both"),
+        (["score", "nowhere", "--target-tag", "val", "--solver", "lu"], 2, "lu"),
         (["demo", "--pairs", "3", "--no-app"], 1, "at least 8 pairs"),
     ],
 )
@@ -64,7 +143,14 @@ def test_a_saved_view_that_does_not_exist(named):
     assert "no saved view 'gone'" in ran.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["score"], ["tag"], ["export"], ["plugin", "install"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        *([name] for name in ("demo", "score", "fit", "trace", "edit", "tag", "export", "doctor")),
+        ["plugin", "install"],
+    ],
+)
 def test_every_command_has_help(command):
     ran = invoke(*command, "--help")
     assert ran.exit_code == 0

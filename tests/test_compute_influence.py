@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.sparse.linalg import LinearOperator, minres
 
 from fiftyone_ecif import EcifError, InfluenceResults
+from fiftyone_ecif.choices import parse_scope
 from fiftyone_ecif.encoder import Encoder
 from fiftyone_ecif.heads import FeatureBatches
 from fiftyone_ecif.objective import ContrastiveLoss, random_partition
@@ -75,7 +76,7 @@ def test_scores_equal_a_plain_computation(dataset, score, made):
     results = score(train, val, batch_size=10, proximal=1.0, seed=4)
     assert results.diagnostics["damping"] == 0
     encoder = Encoder("ecif-digits", made[1], "cpu")
-    scope = encoder.scope()
+    scope = encoder.scope(parse_scope("heads"))
 
     def features(view):
         paths, captions = view.sort_by("id").values(["filepath", "caption"])
@@ -161,7 +162,8 @@ def test_another_model_is_noticed(dataset, score, encoded, made, tmp_path):
 def test_gradients_are_kept_apart_and_give_self_influence(dataset, score):
     train, val = split(dataset)
     results = score(train, val)
-    positive, negative = results.gradients()
+    cached = results.cached()
+    positive, negative = cached.positive, cached.negative
     assert positive.shape == negative.shape == (len(train), 2 * 16 * 16)
     assert not np.allclose(positive, negative)
     assert (results.self_influence() > 0).all()
@@ -288,7 +290,7 @@ def test_a_model_far_from_stationary_is_warned_of(dataset, score, caplog):
     assert results.diagnostics["relative_gradient_norm"] > 0.01
     assert "not at a stationary point" in caplog.text
     assert results.diagnostics["damping"] > 0
-    assert "negative curvature here, so it was damped" in caplog.text
+    assert "curvature is negative in places, so it was damped" in caplog.text
 
 
 # One row for each kind of bad input: what is done to the dataset, the options, the message.

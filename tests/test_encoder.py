@@ -7,11 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
+from fiftyone_ecif.checkpoint import save_checkpoint
+from fiftyone_ecif.choices import parse_scope
+from fiftyone_ecif.contrastive import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.encoder import Encoder, choose_device
 from fiftyone_ecif.errors import EcifError
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 2, "width": 48, "patch_size": 8, "head_width": 16}
+TIMM = {"image_size": 32, "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": ""}
 CONFIGS = {
     "ecif-test-vit": {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT},
     "ecif-test-vit-quickgelu": {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT, "quick_gelu": True},
@@ -28,25 +32,26 @@ CONFIGS = {
     },
     "ecif-test-timm": {
         "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32,
-            "timm_model_name": "test_vit",
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
-        },
+        "vision_cfg": TIMM | {"timm_proj": "linear"},
         "text_cfg": TEXT,
+    },
+    # square projections: with a transpose too many or too few, shapes still fit
+    "ecif-test-square": {"embed_dim": 32, "vision_cfg": VIT | {"width": 32}, "text_cfg": TEXT},
+    "ecif-test-square-custom": {
+        "embed_dim": 32,
+        "vision_cfg": VIT | {"width": 32},
+        "text_cfg": TEXT | {"proj_bias": True},
+        "custom_text": True,
+    },
+    "ecif-test-square-timm": {
+        "embed_dim": 64,
+        "vision_cfg": TIMM | {"timm_proj": "linear"},
+        "text_cfg": TEXT | {"width": 64},
     },
     "ecif-test-sigmoid": {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT, "init_logit_bias": -10},
     "ecif-test-no-head": {
         "embed_dim": 64,
-        "vision_cfg": {
-            "image_size": 32,
-            "timm_model_name": "test_vit",
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "none",
-        },
+        "vision_cfg": TIMM | {"timm_pool": "avg", "timm_proj": "none"},
         "text_cfg": TEXT,
     },
 }
@@ -75,29 +80,153 @@ def load(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", ["ecif-test-vit", "ecif-test-resnet", "ecif-test-custom", "ecif-test-timm"])
-def test_features_times_heads_are_the_models_embeddings(name, load, tmp_path):
-    encoder = load(name)
-    paths = []
-    for number in range(3):
-        paths.append(str(tmp_path / f"{number}.png"))
-        Image.effect_noise((40, 40), 60 + number).convert("RGB").save(paths[-1])
-    captions = ["a red seven", "two", "left of"]
+WITH_HEADS = [name for name in CONFIGS if name != "ecif-test-no-head"]
+CAPTIONS = ["a red seven", "two", "left of"]
+
+
+@pytest.fixture
+def paths(tmp_path):
+    made = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for number, path in enumerate(made):
+        Image.effect_noise((40, 40), 60 + number).convert("RGB").save(path)
+    return made
+
+
+def run_features(encoder, paths):
     ((indices, images, failures),) = encoder.image_features(paths, 8, 0)
-    (texts,) = encoder.text_features(captions, 8)
+    (texts,) = encoder.text_features(CAPTIONS, 8)
     assert indices == [0, 1, 2]
     assert not failures
+    return images, texts
 
+
+def run_model(model, encoder, paths):
+    """The model's own embeddings before normalisation, and its similarity matrix."""
     pixels = torch.stack([encoder.preprocess(Image.open(path)) for path in paths])
-    tokens = encoder.tokenizer(captions)
+    tokens = encoder.tokenizer(CAPTIONS)
     with torch.no_grad():
-        embeddings = encoder.model.encode_image(pixels), encoder.model.encode_text(tokens)
-        expected = encoder.model(pixels, tokens)
-    scope = encoder.scope()
-    for features, head, embedding in zip((images, texts), scope.split(scope.start), embeddings, strict=True):
-        torch.testing.assert_close((features.double() @ head).float(), embedding, rtol=1e-4, atol=1e-5)
-    similarity = scope.similarity(scope.start, (images.double(), texts.double()))
-    torch.testing.assert_close(similarity.float(), expected[2] * expected[0] @ expected[1].T, rtol=1e-4, atol=1e-4)
+        images, texts, scale, *bias = model(pixels, tokens)
+        similarity = scale * images @ texts.T + (bias[0] if bias else 0)
+        return model.encode_image(pixels), model.encode_text(tokens), similarity
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_features_times_heads_are_the_models_embeddings(name, load, paths):
+    encoder = load(name)
+    features = run_features(encoder, paths)
+    *embeddings, expected = run_model(encoder.model, encoder, paths)
+    scope = encoder.scope(parse_scope("heads"))
+    for part, head, embedding in zip(features, scope.split(scope.start), embeddings, strict=True):
+        torch.testing.assert_close((part.double() @ head).float(), embedding, rtol=1e-4, atol=1e-5)
+    similarity = scope.similarity(scope.start, tuple(part.double() for part in features))
+    torch.testing.assert_close(similarity.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("ecif-test-vit", ["visual.proj", "text_projection"]),
+        ("ecif-test-resnet", ["visual.attnpool.c_proj.weight", "visual.attnpool.c_proj.bias", "text_projection"]),
+        ("ecif-test-custom", ["visual.proj", "text.text_projection.weight", "text.text_projection.bias"]),
+        ("ecif-test-timm", ["visual.head.proj.weight", "text_projection"]),
+    ],
+)
+def test_the_heads_have_names(name, names, load):
+    encoder = load(name)
+    assert encoder.scope_names(parse_scope("heads")) == names
+    assert encoder.scope_names(parse_scope("heads+logit_scale")) == [*names, "logit_scale"]
+    size = sum(encoder.model.get_parameter(part).numel() for part in names)
+    assert len(encoder.scope(parse_scope("heads")).start) == size
+    assert len(encoder.scope(parse_scope("heads+logit_scale")).start) == size + 1
+
+
+@pytest.mark.parametrize(("choice", "suffix"), [("heads", "pt"), ("heads+logit_scale", "safetensors")])
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_changed_heads_survive_a_checkpoint(name, choice, suffix, load, paths, tmp_path):
+    """What is computed with a changed vector is what open_clip computes with the weights that are written."""
+    encoder = load(name)
+    scope = encoder.scope(parse_scope(choice))
+    theta = scope.start + 0.1 * torch.randn(len(scope.start), generator=torch.Generator().manual_seed(1)).double()
+    path = tmp_path / "changed" / f"model.{suffix}"
+    save_checkpoint(path, encoder.changed_state(scope, theta))
+
+    features = tuple(part.double() for part in run_features(encoder, paths))
+    written = open_clip.create_model(name, pretrained=str(path)).eval()
+    *embeddings, similarity = run_model(written, encoder, paths)
+    for found, start, expected in zip(
+        scope.embed(theta, features), scope.embed(scope.start, features), embeddings, strict=True
+    ):
+        torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found, start, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(scope.similarity(theta, features).float(), similarity, rtol=1e-4, atol=1e-4)
+    again = Encoder(name, str(path), "cpu").scope(parse_scope(choice))
+    torch.testing.assert_close(again.start, theta, rtol=1e-6, atol=1e-6)
+    changed = set(encoder.scope_names(parse_scope(choice)))
+    for key, value in written.state_dict().items():
+        assert torch.equal(value, encoder.model.state_dict()[key]) == (key not in changed)
+
+
+def test_a_changed_tower_survives_a_checkpoint(load, paths, tmp_path):
+    encoder = load("ecif-test-vit")
+    scope = encoder.scope(parse_scope("lora:2"))
+    theta = scope.start + 0.1 * torch.randn(len(scope.start), generator=torch.Generator().manual_seed(1))
+    path = tmp_path / "adapted.pt"
+    save_checkpoint(path, encoder.changed_state(scope, theta), scope.adapters(theta))
+    written = open_clip.create_model("ecif-test-vit", pretrained=str(path)).eval()
+    pixels = torch.stack([encoder.preprocess(Image.open(path)) for path in paths])
+    similarity = scope.similarity(theta, (pixels, encoder.tokens(CAPTIONS)))
+    torch.testing.assert_close(similarity, run_model(written, encoder, paths)[2], rtol=1e-3, atol=1e-3)
+
+    again = Encoder("ecif-test-vit", str(path), "cpu")
+    found, expected = again.scope(parse_scope("lora:2")), scope.adapters(theta)
+    assert set(found.names) == set(scope.names)
+    assert found.names == again.scope_names(parse_scope("lora:2"))
+    for key, pair in found.adapters(found.start).items():
+        for part, other in zip(pair, expected[key], strict=True):
+            assert torch.equal(part, other)
+    found_similarity = found.similarity(found.start, (pixels, encoder.tokens(CAPTIONS)))
+    torch.testing.assert_close(found_similarity, similarity, rtol=1e-3, atol=1e-3)
+    assert again.scope_names(parse_scope("lora")) == found.names  # of whatever rank they are
+    for text in ("lora:3", "lora:2:1"):
+        with pytest.raises(EcifError, match=r"adapters have rank 2\. Use 'lora:2'"):
+            again.scope(parse_scope(text))
+
+
+def test_the_loss_is_the_one_that_the_model_is_made_for(load):
+    assert isinstance(load("ecif-test-sigmoid").loss, SigmoidLoss)
+    assert isinstance(load("ecif-test-vit").loss, SoftmaxLoss)
+
+
+@pytest.mark.parametrize("choice", ["heads", "heads+logit_scale"])
+def test_a_model_without_a_linear_head_is_refused_for_the_heads_only(choice, load, paths):
+    encoder = load("ecif-test-no-head")
+    message = r"image tower of ecif-test-no-head does not end in a linear projection.*Use scope='blocks:1'"
+    for refused in (encoder.scope, encoder.scope_names):
+        with pytest.raises(EcifError, match=message):
+            refused(parse_scope(choice))
+    assert encoder.heads["image"] is None
+    images, _ = run_features(encoder, paths)
+    expected_images, _, similarity = run_model(encoder.model, encoder, paths)
+    torch.testing.assert_close(images, expected_images)
+    scope = encoder.scope(parse_scope("blocks:1"))
+    pixels = torch.stack([encoder.preprocess(Image.open(path)) for path in paths])
+    found = scope.similarity(scope.start, (pixels, encoder.tokens(CAPTIONS)))
+    torch.testing.assert_close(found, similarity, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [torch.tanh, lambda x: x + 1, lambda x: torch.nn.functional.layer_norm(x, x.shape[1:])],
+    ids=["tanh", "shift", "norm"],
+)
+def test_a_projection_with_something_after_it_is_no_head(after, load, paths, monkeypatch):
+    encode = open_clip.CLIP.encode_image
+    monkeypatch.setattr(open_clip.CLIP, "encode_image", lambda self, *args, **kwargs: after(encode(self, *args)))
+    encoder = load("ecif-test-vit")
+    assert encoder.heads["image"] is None
+    assert encoder.heads["text"].weight == "text_projection"
+    images, _ = run_features(encoder, paths)
+    torch.testing.assert_close(images, run_model(encoder.model, encoder, paths)[0])
 
 
 def test_the_fingerprint_knows_the_weights(load):
@@ -121,18 +250,6 @@ def test_unreadable_images_cost_only_themselves(load, tmp_path):
     assert indices == [1]
     assert len(features) == 1
     assert list(failures) == [0]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("ecif-test-sigmoid", "sigmoid loss"),
-        ("ecif-test-no-head", "image tower .* does not end in a linear projection"),
-    ],
-)
-def test_models_that_do_not_fit_are_refused(name, message, load):
-    with pytest.raises(EcifError, match=message):
-        load(name)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +279,7 @@ def test_weights_that_are_not_finite_are_refused(load, tmp_path):
         model.text_projection[0, 0] = torch.nan
     torch.save(model.state_dict(), tmp_path / "nan.pt")
     with pytest.raises(EcifError, match="NaN"):
-        Encoder("ecif-test-vit", str(tmp_path / "nan.pt"), "cpu").scope()
+        Encoder("ecif-test-vit", str(tmp_path / "nan.pt"), "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

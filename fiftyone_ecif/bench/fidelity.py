@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,13 @@ from ..influence import batch_influence
 from ..objective import ContrastiveLoss
 from ..scope import Scope
 from ..targets import Target
+from ..truncation import truncated_gradients
 from .peers import PEERS, Problem
+from .sketch import sketched_gradients
 from .world import World, make_world
 
 Row = dict[str, Any]
+_ROUGH = 1e-2  # relative residual at which scores have long stopped changing
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Sizes:
 
     Attributes:
         pairs: training pairs of the heads scope.
-        lora_pairs: of the LoRA scope, the first of them.
+        lora: the LoRA scope.
+        lora_pairs: its training pairs, the first of those.
         validation: validation pairs.
         steps: batches that the model is trained on.
         removals: pairs that are left out one by one, a seed.
@@ -48,20 +53,33 @@ class Sizes:
         lora_subsets: likewise for LoRA.
         seeds: of the partition and of what is removed.
         fractions: shares of the pairs to remove in the curves.
+        edits: shares of the LoRA scope's pairs to remove in edits.
     """
 
     pairs: int = 1024
-    lora_pairs: int = 256
-    validation: int = 256
+    lora: str = "lora:2"
+    lora_pairs: int = 192
+    validation: int = 1024
     steps: int = 400
-    removals: int = 64
-    subsets: int = 100
+    removals: int = 40
+    subsets: int = 60
     lora_subsets: int = 50
     seeds: int = 3
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
+    edits: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
 
 
-QUICK = Sizes(steps=250, removals=20, subsets=50, lora_subsets=12, seeds=1, fractions=(0.1, 0.3))
+QUICK = Sizes(
+    lora="lora:2:1",
+    lora_pairs=128,
+    steps=250,
+    removals=20,
+    subsets=50,
+    lora_subsets=20,
+    seeds=1,
+    fractions=(0.1, 0.3),
+    edits=(0.1,),
+)
 
 
 @dataclass
@@ -88,12 +106,12 @@ class Study:
         """The minimum without some pairs, from this minimum."""
         return _minimum(self.objective.without(removed), self.tolerance, self.theta)
 
-    def solution(self, solver: str, gradient: Tensor) -> Tensor:
+    def solution(self, solver: str, gradient: Tensor, tolerance: float | None = None) -> Tensor:
         """``H^-1 gradient`` with the curvature of a solver, shape ``(p,)``."""
         if solver == "identity":
             return gradient
         product = self.objective.gauss_newton_product if solver == "ggn" else self.objective.hessian_product
-        return _drive(solve(lambda v: product(self.theta, v), gradient))
+        return _drive(solve(lambda v: product(self.theta, v), gradient, tolerance=tolerance))
 
     def influence(self, solution: Tensor, role: str = "exact") -> tuple[np.ndarray, np.ndarray]:
         """The positive and the negative part for every pair, ``(N,)`` each."""
@@ -137,7 +155,8 @@ def make_study(
         scope = HeadScope(*scope.split(scope.start), scale)
     objective = ContrastiveLoss(scope, world.batches(name, torch.arange(pairs), batch_size, seed), pairs, proximal)
     theta = _minimum(objective, tolerance)
-    return Study(name, scope, objective, theta, world.target(name, scope, 32), tolerance)
+    count = world.validation if name == "heads" else min(world.validation, 256)
+    return Study(name, scope, objective, theta, world.target(name, scope, 32, count), tolerance)
 
 
 def leave_one_out(study: Study, count: int, seed: int) -> tuple[Tensor, np.ndarray]:
@@ -158,7 +177,7 @@ def loo(world: World, sizes: Sizes) -> list[Row]:
                 if solver == "logra":
                     scores = _full_logra(study, gradient, role)
                 else:
-                    scores = sum(study.influence(study.solution(solver, gradient), role))
+                    scores = np.sum(study.influence(study.solution(solver, gradient), role), axis=0)
                 found.setdefault((role, solver), []).append((scores[rows.numpy()], true))
     return [
         {"role": role, "solver": solver, "scope": "heads", "n": sizes.pairs, "removals": sizes.removals * sizes.seeds}
@@ -172,7 +191,7 @@ def lds(world: World, sizes: Sizes) -> list[Row]:
     rows = []
     for name, pairs, subsets in (
         ("heads", sizes.pairs, sizes.subsets),
-        ("lora:2", sizes.lora_pairs, sizes.lora_subsets),
+        (sizes.lora, sizes.lora_pairs, sizes.lora_subsets),
     ):
         study = _study_for(world, name, pairs)
         generator = torch.Generator().manual_seed(0)
@@ -184,7 +203,7 @@ def lds(world: World, sizes: Sizes) -> list[Row]:
         for gradient in gradients:
             for solver in ("hessian", "ggn"):
                 scores.setdefault(f"ecif_{solver}", []).append(
-                    np.sum(study.influence(study.solution(solver, gradient)), axis=0)
+                    np.sum(study.influence(study.solution(solver, gradient, _ROUGH)), axis=0)
                 )
         problem = Problem(study.scope, study.theta, study.objective.batches, pairs, gradients[0])  # type: ignore[arg-type]
         for gradient in gradients:
@@ -211,13 +230,13 @@ def lds(world: World, sizes: Sizes) -> list[Row]:
 def edit(world: World, sizes: Sizes) -> list[Row]:
     """One Newton step against retraining, for groups of pairs; times side by side."""
     rows = []
-    for name, pairs in (("heads", sizes.pairs), ("lora:2", sizes.lora_pairs)):
+    for name, pairs in (("heads", sizes.pairs), (sizes.lora, sizes.lora_pairs)):
         study = _study_for(world, name, pairs)
         gradient, _ = study.target.gradient_and_value(study.theta)
         solver = "hessian"
         influence = np.sum(study.influence(study.solution(solver, gradient)), axis=0)
         for kind, order in _orders(influence, seed=0).items():
-            for fraction in (0.01, 0.05, 0.1, 0.2):
+            for fraction in (0.01, 0.05, 0.1, 0.2) if name == "heads" else sizes.edits:
                 removed = torch.from_numpy(order[: max(round(fraction * pairs), 1)])
                 start = time.perf_counter()
                 cold = _minimum(study.objective.without(removed), 1e-5)
@@ -227,6 +246,11 @@ def edit(world: World, sizes: Sizes) -> list[Row]:
                 editing = time.perf_counter() - start
                 truth = study.retrain(removed)
                 change = truth - study.theta
+                off = (step - change).norm().item()
+                adamw: Row = {}
+                if (kind, fraction) == ("random", 0.1):
+                    seconds, near = _adamw(study, removed, truth, off, epochs=200 if name == "heads" else 40)
+                    adamw = {"time_ratio_adamw": seconds / editing, "adamw_as_near": near}
                 rows.append(
                     {
                         "scope": name,
@@ -237,12 +261,41 @@ def edit(world: World, sizes: Sizes) -> list[Row]:
                         "gap_points": 100 * (study.accuracy(study.theta + step) - study.accuracy(truth)),
                         "loss_change_predicted": study.change(study.theta + step),
                         "loss_change_true": study.change(truth),
+                        "distance": off / change.norm().item(),
                         "retraining_distance": (cold - truth).norm().item() / change.norm().item(),
                         "seconds": editing,
                         "time_ratio": retraining / editing,
                     }
+                    | adamw
                 )
     return rows
+
+
+def _adamw(study: Study, removed: Tensor, truth: Tensor, distance: float, epochs: int) -> tuple[float, bool]:
+    """How long AdamW trains, from the loaded weights, to come as near to the true minimum as an edit does.
+
+    One step a batch, the learning rate falling along a cosine.
+
+    Returns:
+        seconds, and whether it came as near; if not, those of all epochs
+    """
+    objective = study.objective.without(removed)
+    partition = objective.batches.partition
+    start = time.perf_counter()
+    theta = study.scope.start.clone()
+    optimiser = torch.optim.AdamW([theta], lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * len(partition))
+    near = False
+    for _ in range(epochs):
+        for rows in partition:
+            part = ContrastiveLoss(study.scope, objective.batches.regrouped([rows]), len(rows), objective.proximal)
+            theta.grad = part.gradient_and_value(theta)[0]
+            optimiser.step()
+            schedule.step()
+        near = (theta - truth).norm().item() <= distance
+        if near:
+            break
+    return time.perf_counter() - start, near
 
 
 def curves(world: World, sizes: Sizes) -> list[Row]:
@@ -250,9 +303,10 @@ def curves(world: World, sizes: Sizes) -> list[Row]:
     rows = []
     for seed in range(sizes.seeds):
         study = make_study(world, "heads", sizes.pairs, seed)
+        batches = study.target.batches.partition
+        study.target, test = (study.target.part(part) for part in (batches[::2], batches[1::2]))
         gradient, _ = study.target.gradient_and_value(study.theta)
         influence = np.sum(study.influence(study.solution("hessian", gradient)), axis=0)
-        test = _held_out(world, study)
         for kind, order in _orders(influence, seed).items():
             for fraction in (0.0, *sizes.fractions):
                 theta = study.retrain(torch.from_numpy(order[: round(fraction * sizes.pairs)]))
@@ -264,6 +318,7 @@ def curves(world: World, sizes: Sizes) -> list[Row]:
                         "target_loss": study.target.loss(theta).item(),
                         "target_accuracy": study.accuracy(theta),
                         "test_loss": test.loss(theta).item(),
+                        "test_accuracy": 1 - test.mistakes(theta).double().mean().item(),
                     }
                 )
     return rows
@@ -355,7 +410,8 @@ def sensitivity(world: World, sizes: Sizes) -> list[Row]:
 def _projection_sensitivity(study: Study, gradient: Tensor, base: np.ndarray) -> Iterator[Row]:
     """How well influence from stored gradients agrees with the direct one, by rank and curvature."""
     objective, theta, scope = study.objective, study.theta, study.scope
-    assert isinstance(scope, HeadScope) and isinstance(objective.batches, FeatureBatches)
+    assert isinstance(scope, HeadScope)
+    assert isinstance(objective.batches, FeatureBatches)
     for rank in (8, 16, 32):
         projection = principal_projection(scope, theta, objective.batches.images, objective.batches.texts, rank)
         positive, negative = _stored(projection, objective, theta)
@@ -368,59 +424,55 @@ def _projection_sensitivity(study: Study, gradient: Tensor, base: np.ndarray) ->
             yield {"what": f"projection_rank_{name}", "value": rank, "pearson": _pearson(scores, base)}
 
 
-def sketches(world: World, sizes: Sizes) -> list[Row]:
-    """Deep cached mode: gradients kept by a forward-mode sketch, against truncated reverse-mode ones.
+def cached(world: World, sizes: Sizes) -> list[Row]:
+    """Deep cached mode: gradients by truncated reverse mode, or by a forward-mode sketch.
 
-    Both are held against the direct influence on single target pairs, with the
-    same curvature (the Gauss-Newton matrix in the kept directions).
+    Both are kept in the same kind of directions and held against the direct
+    influence on single target pairs, with the Gauss-Newton matrix as curvature.
     """
-    from .truncated import truncated_gradients
-
-    study = _study_for(world, "lora:2", sizes.lora_pairs)
+    study = _study_for(world, sizes.lora, sizes.lora_pairs)
     objective, theta, target = study.objective, study.theta, study.target
-    product = objective.gauss_newton_product
-    rows_of = target.batches.partition[0]
-    loss = lambda at: target.batch_losses(at, rows_of, target.batches[0])  # noqa: E731
-    gradients = torch.func.jacrev(loss, chunk_size=8)(theta)[:12]
-    direct = np.array([np.sum(study.influence(study.solution("ggn", gradient)), axis=0) for gradient in gradients])
-    exact: Tensor | None = None
+    rows_of, inputs = target.batches.partition[0], target.batches[0]
+    gradients = torch.func.jacrev(lambda at: target.batch_losses(at, rows_of, inputs), chunk_size=8)(theta)[:4]
+    direct = np.array([np.sum(study.influence(study.solution("ggn", row, _ROUGH)), axis=0) for row in gradients])
+    order = torch.cat(list(objective.batches.partition)).argsort()
+    sources = (objective, ContrastiveLoss(study.scope, target.batches, 1))
+    half = 64
+    drawn = gradient_basis(theta, [(source, half) for source in sources])
+    curvature = BasisProjection(study.scope, drawn).curvature(lambda v: objective.gauss_newton_product(theta, v), theta)
+
+    def row(
+        way: str, size: float, columns: Tensor, gradients_of: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    ) -> Row:
+        basis = drawn[:, columns]
+        start = time.perf_counter()
+        parts = [gradients_of(batch, basis) for batch in objective.batches]
+        seconds = time.perf_counter() - start
+        positive, negative = (torch.cat([part[side] for part in parts])[order].numpy() for side in (0, 1))
+        store = CachedGradients(positive, negative, mended(curvature[columns][:, columns].numpy()))
+        scores = np.sum(store.influence((gradients @ basis).numpy()), axis=0)
+        return {"way": way, "size": size, "seconds": seconds, "pearson": _mean_pearson(scores, direct)}
+
     found = []
-    sources = [(objective, 128), (ContrastiveLoss(study.scope, target.batches, 1), 128)]
-    basis = gradient_basis(theta, sources)
-    for rank in (16, 64, 256):
-        half = rank // 2
-        chosen = torch.linalg.qr(torch.cat([basis[:, :half], basis[:, 128 : 128 + half]], dim=1)).Q
-        projection = BasisProjection(study.scope, chosen)
-        start = time.perf_counter()
-        positive, negative = _stored(projection, objective, theta)
-        seconds = time.perf_counter() - start
-        curvature = projection.curvature(lambda v: product(theta, v), theta)
-        scores = _from_projection(projection, positive, negative, curvature, gradients)
-        found.append(
-            {"way": "forward sketch", "size": rank, "seconds": seconds, "pearson": _mean_pearson(scores, direct)}
-        )
-    projection = BasisProjection(study.scope, basis)
-    curvature = projection.curvature(lambda v: product(theta, v), theta)
-    for size in (32, 1, 2, 4, 8, 16):
-        start = time.perf_counter()
-        parts = [truncated_gradients(study.scope, theta, batch, size) for batch in objective.batches]
-        seconds = time.perf_counter() - start
-        full = torch.empty(objective.pairs, len(theta), dtype=theta.dtype)
-        for rows, (gradient, _) in zip(objective.batches.partition, parts, strict=True):
-            full[rows] = gradient
-        exact = full if exact is None else exact
-        projected = projection.project(full).numpy()
-        scores = _from_projection(projection, projected, np.zeros_like(projected), curvature, gradients)
-        found.append(
-            {
-                "way": "truncated reverse",
-                "size": size,
-                "seconds": seconds,
-                "pearson": _mean_pearson(scores, direct),
-                "mass_kept": float(np.mean([mass for _, mass in parts])),
-                "gradient_error": ((full - exact).norm() / exact.norm()).item(),
-            }
-        )
+    for rank in (16, 64, 2 * half):
+        columns = torch.cat([torch.arange(rank // 2), half + torch.arange(rank // 2)])
+        sketch = partial(sketched_gradients, study.scope, theta)
+        found.append(row("forward sketch, directions", rank, columns, sketch))
+    whole, first = torch.arange(2 * half), objective.batches[0]
+    exact, _ = truncated_gradients(study.scope, theta, first, kept=1.0)
+    for kept in (1.0, 0.999, 0.99, 0.9, 0.5):
+        reverse = partial(truncated_gradients, study.scope, theta, kept=kept)
+
+        def only_gradients(batch: Any, basis: Tensor, of: Any = reverse) -> tuple[Tensor, Tensor]:
+            return of(batch, basis=basis)[0]  # type: ignore[no-any-return]
+
+        found.append(row("truncated reverse, share kept", kept, whole, only_gradients))
+        short, spent = reverse(first)
+        error = short[0] + short[1] - exact[0] - exact[1]
+        found[-1] |= {
+            "gradient_error": (error.norm() / (exact[0] + exact[1]).norm()).item(),
+            "back_propagations": spent,
+        }
     return found
 
 
@@ -454,7 +506,7 @@ SECTIONS: dict[str, Callable[[World, Sizes], list[Row]]] = {
     "curves": curves,
     "superposition": superposition,
     "sensitivity": sensitivity,
-    "sketches": sketches,
+    "cached": cached,
 }
 
 
@@ -527,11 +579,8 @@ def _target_groups(study: Study, groups: int = 8) -> list[np.ndarray]:
 
 def _group_target_gradient(study: Study, group: np.ndarray) -> Tensor:
     wanted = set(group.tolist())
-    target = study.target
-    batches = [rows for rows in target.batches.partition if set(rows.tolist()) <= wanted]
-    part = type(target)(target.scope, target.batches.regrouped(batches), target.function)  # type: ignore[call-arg, attr-defined]
-    gradient, _ = part.gradient_and_value(study.theta)
-    return gradient
+    batches = [rows for rows in study.target.batches.partition if set(rows.tolist()) <= wanted]
+    return study.target.part(batches).gradient_and_value(study.theta)[0]
 
 
 def _losses(study: Study, theta: Tensor) -> np.ndarray:
@@ -546,16 +595,6 @@ def _orders(influence: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         "harmful": order,
         "valuable": order[::-1].copy(),
     }
-
-
-def _held_out(world: World, study: Study) -> Target:
-    """The second half of the validation pairs: what the first half's influence is not fitted to."""
-    target = study.target
-    half = len(target.batches.partition) // 2
-    study.target = type(target)(
-        target.scope, target.batches.regrouped(target.batches.partition[:half]), target.function
-    )  # type: ignore[call-arg, attr-defined]
-    return type(target)(target.scope, target.batches.regrouped(target.batches.partition[half:]), target.function)  # type: ignore[call-arg, attr-defined]
 
 
 def _couples(world: World, study: Study, count: int) -> dict[str, list[Tensor]]:
@@ -619,4 +658,4 @@ def _mean_spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    return (a.dot(b) / (a.norm() * b.norm())).item()
+    return float(a.dot(b) / (a.norm() * b.norm()))

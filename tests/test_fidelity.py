@@ -1,0 +1,66 @@
+"""The fidelity benchmark, with hardly anything to measure."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fiftyone_ecif.bench import fidelity
+from fiftyone_ecif.bench.world import make_world
+from fiftyone_ecif.cli import main
+
+TINY = replace(
+    fidelity.QUICK,
+    pairs=160,
+    lora_pairs=32,
+    validation=64,
+    steps=20,
+    removals=8,
+    subsets=6,
+    lora_subsets=3,
+    fractions=(0.2,),
+    edits=(0.1,),
+)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make_world(TINY.pairs, TINY.validation, TINY.steps)
+
+
+def test_exact_roles_with_the_hessian_predict_leave_one_out(world):
+    rows = {(row["role"], row["solver"]): row for row in fidelity.loo(world, TINY)}
+    best = rows["exact", "hessian"]
+    assert len(rows) == 20
+    assert best["pearson"] > 0.97
+    assert best["slope"] == pytest.approx(1, abs=0.2)
+    assert best["pearson_low"] <= best["pearson"] <= best["pearson_high"]
+    assert rows["as_printed", "hessian"]["pearson"] < best["pearson"]
+    assert rows["exact", "identity"]["pearson"] < best["pearson"]
+
+
+def test_an_edit_is_the_retrained_model(world):
+    study = fidelity.make_study(world, "heads", TINY.pairs, 0)
+    removed = torch.arange(8)
+    step = fidelity._drive(fidelity.removal_step(study.objective, study.theta, removed, "hessian"))
+    change = study.retrain(removed) - study.theta
+    assert fidelity._cosine(step, change) > 0.99
+    assert (step.norm() / change.norm()).item() == pytest.approx(1, abs=0.05)
+
+
+def test_the_command_reports_every_section(monkeypatch, tmp_path):
+    monkeypatch.setattr(fidelity, "QUICK", TINY)
+    result = CliRunner().invoke(main, ["bench", "fidelity", "--quick", "--json", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert set(fidelity.SECTIONS) <= set(found)
+    assert {row["scope"] for row in found["lds"]} == {"heads", "lora:2:1"}
+    assert {row["what"] for row in found["sensitivity"]} >= {"proximal", "damping", "batch_size", "n_partitions"}
+    for row in found["edit"]:
+        assert np.isfinite([row["cosine"], row["norm_ratio"], row["gap_points"], row["time_ratio"]]).all()
+    report = (tmp_path / "report.md").read_text()
+    assert "| exact | hessian | heads |" in report
+    assert {path.name for path in tmp_path.glob("*.png")} == {"loo.png", "lds.png", "curves.png"}

@@ -1,0 +1,155 @@
+"""From mistakes to the training pairs behind them."""
+
+import numpy as np
+import pytest
+import torch
+from torch.func import grad
+
+from fiftyone_ecif import EcifError, trace
+from fiftyone_ecif.curvature import conjugate_gradient
+from fiftyone_ecif.influence import batch_influence
+from fiftyone_ecif.problem import reopen
+from fiftyone_ecif.progress import follow
+
+
+@pytest.fixture(scope="module")
+def run(made):
+    """A fitted run and its target, with a class for each target pair."""
+    from fiftyone_ecif import compute_influence
+
+    dataset = made[0].clone()
+    train, val = dataset.match_tags("train"), dataset.match_tags("val")
+    val.set_values("kind", [caption.split()[1] for caption in val.values("caption")])
+    results = compute_influence(
+        train, target=val, model="ecif-digits", pretrained=made[1], num_workers=0, batch_size=24, fit=True
+    )
+    yield results, train, val
+    dataset.delete()
+
+
+def test_mistakes_by_default_worst_first(run):
+    results, _, _ = run
+    aims = results.target_pairs()
+    assert 0 < aims.mistakes.sum() < len(aims.ids)
+    found = trace(results, count=5)
+    assert {one.id for one in found} == {aims.ids[row] for row in np.flatnonzero(aims.mistakes)}
+    losses = dict(zip(aims.ids, aims.losses, strict=True))
+    assert [one.loss for one in found] == sorted((losses[one.id] for one in found), reverse=True)
+
+
+def test_culprits_are_ranked_by_relative_influence_and_only_harmful(run):
+    results, train, _ = run
+    cached, aims = results.cached(), results.target_pairs()
+    everything = trace(results, count=1000)
+    for one in everything:
+        gradient = aims.gradients[[aims.ids.index(one.id)]]
+        influence, relative = np.sum(cached.influence(gradient), axis=0)[0], cached.relative_influence(gradient)[0]
+        harmful = [int(row) for row in np.argsort(relative) if relative[row] < 0]
+        assert [culprit.id for culprit in one.culprits] == [results.ids[row] for row in harmful]
+        assert 0 < len(harmful) < len(train)
+        np.testing.assert_allclose([culprit.influence for culprit in one.culprits], influence[harmful], rtol=1e-6)
+        np.testing.assert_allclose([culprit.relative_influence for culprit in one.culprits], relative[harmful])
+    for short, whole in zip(trace(results, count=3), everything, strict=True):
+        assert short.culprits == whole.culprits[:3]
+        assert short.neighbours == whole.neighbours[:3]
+
+
+def test_neighbours_are_the_most_similar_images(run):
+    results, _, val = run
+    problem, objective, theta = follow(reopen(results), progress=False)
+
+    def images(batches):
+        with torch.no_grad():
+            found = torch.cat([objective.scope.embed_images(theta, batch[0]) for batch in batches])
+        return torch.nn.functional.normalize(found, dim=1)[torch.cat(list(batches.partition)).argsort()]
+
+    (target,) = problem.targets.values()
+    cosine = images(target.batches) @ images(objective.batches).T
+    for one in trace(results, val, count=7):
+        row = cosine[sorted(val.values("id")).index(one.id)]
+        best = row.argsort(descending=True)[:7]
+        assert [neighbour.id for neighbour in one.neighbours] == [results.ids[n] for n in best]
+        np.testing.assert_allclose([neighbour.similarity for neighbour in one.neighbours], row[best], atol=1e-5)
+
+
+def test_chosen_queries(run):
+    results, _, val = run
+    chosen = val.values("id")[3:6]
+    assert {one.id for one in trace(results, chosen)} == set(chosen)
+    assert trace(results, val.select(chosen)) == trace(results, tuple(chosen))
+    assert len(trace(results, val)) == len(val)
+    assert trace(results, []) == []
+
+
+def test_bad_queries(run):
+    results, train, val = run
+    with pytest.raises(EcifError, match=f"{train.first().id} is not in the target of run 'ecif'"):
+        trace(results, [val.first().id, train.first().id])
+    with pytest.raises(EcifError, match="count=0 must be at least 1"):
+        trace(results, count=0)
+
+
+def test_a_run_without_gradients(dataset, score):
+    results = score(dataset.match_tags("train"), dataset.match_tags("val"), fit=True, keep_gradients=False)
+    with pytest.raises(EcifError, match=r"kept no gradients\. Run compute_influence with keep_gradients=True"):
+        trace(results)
+
+
+def test_exact_agrees_with_brute_force_and_with_the_stored_gradients(run):
+    results, _, _ = run
+    query = trace(results, count=1)[0].id
+    (exact,) = trace(results, [query], count=1000, exact=True)
+    problem, objective, theta = follow(reopen(results), progress=False)
+    (target,) = problem.targets.values()
+    row = results.target_pairs().ids.index(query)
+
+    def loss(at):
+        every = [target.batch_losses(at, rows, batch) for rows, batch in target._numbered()]
+        return torch.cat(every)[(torch.cat(list(target.batches.partition)) == row).nonzero()[0, 0]]
+
+    *_, solution = conjugate_gradient(lambda v: objective.hessian_product(theta, v), grad(loss)(theta), 1e-10)
+    expected = np.empty(len(results.ids))
+    for rows, batch in zip(objective.batches.partition, objective.batches, strict=True):
+        expected[rows] = sum(batch_influence(objective.scope, theta, batch, solution.vector, len(expected), "exact"))
+    found = {culprit.id: culprit.influence for culprit in exact.culprits}
+    assert set(found) <= {results.ids[n] for n in np.flatnonzero(expected < 0.01 * np.abs(expected).max())}
+    rows = [results.ids.index(sample) for sample in found]
+    assert np.abs(expected[rows] - list(found.values())).max() < 0.01 * np.abs(expected).max()
+    (stored,) = trace(results, [query], count=1000)
+    rough = {culprit.id: culprit.influence for culprit in stored.culprits}
+    both = sorted(found.keys() & rough.keys())
+    assert len(both) > 0.8 * len(found)
+    assert np.corrcoef([found[sample] for sample in both], [rough[sample] for sample in both])[0, 1] > 0.9
+
+
+def test_exact_follows_the_runs_solver(dataset, score):
+    train, val = dataset.match_tags("train"), dataset.match_tags("val")
+    plain = score(train, val, fit=True, solver="identity")
+    (exact,) = trace(plain, [val.first().id], exact=True, count=1000)
+    (stored,) = trace(plain, [val.first().id], count=1000)
+    rough = {culprit.id: culprit.influence for culprit in stored.culprits}
+    pairs = [(culprit.influence, rough[culprit.id]) for culprit in exact.culprits if culprit.id in rough]
+    assert len(pairs) > 10
+    slope = np.polyfit(*np.transpose(pairs), 1)[0]
+    assert 0.5 < slope < 1.5  # of the same size: no curvature in either
+    other = score(train, val, fit=True, solver="logra", brain_key="other")
+    with pytest.raises(EcifError, match="Leave exact out"):
+        trace(other, exact=True)
+
+
+def test_zero_shot_mistakes_and_slices(run, score):
+    _, train, val = run
+    slices = {"early": val.limit(8), "late": val.skip(8)}
+    results = score(train, slices, fit=True, target_loss="zero_shot", label_field="kind", brain_key="classes")
+    problem, _, theta = follow(reopen(results), progress=False)
+    wrong = set()
+    for name, target in zip(slices, problem.targets.values(), strict=True):
+        ids = problem.aims[name].ids
+        classes = sorted(set(val.values("kind")))
+        labels = dict(zip(*val.values(["id", "kind"]), strict=True))
+        chosen = [classes[place] for place in target.predictions(theta)]
+        wrong |= {sample for sample, label in zip(ids, chosen, strict=True) if label != labels[sample]}
+    assert 0 < len(wrong) < len(val)
+    found = trace(results)
+    assert {one.id for one in found} == wrong
+    assert all(culprit.relative_influence < 0 for one in found for culprit in one.culprits)
