@@ -215,11 +215,12 @@ def influence_steps(
     config.batch_size = problem.batch_size
     config.encoder = problem.encoder.fingerprint
     method = Method(config.fit, config.proximal, config.role, config.solver, config.damping, config.keep_gradients)
+    store = problem.store.inside(problem.run_name(config, config.seed))
+    config.store = store.names
     found: list[Scores] = []
     for number in range(config.n_partitions):
-        store = problem.store.inside(problem.run_name(config, config.seed + number))
-        if not number:
-            config.store = store.names
+        if number:  # in the first one's folder, so that they are deleted with it
+            store = Store(*config.store).inside(f"partition-{number}")
         scores = yield from score_pairs(
             store, problem.scope, problem.batches(config.seed + number), problem.targets, method
         )

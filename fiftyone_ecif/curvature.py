@@ -27,7 +27,15 @@ Product = Callable[[Tensor], Tensor]
 
 
 class NegativeCurvatureError(EcifError):
-    """The matrix is not positive along the solve, which conjugate gradients need."""
+    """The matrix is not positive along the solve, which conjugate gradients need.
+
+    Attributes:
+        curvature: what was met, at most zero: an upper bound of the smallest eigenvalue.
+    """
+
+    def __init__(self, message: str, curvature: float) -> None:
+        super().__init__(message)
+        self.curvature = curvature
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,12 @@ def solve(
                 yield solution.residual
             assert solution is not None
             return Solution(solution.vector, solution.iterations, solution.residual, solution.condition_number, damping)
-        except NegativeCurvatureError:
+        except NegativeCurvatureError as error:
             mean = mean or mean_eigenvalue(product, right)
+            least = shift - error.curvature  # what is less cannot be enough
             damping = _more(damping)
+            while damping * mean < least:
+                damping = _more(damping)
 
 
 def _shifted(product: Product, shift: float, vector: Tensor) -> Tensor:
@@ -109,7 +120,7 @@ def _solve_dense(product: Product, right: Tensor, damping: float) -> Solution:
 
 def _more(damping: float) -> float:
     if damping >= _MOST_DAMPING:
-        raise NegativeCurvatureError("The curvature is negative whatever the damping. Load other weights, or fit first")
+        raise EcifError("The curvature is negative whatever the damping. Load other weights, or fit first")
     return 2 * damping or _LEAST_DAMPING
 
 
@@ -161,9 +172,11 @@ def conjugate_gradient(
         if not torch.isfinite(curvature):
             raise EcifError("A curvature product is not finite: the model's weights or features hold NaN or infinity")
         if curvature <= 0:
+            met = (curvature / direction.dot(direction)).item()
             raise NegativeCurvatureError(
-                f"The curvature is negative ({(curvature / direction.dot(direction)).item():.2g}) along the solve: "
-                "the model is too far from a minimum for influence functions. Set fit=True, or raise damping"
+                f"The curvature is negative ({met:.2g}) along the solve: the model is too far from a minimum for "
+                "influence functions. Set fit=True, or raise damping",
+                met,
             )
         step = squared / curvature
         x = x + step * direction

@@ -23,6 +23,7 @@ TINY = replace(
     lora_subsets=3,
     fractions=(0.2,),
     edits=(0.1,),
+    directions=16,
 )
 
 

@@ -54,6 +54,7 @@ class Sizes:
         seeds: of the partition and of what is removed.
         fractions: shares of the pairs to remove in the curves.
         edits: shares of the LoRA scope's pairs to remove in edits.
+        directions: that gradients of the LoRA scope are kept in.
     """
 
     pairs: int = 1024
@@ -67,6 +68,7 @@ class Sizes:
     seeds: int = 3
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
     edits: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
+    directions: int = 128
 
 
 QUICK = Sizes(
@@ -79,6 +81,7 @@ QUICK = Sizes(
     seeds=1,
     fractions=(0.1, 0.3),
     edits=(0.1,),
+    directions=64,
 )
 
 
@@ -437,7 +440,7 @@ def cached(world: World, sizes: Sizes) -> list[Row]:
     direct = np.array([np.sum(study.influence(study.solution("ggn", row, _ROUGH)), axis=0) for row in gradients])
     order = torch.cat(list(objective.batches.partition)).argsort()
     sources = (objective, ContrastiveLoss(study.scope, target.batches, 1))
-    half = 64
+    half = sizes.directions // 2
     drawn = gradient_basis(theta, [(source, half) for source in sources])
     curvature = BasisProjection(study.scope, drawn).curvature(lambda v: objective.gauss_newton_product(theta, v), theta)
 
@@ -454,7 +457,7 @@ def cached(world: World, sizes: Sizes) -> list[Row]:
         return {"way": way, "size": size, "seconds": seconds, "pearson": _mean_pearson(scores, direct)}
 
     found = []
-    for rank in (16, 64, 2 * half):
+    for rank in (16, half, 2 * half):
         columns = torch.cat([torch.arange(rank // 2), half + torch.arange(rank // 2)])
         sketch = partial(sketched_gradients, study.scope, theta)
         found.append(row("forward sketch, directions", rank, columns, sketch))
@@ -571,8 +574,9 @@ def _from_projection(
     return scores
 
 
-def _target_groups(study: Study, groups: int = 8) -> list[np.ndarray]:
-    """The target's pairs in parts, whole batches together."""
+def _target_groups(study: Study) -> list[np.ndarray]:
+    """The target's pairs in parts, whole batches together: eight for heads, four where a solve takes long."""
+    groups = 8 if study.name == "heads" else 4
     parts = np.array_split(np.arange(len(study.target.batches.partition)), groups)
     return [np.concatenate([study.target.batches.partition[batch].numpy() for batch in part]) for part in parts]
 
