@@ -47,7 +47,7 @@ def compute_influence(
     damping: float = 0.0,
     brain_key: str = "ecif",
     fit: bool = False,
-    proximal: float = 0.1,
+    proximal: float = 1.0,
     batch_size: int | None = None,
     seed: int = 0,
     n_partitions: int = 1,
@@ -121,7 +121,7 @@ def compute_influence(
         fit (False): whether to bring the scope to a stationary point of the
             pairs' loss first, in memory, starting from the loaded weights.
             Influence functions presume one.
-        proximal (0.1): strength of the pull to the loaded weights, in the
+        proximal (1.0): strength of the pull to the loaded weights, in the
             objective and in its curvature.
         batch_size (None): pairs that compete in one softmax; by default 256,
             or all pairs if there are fewer. Scores depend on it.
@@ -228,7 +228,8 @@ def influence_steps(
         found.append(scores)
         method = replace(method, keep_gradients=False)  # one partition's are enough
     config.target = describe(target, problem)
-    _warn(found[0].diagnostics)
+    for scores in found:
+        _warn(scores.diagnostics, config.damping)
 
     yield Progress("Writing fields", 0, 1)
     attributed = problem.encoder.scope_names(problem.choice)
@@ -262,7 +263,7 @@ def _columns(found: Sequence[Scores], config: InfluenceConfig, problem: Problem)
         columns[f"influence_on_{name}"] = row
     if config.scores:
         store = Store(*(config.store or ()))
-        cached = read_cached(store, config.solver)
+        cached = read_cached(store, config.solver, config.damping)
         if "relative_influence" in config.scores:
             columns["relative_influence"] = influence / cached.lengths
         own = cached.self_influence()
@@ -283,14 +284,14 @@ def _check_scores(pairs: Pairs, scores: Scores) -> None:
         )
 
 
-def _warn(found: Mapping[str, Any]) -> None:
+def _warn(found: Mapping[str, Any], damping: float) -> None:
     if found["relative_gradient_norm"] > _FAR_FROM_STATIONARY:
         logger.warning(
             "The model is not at a stationary point of these pairs' loss (relative gradient norm %.2g, 0 is ideal), so "
             "influence is a rougher estimate. fit=True brings it there",
             found["relative_gradient_norm"],
         )
-    if found.get("damping"):
+    if found.get("damping", 0.0) > damping:
         logger.warning(
             "The curvature is negative in places, so it was damped by %.2g of its mean and influence is a rougher "
             "estimate. fit=True avoids that",

@@ -32,12 +32,20 @@ def gradient_covariance(positive: np.ndarray, negative: np.ndarray) -> np.ndarra
     return damped
 
 
-def mended(curvature: np.ndarray) -> np.ndarray:
-    """A symmetric matrix, with the least of ``2^-10, 2^-9 ...`` of its mean eigenvalue added that makes it positive."""
+def mended(curvature: np.ndarray, damping: float = 0.0) -> np.ndarray:
+    """A symmetric matrix, damped; more so, by the least of ``2^-10, 2^-9 ...``, where that does not make it positive.
+
+    Args:
+        curvature: shape ``(r, r)``.
+        damping (0.0): at least; relative to the mean eigenvalue.
+
+    Raises:
+        EcifError: if it is zero or not finite
+    """
     mean = abs(np.trace(curvature)) / len(curvature)
     if not (np.isfinite(curvature).all() and mean > 0):
         raise EcifError("The projected curvature is not usable: it is zero or not finite. Load other weights")
-    damping, least = 0.0, np.linalg.eigvalsh(curvature)[0]
+    least = np.linalg.eigvalsh(curvature)[0]
     while least + damping * mean <= 1e-6 * mean:
         damping = 2 * damping or 2.0**-10
     shifted: np.ndarray = curvature + damping * mean * np.eye(len(curvature))

@@ -110,7 +110,7 @@ def _demo_report(result: dict[str, Any]) -> str:
 @click.option("--solver", type=click.Choice(SOLVERS), help="The curvature; by default what suits the scope.")
 @click.option("--damping", default=0.0, show_default=True, help="Of the curvature, relative to its mean eigenvalue.")
 @click.option("--fit", is_flag=True, help="Bring the scope to a stationary point first.")
-@click.option("--proximal", default=0.1, show_default=True, help="Pull to the loaded weights.")
+@click.option("--proximal", default=1.0, show_default=True, help="Pull to the loaded weights.")
 @click.option("--batch-size", type=int, help="Pairs that compete in one softmax.")
 @click.option("--seed", default=0, show_default=True, help="Which pairs share a batch.")
 @click.option("--partitions", "n_partitions", default=1, show_default=True, help="Partitions to average over.")

@@ -66,6 +66,10 @@ class BatchLoss(ABC):
         """Each pair's share of the loss, shape ``(n,)``; the loss of the batch is their sum."""
 
     @abstractmethod
+    def own_losses(self, similarity: Tensor) -> Tensor:
+        """The value of each pair's positive role, shape ``(n,)``."""
+
+    @abstractmethod
     def removal_pulls(self, similarity: Tensor, role: str = "exact") -> Pulls:
         """The derivatives of the roles with respect to ``S``, rows as anchors.
 
@@ -123,6 +127,9 @@ class SoftmaxLoss(BatchLoss):
     def pair_losses(self, similarity: Tensor) -> Tensor:
         return similarity.logsumexp(1) + similarity.logsumexp(0) - 2 * similarity.diagonal()
 
+    def own_losses(self, similarity: Tensor) -> Tensor:
+        return self.pair_losses(similarity)
+
     def removal_pulls(self, similarity: Tensor, role: str = "exact") -> Pulls:
         """As in :meth:`BatchLoss.removal_pulls`.
 
@@ -168,7 +175,10 @@ class SigmoidLoss(BatchLoss):
     def pair_losses(self, similarity: Tensor) -> Tensor:
         others = softplus(similarity)
         negative = others.sum(0) + others.sum(1) - 2 * others.diagonal()
-        return softplus(-similarity.diagonal()) + negative / 2
+        return self.own_losses(similarity) + negative / 2
+
+    def own_losses(self, similarity: Tensor) -> Tensor:
+        return softplus(-similarity.diagonal())
 
     def removal_pulls(self, similarity: Tensor, role: str = "exact") -> Pulls:
         if role == "as_printed":

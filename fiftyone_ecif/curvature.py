@@ -110,11 +110,13 @@ def _solve_dense(product: Product, right: Tensor, damping: float) -> Solution:
     matrix = dense_matrix(product, right)
     values, vectors = torch.linalg.eigh(matrix)
     mean = values.mean().abs().item()
-    while values[0] + damping * mean <= 1e-12 * values[-1].abs():
+    while values[0] + damping * mean <= 10 * torch.finfo(right.dtype).eps * values[-1].abs():
         damping = _more(damping)
     shifted = values + damping * mean
     solution = vectors @ (vectors.T @ right / shifted)
-    residual = (right - matrix @ solution - damping * mean * solution).norm() / right.norm().clamp_min(1e-300)
+    residual = (right - matrix @ solution - damping * mean * solution).norm() / right.norm().clamp_min(
+        torch.finfo(right.dtype).tiny
+    )
     return Solution(solution, len(right), residual.item(), (shifted[-1] / shifted[0]).item(), damping)
 
 

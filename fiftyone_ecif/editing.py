@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from .checkpoint import save_checkpoint
+from .choices import parse_scope
 from .curvature import Solution, solve
 from .errors import EcifError
 from .objective import ContrastiveLoss
 from .problem import Problem, reopen
 from .progress import Progress, follow
 from .runs import InfluenceResults
-from .scoring import solving
+from .scoring import direct_influence, solving
 from .towers import TowerScope
 
 
@@ -33,9 +34,11 @@ class GroupInfluence(NamedTuple):
 
     Attributes:
         influence: predicted change of the target's loss if none of the group had
-            been trained on, with the group's true gradient; positive = valuable.
-        sum_of_pairs: the sum of the pairs' own influences, which overlooks that
-            pairs in one batch compete with each other.
+            been trained on, by the Newton step of :func:`edit_model`;
+            positive = valuable.
+        sum_of_pairs: the sum of the pairs' own influences in the same partition,
+            which overlooks that pairs in one batch compete with each other, and
+            that the curvature changes with the group.
     """
 
     influence: float
@@ -121,13 +124,15 @@ def group_influence(
     """
 
     def work() -> Generator[Progress, None, GroupInfluence]:
-        ids, rows = _rows(results, group)
+        rows = _rows(results, group)
         problem, objective, theta = yield from reopen(results, device)
         gradient, _ = _target_gradient(problem, theta)
+        product = objective.gauss_newton_product if _solver(results) == "ggn" else objective.hessian_product
+        solution = yield from solving(solve(lambda v: product(theta, v), gradient, results.config.damping))
         steps = removal_step(objective, theta, rows, _solver(results), results.config.damping)
-        solution = yield from solving(steps)
-        single = dict(zip(*results.samples._dataset.values(["id", f"{results.key}_influence"]), strict=True))
-        return GroupInfluence(gradient.dot(solution.vector).item(), sum(single[sample] for sample in ids))
+        step = yield from solving(steps)
+        parts = yield from direct_influence(objective, theta, [solution.vector], results.config.role)
+        return GroupInfluence(gradient.dot(step.vector).item(), float((parts[0] + parts[1])[0, rows.numpy()].sum()))
 
     return follow(work(), progress)
 
@@ -171,7 +176,7 @@ def edit_steps(
     out = Path(path)
     if out.exists() and not overwrite:
         raise EcifError(f"{path} exists. Choose another path, or set overwrite=True")
-    _, rows = _rows(results, removed)
+    rows = _rows(results, removed)
     problem, objective, theta = yield from reopen(results, device)
     gradient, before = _target_gradient(problem, theta)
 
@@ -205,11 +210,13 @@ def edit_steps(
 def _solver(results: InfluenceResults) -> str:
     """Of the run, or what a run of its scope would use if that has no curvature to solve with."""
     solver: str = results.config.solver
-    return solver if solver in ("hessian", "ggn") else "ggn"
+    if solver in ("hessian", "ggn"):
+        return solver
+    return "hessian" if parse_scope(results.config.scope).heads else "ggn"
 
 
-def _rows(results: InfluenceResults, group: Any) -> tuple[list[str], Tensor]:
-    """The samples of a group and their rows among the scored pairs."""
+def _rows(results: InfluenceResults, group: Any) -> Tensor:
+    """The rows of a group among the scored pairs."""
     ids = list(dict.fromkeys(group if isinstance(group, list | tuple) else group.values("id")))
     places = {sample: row for row, sample in enumerate(results.ids)}
     unknown = [sample for sample in ids if sample not in places]
@@ -219,7 +226,7 @@ def _rows(results: InfluenceResults, group: Any) -> tuple[list[str], Tensor]:
         raise EcifError("No pairs were given to remove")
     if len(ids) > len(places) - 2:
         raise EcifError(f"Removing {len(ids)} of {len(places)} pairs leaves no pairs to learn from")
-    return ids, torch.tensor([places[sample] for sample in ids])
+    return torch.tensor([places[sample] for sample in ids])
 
 
 def _target_gradient(problem: Problem, theta: Tensor) -> tuple[Tensor, float]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
-from .checkpoint import load_adapters, load_preprocessing
+from .checkpoint import PREPROCESSING, load_adapters, load_preprocessing
 from .choices import ScopeChoice
 from .contrastive import SigmoidLoss, SoftmaxLoss
 from .errors import EcifError
@@ -170,7 +170,8 @@ class Encoder:
         if choice.rank is None or self.adapters is None:
             return scope_parameters(self.model, choice)
         rank = len(next(iter(self.adapters.values()))[0])
-        if choice.text not in ("lora", f"lora:{rank}"):
+        same = choice.rank == rank and set(scope_parameters(self.model, choice)) == set(self.adapters)
+        if not same and choice.text != "lora":
             raise EcifError(
                 f"scope={choice.text!r} does not fit the checkpoint, whose adapters have rank {rank}. Use 'lora:{rank}'"
             )
@@ -193,7 +194,9 @@ class Encoder:
     def preprocessing(self) -> dict[str, Any]:
         """How images are prepared, as arguments of ``open_clip.create_model_and_transforms``."""
         made = open_clip.get_model_preprocess_cfg(self.model)
-        return {f"image_{name}": made[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in made}
+        return {
+            name: made[name.removeprefix("image_")] for name in PREPROCESSING if name.removeprefix("image_") in made
+        }
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """What the text tower takes, on the device; a caption longer than the context is cut, as in training."""

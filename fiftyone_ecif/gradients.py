@@ -35,7 +35,13 @@ _CHUNK = 32  # vectors at a time
 
 
 class Projection(ABC):
-    """Orthonormal directions in the space of a scope's parameters."""
+    """Orthonormal directions in the space of a scope's parameters.
+
+    Attributes:
+        chunk: curvature products to compute at a time.
+    """
+
+    chunk = _CHUNK
 
     @abstractmethod
     def project(self, vectors: Tensor) -> Tensor:
@@ -64,7 +70,7 @@ class Projection(ABC):
 
     def curvature(self, product: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         """The curvature restricted to the subspace, shape ``(r, r)``, at the cost of ``r`` products."""
-        restricted = torch.vmap(lambda row: self.project(product(self.lift(row))), chunk_size=_CHUNK)
+        restricted = torch.vmap(lambda row: self.project(product(self.lift(row))), chunk_size=self.chunk)
         matrix: Tensor = restricted(torch.eye(self.rank).to(theta))
         return (matrix + matrix.T) / 2
 
@@ -76,6 +82,8 @@ class BasisProjection(Projection):
         scope: the scope.
         basis: orthonormal columns, shape ``(p, r)``.
     """
+
+    chunk = 1  # each goes through the whole model
 
     def __init__(self, scope: Scope, basis: Tensor) -> None:
         self.scope, self.basis = scope, basis
@@ -258,7 +266,7 @@ def removal_gradients(
         theta: its parameters, shape ``(p,)``.
         batch: image and caption features, ``(n, w_image)`` and ``(n, w_text)``.
         projections: of the image head and of the text head.
-        role ("exact"): see ``contrastive.ROLES``.
+        role ("exact"): see ``choices.ROLES``.
 
     Returns:
         ``(positive, negative)``, each of shape ``(n, r)`` with ``r`` the sum of

@@ -32,7 +32,7 @@ def batch_influence(
         batch: what :meth:`Scope.similarity` takes.
         solution: ``H^-1 grad f``, shape ``(p,)``.
         pairs: ``N``, the number of pairs in the whole objective.
-        role ("exact"): see ``contrastive.ROLES``.
+        role ("exact"): see ``choices.ROLES``.
 
     Returns:
         ``(positive, negative)``, each of shape ``(n,)``; the influence is their sum

@@ -74,6 +74,8 @@ class Problem:
     def run_name(self, config: InfluenceConfig, seed: int) -> str:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
         settings = [config.scope, config.fit, config.proximal, self.batch_size, seed, config.role]
+        if config.keep_gradients and not self.choice.heads:  # they are kept in directions that suit the target
+            settings += list(self.targets)
         digest = hashlib.blake2b(json.dumps([self.keys, settings]).encode(), digest_size=16)
         digest.update(self.scope.start.cpu().numpy().tobytes())  # adapters are not part of the encoder
         return "run-" + digest.hexdigest()
@@ -106,6 +108,11 @@ def prepare(
     choose_device(device)
     check_names(config.model, config.pretrained)
     choice = parse_scope(config.scope)
+    if config.target_loss not in TARGET_LOSSES and config._target_function is None:
+        raise EcifError(
+            f"The run measured a function of your own ({config.target_loss}), which is not kept with it. "
+            "Run compute_influence again in this session"
+        )
     if target is None or target == {}:
         raise EcifError("target is needed: a view of validation pairs, such as dataset.match_tags('val')")
     check_collection(samples, config.caption_field)
@@ -142,6 +149,8 @@ def prepare(
 
     targets = {}
     classes = sorted({label for group in aims.values() for label in group.captions})
+    if config.target_loss == "zero_shot" and len(classes) < 2:
+        raise EcifError(f"The target has one class only, {classes[0]!r}. Zero-shot classification needs at least 2")
     for (label, group), chosen in zip(aims.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, config.seed)
         batches = _batches(encoder, choice, group, (images[chosen], texts[chosen]), partition)
@@ -177,11 +186,6 @@ def reopen(
             function that is not at hand any more
     """
     config = results.config
-    if config.target_loss not in TARGET_LOSSES and config._target_function is None:
-        raise EcifError(
-            f"Run {results.key!r} measured a function of your own ({config.target_loss}), which is not kept with the "
-            "run. Run compute_influence again in this session"
-        )
     dataset = results.samples._dataset
     home = config.target["dataset"]
     if home != dataset.name and not fo.dataset_exists(home):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .cached import CachedGradients
 
 PairFunction = Callable[..., Any]
+_FUNCTION = "function "  # what the record of a function of the user's own starts with
 
 
 #: Scores that a run can write beside influence, from the projected gradients.
@@ -43,7 +44,7 @@ class InfluenceConfig(fob.BrainMethodConfig):
             Gauss-Newton matrix for deeper scopes.
         damping (0.0): of the curvature, relative to its mean eigenvalue.
         fit (False): whether the scope is brought to a stationary point first.
-        proximal (0.1): the strength of the pull to the loaded weights.
+        proximal (1.0): the strength of the pull to the loaded weights.
         batch_size (None): of the partition.
         seed (0): of the partition.
         n_partitions (1): over how many partitions scores are averaged.
@@ -73,7 +74,7 @@ class InfluenceConfig(fob.BrainMethodConfig):
         solver: str | None = None,
         damping: float = 0.0,
         fit: bool = False,
-        proximal: float = 0.1,
+        proximal: float = 1.0,
         batch_size: int | None = None,
         seed: int = 0,
         n_partitions: int = 1,
@@ -101,7 +102,7 @@ class InfluenceConfig(fob.BrainMethodConfig):
         _check_choice("role", role, ROLES)
         solver = solver or ("hessian" if choice.heads else "ggn")
         _check_choice("solver", solver, SOLVERS)
-        if not callable(target_loss):
+        if not callable(target_loss) and not str(target_loss).startswith(_FUNCTION):
             _check_choice("target_loss", target_loss, TARGET_LOSSES)
         if (target_loss == "zero_shot") != (label_field is not None):
             raise EcifError("target_loss='zero_shot' and label_field, the classes of the target, belong together")
@@ -109,6 +110,8 @@ class InfluenceConfig(fob.BrainMethodConfig):
             raise EcifError(f"templates={templates!r} must hold {{}} for the class, as in 'a photo of a {{}}.'")
         for score in scores:
             _check_choice("scores", score, EXTRA_SCORES)
+        if role == "negative" and set(scores) & {"self_influence", "leave_one_out_loss"}:
+            raise EcifError("role='negative' leaves out a pair's own loss, which self_influence and others are about")
         needed = bool(scores) or solver == "logra"
         if keep_gradients is False and needed:
             raise EcifError(f"keep_gradients=False does not go with {'scores' if scores else 'solver=logra'}")
@@ -126,7 +129,7 @@ class InfluenceConfig(fob.BrainMethodConfig):
         self.n_partitions = int(n_partitions)
         self._target_function = target_loss if callable(target_loss) else None
         self._target_token = uuid4().hex if callable(target_loss) else ""  # two functions can have one name
-        self.target_loss = getattr(target_loss, "__name__", "callable") if callable(target_loss) else target_loss
+        self.target_loss = _FUNCTION + getattr(target_loss, "__name__", "") if callable(target_loss) else target_loss
         self.label_field = label_field
         self.templates = list(templates)
         self.scores = list(scores)
@@ -162,12 +165,11 @@ def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[st
     """The fields of a run; of a plain one if its configuration is not given."""
     config = config or InfluenceConfig()
     unit = "nats" if config.target_loss in ("contrastive", "zero_shot") else "units of the target loss"
+    what = "Change of the target loss if this pair had not been trained on"
+    if config.solver == "identity" or config.role == "as_printed":
+        unit, what = "no unit", f"Score of the pair by solver={config.solver}, role={config.role}, for comparison"
     fields = {
-        "influence": ScoreField(
-            fof.FloatField,
-            f"Change of the target loss if this pair had not been trained on, in {unit}: "
-            "positive = valuable, negative = harmful",
-        ),
+        "influence": ScoreField(fof.FloatField, f"{what}, in {unit}: positive = valuable, negative = harmful"),
         "positive": ScoreField(
             fof.FloatField, f"The part of the influence that comes from this pair's own loss, in {unit}"
         ),
@@ -340,7 +342,7 @@ class InfluenceResults(fob.BrainResults):
         from .scoring import read_cached  # torch, without which FiftyOne can list runs
 
         self._stored("row")
-        return read_cached(Store(*self.config.store), self.config.solver)
+        return read_cached(Store(*self.config.store), self.config.solver, self.config.damping)
 
     def self_influence(self) -> np.ndarray:
         """Change of each pair's own loss if it had not been trained on, in nats, shape ``(N,)``."""

@@ -51,14 +51,14 @@ class Method:
     Attributes:
         fit: whether to bring the scope to a stationary point first.
         proximal: strength of the pull to the parameters as loaded.
-        role: one of ``contrastive.ROLES``.
-        solver: one of ``curvature.SOLVERS``.
+        role: one of ``choices.ROLES``.
+        solver: one of ``choices.SOLVERS``.
         damping: relative to the mean eigenvalue of the curvature.
         keep_gradients: whether projected gradients are computed and stored.
     """
 
     fit: bool = False
-    proximal: float = 0.1
+    proximal: float = 1.0
     role: str = "exact"
     solver: str = "hessian"
     damping: float = 0.0
@@ -130,7 +130,7 @@ def score_pairs(
     projection: Projection | None = None
     if method.keep_gradients or method.solver == "logra":
         projection = yield from _keep_gradients(store, objective, theta, targets, method)
-        cached = read_cached(store, method.solver)
+        cached = read_cached(store, method.solver, method.damping)
         projected = np.stack([projection.project(gradient).cpu().double().numpy() for gradient in gradients])
         from_store = cached.influence(projected)
     if method.solver == "logra":
@@ -164,8 +164,13 @@ def stationary_point(
     return theta, relative
 
 
-def read_cached(store: Store, solver: str) -> CachedGradients:
+def read_cached(store: Store, solver: str, damping: float = 0.0) -> CachedGradients:
     """The projected gradients of a run, rows in the order of the pairs, and their curvature.
+
+    Args:
+        store: the run's.
+        solver: what stands for the curvature.
+        damping (0.0): added to it, relative to its mean eigenvalue.
 
     Raises:
         EcifError: if they are not in the store, or it is damaged
@@ -178,8 +183,8 @@ def read_cached(store: Store, solver: str) -> CachedGradients:
     elif solver == "identity":
         curvature = np.eye(positive.shape[1])
     else:
-        curvature = mended(store.table("projected-curvature").read(solver, "matrix")["matrix"])
-    return CachedGradients(positive, negative, curvature)
+        curvature = store.table("projected-curvature").read(solver, "matrix")["matrix"]
+    return CachedGradients(positive, negative, mended(curvature, damping))
 
 
 def direct_influence(
@@ -283,7 +288,7 @@ def _write_pairs(
         columns["image"].append(images.float())
         columns["batch"].append(torch.full_like(rows, number))
         columns["cosine"].append(cosine.diagonal())
-        columns["loss"].append(scope.loss.pair_losses(scope.logits(theta, cosine)))
+        columns["loss"].append(scope.loss.own_losses(scope.logits(theta, cosine)))
         columns["positive"].append(positive.float())
         columns["negative"].append(negative.float())
     table.write(f"{start:09d}", _arrays(columns))

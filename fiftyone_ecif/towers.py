@@ -119,7 +119,7 @@ class TowerScope(Scope):
         return self._embed("text", theta, captions)
 
     def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
-        changed = self.parameters(theta)
+        changed = self.parameters(theta) if self.rank is None else {}  # adapters are on matrices only
         model: Any = self.model
         similarity: Tensor = changed.get("logit_scale", model.logit_scale).exp() * cosine
         if getattr(model, "logit_bias", None) is not None:
@@ -135,7 +135,11 @@ class TowerScope(Scope):
         return places if self.rank is None else []
 
     def _embed(self, tower: str, theta: Tensor, inputs: Tensor) -> Tensor:
-        changed = {f"model.{name}": value for name, value in self.parameters(theta).items()}
+        changed = {
+            f"model.{name}": value
+            for name, value in self.parameters(theta).items()
+            if name.startswith("visual.") == (tower == "image")
+        }
         with differentiable_attention():
             return cast(Tensor, functional_call(self._towers[tower], changed, (inputs,)))
 

@@ -167,12 +167,15 @@ def _exact_influence(
     target = dict(zip(problem.aims, problem.targets.values(), strict=True))[name]
     product = {"ggn": objective.gauss_newton_product}.get(config.solver, objective.hessian_product)
 
+    place = {
+        row: (number, position)
+        for number, batch_rows in enumerate(target.batches.partition)
+        for position, row in enumerate(batch_rows.tolist())
+    }
+
     def loss(at: Tensor, row: int) -> Tensor:
-        for batch_rows, batch in zip(target.batches.partition, target.batches, strict=True):
-            place = (batch_rows == row).nonzero()
-            if len(place):
-                return target.batch_losses(at, batch_rows, batch)[place[0, 0]]
-        raise EcifError(f"Row {row} is not in the target")
+        number, position = place[row]
+        return target.batch_losses(at, target.batches.partition[number], target.batches[number])[position]
 
     vectors = []
     for row in rows:

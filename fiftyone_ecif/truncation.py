@@ -21,8 +21,9 @@ from torch.nn.functional import normalize
 from .contrastive import Pull
 from .scope import Scope
 
-#: Share of the length of all pulls that is kept.
+#: Share of the length of all pulls on an embedding that is kept.
 KEPT = 0.999
+_CHUNK = 32  # gradients at a time, of all parameters each
 
 
 def truncated_gradients(
@@ -37,7 +38,8 @@ def truncated_gradients(
         role ("exact"): see ``choices.ROLES``.
         basis (None): directions to keep coordinates of, orthonormal columns,
             shape ``(p, r)``; by default all of the gradient.
-        kept (0.999): the least share of the pulls' length to keep.
+        kept (0.999): the least share of the length of the pulls on an embedding to
+            keep; 1 keeps all.
 
     Returns:
         the gradients of the positive and the negative role, ``(n, r)`` each, and
@@ -105,7 +107,7 @@ def _pull_back(
         gradient: Tensor = pull_back(cotangent)[0]
         return gradient if basis is None else gradient @ basis
 
-    rows: Tensor = torch.vmap(one)(cotangents)
+    rows: Tensor = torch.vmap(one, chunk_size=_CHUNK)(cotangents)
     return rows
 
 

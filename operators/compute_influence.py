@@ -34,7 +34,7 @@ _DEFAULTS: dict[str, Any] = {
     "scores": [],
     "keep_gradients": None,
     "fit": False,
-    "proximal": 0.1,
+    "proximal": 1.0,
     "batch_size": None,
     "seed": 0,
     "skip_failures": True,

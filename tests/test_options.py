@@ -10,6 +10,7 @@ import torch
 
 from fiftyone_ecif import EcifError, scoring
 from fiftyone_ecif.encoder import Encoder
+from fiftyone_ecif.runs import InfluenceConfig
 
 HEADS = "text_projection|visual.attnpool.c_proj"
 
@@ -265,3 +266,16 @@ def test_bad_options_are_refused_before_the_model_loads(dataset, train, val, sco
         score(train, **options)
     assert fields_of(dataset) == set()
     assert dataset.list_brain_runs() == []
+
+
+def test_a_run_of_an_own_function_is_known_but_not_repeated(train, val, score):
+    def worst(images, captions, logits):
+        return -logits.diagonal()
+
+    score(train, val, target_loss=worst, fit=True, brain_key="own")
+    dataset = train._dataset
+    stored = dataset.get_brain_info("own").config
+    assert stored.target_loss == "function worst"
+    assert InfluenceConfig.from_dict(stored.serialize()).target_loss == stored.target_loss
+    with pytest.raises(EcifError, match=r"function of your own \(function worst\)"):
+        score(train, val, target_loss=stored.target_loss, fit=True, brain_key="again")

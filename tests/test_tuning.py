@@ -137,7 +137,11 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_numbers(step, stop, tuned, p
     result = fit_model(pairs, path, device="cpu", **options)
     assert result == tuned | {"checkpoint": str(path)}
     assert not changed(weights(tuned["checkpoint"]), weights(path))
-    assert sorted(file.name for file in path.parent.iterdir()) == ["stopped.pt", "stopped.pt.adapters"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "stopped.pt",
+        "stopped.pt.adapters",
+        "stopped.pt.preprocessing.json",
+    ]
 
 
 def test_each_epoch_has_batches_of_its_own_and_so_has_each_seed(pairs, options, tmp_path, monkeypatch):

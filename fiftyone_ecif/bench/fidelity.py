@@ -566,14 +566,6 @@ def _stored(
     return positive, negative
 
 
-def _from_projection(
-    projection: BasisProjection, positive: np.ndarray, negative: np.ndarray, curvature: Tensor, gradients: Tensor
-) -> np.ndarray:
-    cached = CachedGradients(positive, negative, mended(curvature.numpy()))
-    scores: np.ndarray = np.sum(cached.influence(projection.project(gradients).numpy()), axis=0)
-    return scores
-
-
 def _target_groups(study: Study) -> list[np.ndarray]:
     """The target's pairs in parts, whole batches together: eight for heads, four where a solve takes long."""
     groups = 8 if study.name == "heads" else 4
