@@ -244,7 +244,8 @@ def influence_steps(
     columns = _columns(found, config, problem)
     results = _write_run(samples, brain_key, config, problem.pairs, columns, diagnostics)
     yield Progress("Writing fields", 1, 1)
-    logger.info("Influence of %d pairs written to %s", len(problem.pairs.ids), ", ".join(columns))
+    fields = ", ".join(influence_fields(brain_key, config))
+    logger.info("Influence of %d pairs written to %s", len(problem.pairs.ids), fields)
     return results
 
 

@@ -267,7 +267,7 @@ def test_target_pairs_among_the_training_pairs_are_warned_of(dataset, score, cap
 def test_a_fitted_model_is_seen_to_be_stationary(dataset, score, made, tmp_path, batch_size):
     """The heads that fit found, saved and scored as they are."""
     train, val = split(dataset)
-    score(train, val, fit=True, batch_size=batch_size)
+    score(train, val, fit=True, batch_size=batch_size, proximal=0.1)
     store = Store(*dataset.get_brain_info("ecif").config.store)
     theta = torch.from_numpy(store.table("parameters").read("0", "theta")["theta"][0]).float()
     weights = torch.load(made[1], weights_only=True)
