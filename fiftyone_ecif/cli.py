@@ -281,11 +281,15 @@ def fidelity(quick: bool, out: Path | None, as_json: bool) -> None:
         from .bench.fidelity import QUICK, Sizes, run
         from .bench.report import markdown, plot
 
-        result = run(QUICK if quick else Sizes(), report=lambda name: click.echo(name, err=True))
+        def keep(found: dict[str, Any]) -> None:
+            if out:
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "result.json").write_text(json.dumps(found))
+
+        result = run(QUICK if quick else Sizes(), lambda name: click.echo(name, err=True), keep)
         if out:
             plot(result, out)
             (out / "report.md").write_text(markdown(result))
-            (out / "result.json").write_text(json.dumps(result))
     _print(result, as_json, markdown)
 
 

@@ -2,7 +2,9 @@
 
 Arrays in, arrays out. What a partition fixes (the fitted parameters, the
 projected gradients and the curvature between them) is kept in the run's store
-and read back by the next run with the same partition, whatever its target.
+and read back by the next run with the same store: for heads whatever its target,
+for deeper scopes, whose gradients are kept in directions that suit the target,
+with the same target.
 """
 
 from __future__ import annotations
@@ -190,6 +192,17 @@ def read_cached(store: Store, solver: str, damping: float = 0.0) -> CachedGradie
 def direct_influence(
     objective: ContrastiveLoss, theta: Tensor, vectors: list[Tensor], role: str
 ) -> Generator[Progress, None, tuple[np.ndarray, np.ndarray]]:
+    """Influence of every pair along some solutions, by one forward-mode pass a batch and solution.
+
+    Args:
+        objective: over the pairs, ``N`` of them.
+        theta: the parameters, shape ``(p,)``.
+        vectors: ``H^-1 grad f`` of each target, shape ``(p,)``.
+        role: one of ``choices.ROLES``.
+
+    Returns:
+        the positive and the negative part, ``(len(vectors), N)`` each; positive = valuable
+    """
     positive, negative = np.empty((len(vectors), objective.pairs)), np.empty((len(vectors), objective.pairs))
     batches = objective.batches
     for done, (rows, batch) in enumerate(zip(batches.partition, batches, strict=True), start=1):
@@ -216,6 +229,7 @@ def _smallest_norm(scope: Scope, theta: Tensor, batches: Batches) -> float:
 
 
 def solving(steps: Generator[float, None, Solution]) -> Generator[Progress, None, Solution]:
+    """A solve that shows its progress."""
     try:
         while True:
             yield Progress("Solving", _percent(next(steps), 1e-6), 100)

@@ -66,6 +66,7 @@ def test_the_command_reports_every_section(monkeypatch, tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.strip().splitlines()[-1])
     assert set(fidelity.SECTIONS) <= set(found)
+    assert json.loads((tmp_path / "result.json").read_text()) == found
     assert {row["kind"] for row in found["curves"]} == {"random", "harmful", "valuable"}
     assert all(np.isfinite(row["test_loss"]) for row in found["curves"])
     report = (tmp_path / "report.md").read_text()

@@ -8,7 +8,7 @@ effect. A goal of these measurements is to say where predictions stop matching.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from ..cached import CachedGradients, gradient_covariance, mended
 from ..choices import ROLES
-from ..curvature import solve
+from ..curvature import Solution, solve
 from ..editing import group_gradient, removal_step
 from ..fitting import minimise
 from ..gradients import BasisProjection, HeadProjection, KroneckerProjection, gradient_basis, principal_projection
 from ..heads import FeatureBatches, HeadScope
-from ..influence import batch_influence
 from ..objective import ContrastiveLoss
 from ..scope import Scope
+from ..scoring import direct_influence
 from ..targets import Target
 from ..truncation import truncated_gradients
 from .peers import PEERS, Problem
@@ -118,7 +118,8 @@ class Study:
 
     def influence(self, solution: Tensor, role: str = "exact") -> tuple[np.ndarray, np.ndarray]:
         """The positive and the negative part for every pair, ``(N,)`` each."""
-        return _direct(self.scope, self.objective, self.theta, solution, role)
+        positive, negative = _result(direct_influence(self.objective, self.theta, [solution], role))
+        return positive[0], negative[0]
 
     def change(self, theta: Tensor) -> float:
         """Of the target's mean loss against this minimum."""
@@ -479,12 +480,17 @@ def cached(world: World, sizes: Sizes) -> list[Row]:
     return found
 
 
-def run(sizes: Sizes, report: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def run(
+    sizes: Sizes,
+    report: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
     """All measurements.
 
     Args:
         sizes: how much to measure.
         report: told what is being measured.
+        keep: given what is measured so far after each section, so that a run that is stopped leaves it.
 
     Returns:
         a table for each section, rows as dicts, and ``seconds`` of each
@@ -499,6 +505,7 @@ def run(sizes: Sizes, report: Callable[[str], None] = lambda text: None) -> dict
         start = time.perf_counter()
         result[name] = section(world, sizes)
         result["seconds"][name] = round(time.perf_counter() - start, 1)
+        keep(result)
     return result
 
 
@@ -526,23 +533,18 @@ def _minimum(objective: ContrastiveLoss, tolerance: float, start: Tensor | None 
     return theta
 
 
-def _drive(steps: Any) -> Tensor:
+def _result(work: Generator[Any, None, Any]) -> Any:
+    """What a generator of progress returns."""
     try:
         while True:
-            next(steps)
+            next(work)
     except StopIteration as end:
-        vector: Tensor = end.value.vector
-        return vector
+        return end.value
 
 
-def _direct(
-    scope: Scope, objective: ContrastiveLoss, theta: Tensor, solution: Tensor, role: str
-) -> tuple[np.ndarray, np.ndarray]:
-    positive, negative = np.empty(objective.pairs), np.empty(objective.pairs)
-    for rows, batch in zip(objective.batches.partition, objective.batches, strict=True):
-        parts = batch_influence(scope, theta, batch, solution, objective.pairs, role)
-        positive[rows], negative[rows] = (part.numpy() for part in parts)
-    return positive, negative
+def _drive(steps: Generator[float, None, Solution]) -> Tensor:
+    vector: Tensor = _result(steps).vector
+    return vector
 
 
 def _full_logra(study: Study, gradient: Tensor, role: str) -> np.ndarray:
