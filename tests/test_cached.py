@@ -137,3 +137,9 @@ def test_a_matrix_that_no_damping_mends_is_an_error():
 def test_a_matrix_that_is_not_finite_is_an_error(value):
     with pytest.raises(EcifError, match="not usable"):
         mended(np.diag([1.0, value]))
+
+
+def test_damping_is_added_before_anything_is_mended():
+    matrix = np.diag([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(mended(matrix, 0.5), matrix + 0.5 * 2.0 * np.eye(3))
+    np.testing.assert_allclose(mended(matrix), matrix)

@@ -125,3 +125,9 @@ def test_a_pair_alone_in_its_batch_changes_nothing():
 def test_the_misprint_is_refused_for_a_sigmoid_loss():
     with pytest.raises(EcifError, match="softmax"):
         SigmoidLoss().removal_pulls(random_similarity(3), "as_printed")
+
+
+@each_loss
+def test_the_own_loss_is_the_positive_role(loss):
+    similarity = random_similarity(6, 3.0)
+    torch.testing.assert_close(loss.own_losses(similarity), roles_by_definition(loss, similarity)[0])
