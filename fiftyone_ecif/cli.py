@@ -269,7 +269,7 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--quick", is_flag=True, help="Minutes instead of the better part of an hour.")
+@click.option("--quick", is_flag=True, help="One seed and smaller parts: minutes instead of a quarter of an hour.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md, result.json and plots.")
 @_AS_JSON
 def fidelity(quick: bool, out: Path | None, as_json: bool) -> None:

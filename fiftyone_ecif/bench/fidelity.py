@@ -485,7 +485,7 @@ def run(
     report: Callable[[str], None] = lambda text: None,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """All measurements.
+    """All measurements, on one thread: the matrices are small, and a second thread makes it slower.
 
     Args:
         sizes: how much to measure.
@@ -495,6 +495,7 @@ def run(
     Returns:
         a table for each section, rows as dicts, and ``seconds`` of each
     """
+    torch.set_num_threads(1)
     result: dict[str, Any] = {"seconds": {}}
     start = time.perf_counter()
     report("training the model")
