@@ -9,8 +9,11 @@ from .errors import EcifError
 
 if TYPE_CHECKING:
     from .api import compute_influence
+    from .audits import MisalignmentResults
     from .curation import export_pairs, select_by_influence, tag_by_influence
     from .editing import edit_model, group_influence
+    from .misalignment import compute_misalignment, tag_misaligned
+    from .review import propose_pairs, review_misalignment
     from .runs import InfluenceResults
     from .tracing import trace
     from .tuning import fit_model
@@ -19,25 +22,35 @@ __version__ = "0.1.0"
 __all__ = [
     "EcifError",
     "InfluenceResults",
+    "MisalignmentResults",
     "compute_influence",
+    "compute_misalignment",
     "edit_model",
     "export_pairs",
     "fit_model",
     "group_influence",
+    "propose_pairs",
+    "review_misalignment",
     "select_by_influence",
     "tag_by_influence",
+    "tag_misaligned",
     "trace",
 ]
 
 _HOMES = {
     "InfluenceResults": ".runs",
+    "MisalignmentResults": ".audits",
     "compute_influence": ".api",
+    "compute_misalignment": ".misalignment",
     "edit_model": ".editing",
     "export_pairs": ".curation",
     "fit_model": ".tuning",
     "group_influence": ".editing",
+    "propose_pairs": ".review",
+    "review_misalignment": ".review",
     "select_by_influence": ".curation",
     "tag_by_influence": ".curation",
+    "tag_misaligned": ".misalignment",
     "trace": ".tracing",
 }
 

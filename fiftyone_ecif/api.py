@@ -18,10 +18,9 @@ from .runs import (
     PairFunction,
     check_key,
     influence_fields,
-    release_store,
     slice_names,
 )
-from .samples import Pairs, write_scores
+from .samples import Pairs, write_run
 from .scoring import Method, Scores, read_cached, score_pairs
 from .store import Store
 
@@ -202,6 +201,8 @@ def influence_steps(
     overwrite: bool = False,
 ) -> Generator[Progress, None, InfluenceResults]:
     """:func:`compute_influence` as a generator of its progress, for a caller that shows it or stops it."""
+    if target is None or target == {}:
+        raise EcifError("target is needed: a view of validation pairs, such as dataset.match_tags('val')")
     config.slices = slice_names(target)
     problem = yield from prepare(
         samples,
@@ -242,7 +243,16 @@ def influence_steps(
         "held_fixed": [name for name in names if name not in set(attributed)],
     }
     columns = _columns(found, config, problem)
-    results = _write_run(samples, brain_key, config, problem.pairs, columns, diagnostics)
+    results = write_run(
+        samples,
+        brain_key,
+        config,
+        problem.pairs.ids,
+        columns,
+        lambda run: InfluenceResults(
+            samples, config, brain_key, problem.pairs.ids, problem.pairs.skipped, diagnostics, backend=run
+        ),
+    )
     yield Progress("Writing fields", 1, 1)
     fields = ", ".join(influence_fields(brain_key, config))
     logger.info("Influence of %d pairs written to %s", len(problem.pairs.ids), fields)
@@ -303,35 +313,3 @@ def _warn(found: Mapping[str, Any], damping: float) -> None:
             "The stored gradients reproduce these scores poorly (correlation %.2f), so tracing is rough here",
             found["cached_correlation"],
         )
-
-
-def _write_run(
-    samples: Any,
-    brain_key: str,
-    config: InfluenceConfig,
-    pairs: Pairs,
-    columns: Mapping[str, np.ndarray],
-    diagnostics: dict[str, Any],
-) -> InfluenceResults:
-    dataset = samples._dataset
-    fields = influence_fields(brain_key, config)
-    values = {
-        f"{brain_key}_{name}": dict(zip(pairs.ids, column.tolist(), strict=True)) for name, column in columns.items()
-    }
-    old = dataset.get_brain_info(brain_key).config if dataset.has_brain_run(brain_key) else None
-    run = config.build()
-    run.register_run(samples, brain_key, cleanup=False)
-    write_scores(dataset, values, fields)
-    for name, field in fields.items():  # a run that is overwritten may have described its fields otherwise
-        written = dataset.get_field(name)
-        if written.description != field.description:
-            written.description = field.description
-            written.save()
-    results = InfluenceResults(samples, config, brain_key, pairs.ids, pairs.skipped, diagnostics, backend=run)
-    run.save_run_results(samples, brain_key, results)
-    if old is not None:
-        gone = [name for name in influence_fields(brain_key, old) if name not in fields]
-        dataset.delete_sample_fields([name for name in gone if dataset.has_sample_field(name)])
-        if old.store != config.store:
-            release_store(dataset, "", old.store)
-    return results

@@ -214,7 +214,9 @@ def fit(
 @main.command()
 @click.argument("dataset")
 @click.option("--field", default="ecif_influence", show_default=True, help="The score.")
-@click.option("--direction", type=click.Choice(["harmful", "valuable"]), default="harmful", show_default=True)
+@click.option(
+    "--direction", type=click.Choice(["harmful", "valuable", "suspicious"]), default="harmful", show_default=True
+)
 @click.option("--count", type=int, help="How many pairs.")
 @click.option("--share", type=float, help="Which share of the scored pairs.")
 @click.option("--threshold", type=float, help="All pairs beyond this score.")

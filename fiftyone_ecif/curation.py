@@ -17,8 +17,8 @@ from fiftyone import ViewField
 from .errors import EcifError
 from .samples import check_collection
 
-#: Which end of a score, where positive is valuable, each direction means.
-DIRECTIONS = {"harmful": "lowest", "valuable": "highest"}
+#: Which end of a score each direction means: of influence, then of misalignment.
+DIRECTIONS = {"harmful": "lowest", "valuable": "highest", "suspicious": "highest"}
 EXPORT_FORMATS = (".csv", ".json")
 
 
@@ -42,11 +42,11 @@ def select_by_influence(
         samples: a FiftyOne dataset or view.
         field: a score, such as ``ecif_influence``. Samples without one are
             never selected.
-        direction ("harmful"): ``"harmful"`` (lowest scores) or ``"valuable"``
-            (highest scores).
+        direction ("harmful"): ``"harmful"`` (lowest scores), ``"valuable"``
+            (highest scores) or, of misalignment, ``"suspicious"`` (highest).
         count (None): how many.
         share (None): which share of the scored samples, in (0, 1].
-        threshold (None): harmful: scores below it; valuable: scores above it.
+        threshold (None): harmful: scores below it; otherwise: scores above it.
 
     Returns:
         a view
@@ -66,12 +66,12 @@ def select_by_influence(
     if len(given) != 1:
         raise EcifError(f"Give one of count, share and threshold, got {', '.join(given) or 'none'}")
     scored = samples.exists(field)
-    harmful = direction == "harmful"
-    ordered = scored.sort_by(field, reverse=not harmful)
+    lowest = DIRECTIONS[direction] == "lowest"
+    ordered = scored.sort_by(field, reverse=not lowest)
     if threshold is not None:
         if not math.isfinite(threshold):
             raise EcifError(f"threshold={threshold} must be a number")
-        return ordered.match(ViewField(field) < threshold if harmful else ViewField(field) > threshold)
+        return ordered.match(ViewField(field) < threshold if lowest else ViewField(field) > threshold)
     if share is not None:
         if not 0 < share <= 1:
             raise EcifError(f"share={share} must be in (0, 1]")
@@ -98,7 +98,7 @@ def tag_by_influence(
     Args:
         samples: a FiftyOne dataset or view.
         field ("ecif_influence"): the score.
-        tag (None): by default the direction, ``"harmful"`` or ``"valuable"``.
+        tag (None): by default the direction.
         direction ("harmful"): which end, see :func:`select_by_influence`.
         count (None): how many.
         share (None): which share of the scored samples.

@@ -95,7 +95,7 @@ def prepare(
 
     Args:
         samples: the training pairs.
-        target: the target pairs, or a dict of slices.
+        target: the target pairs, or a dict of slices, which may be empty.
         config: of the run.
         device (None): where the model runs.
         num_workers (None): processes that load images.
@@ -113,8 +113,6 @@ def prepare(
             f"The run measured a function of your own ({config.target_loss}), which is not kept with it. "
             "Run compute_influence again in this session"
         )
-    if target is None or target == {}:
-        raise EcifError("target is needed: a view of validation pairs, such as dataset.match_tags('val')")
     check_collection(samples, config.caption_field)
     check()
 

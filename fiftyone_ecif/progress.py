@@ -24,6 +24,8 @@ STAGES = (
     "Solving",
     "Computing gradients",
     "Scoring",
+    "Comparing pairs",
+    "Refitting",
     "Writing fields",
 )
 

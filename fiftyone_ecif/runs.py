@@ -140,6 +140,10 @@ class InfluenceConfig(fob.BrainMethodConfig):
         self.store = store
         super().__init__(**kwargs)
 
+    def fields(self, key: str) -> dict[str, ScoreField]:
+        """The fields that a run under ``key`` writes."""
+        return influence_fields(key, self)
+
     @property
     def type(self) -> str:
         return "influence"
@@ -208,14 +212,14 @@ def slice_names(target: Any) -> list[str]:
     return names
 
 
-def check_key(dataset: Any, brain_key: str, overwrite: bool, config: InfluenceConfig | None = None) -> None:
+def check_key(dataset: Any, brain_key: str, overwrite: bool, config: Any) -> None:
     """Checks that a run may be written under a key.
 
     Args:
         dataset: where.
         brain_key: the key.
-        overwrite: whether a run of that key may be replaced.
-        config (None): of the run; of a plain one if it is not given.
+        overwrite: whether a run of that key and kind may be replaced.
+        config: of the run, which knows its fields.
 
     Raises:
         EcifError: if the key is no identifier, is taken, or one of the fields
@@ -223,38 +227,41 @@ def check_key(dataset: Any, brain_key: str, overwrite: bool, config: InfluenceCo
     """
     if not isinstance(brain_key, str) or not brain_key.isidentifier() or brain_key.startswith("_"):
         raise EcifError(f"brain_key={brain_key!r} is not a name. Use letters, digits and _, such as 'ecif'")
+    ours: set[str] = set()
     if dataset.has_brain_run(brain_key):
-        if not isinstance(dataset.get_brain_info(brain_key).config, InfluenceConfig):
+        old = dataset.get_brain_info(brain_key).config
+        if type(old) is not type(config):
             raise EcifError(f"The brain key {brain_key!r} belongs to another kind of run. Choose another key")
         if not overwrite:
             raise EcifError(
                 f"The brain key {brain_key!r} is taken. Choose another one, or set overwrite=True to replace that run"
             )
-        ours = set(influence_fields(brain_key, dataset.get_brain_info(brain_key).config))
-    else:
-        ours = set()
-    for field in influence_fields(brain_key, config):
+        ours = set(old.fields(brain_key))
+    for field in config.fields(brain_key):
         if field not in ours and dataset.has_sample_field(field):
             raise EcifError(f"There is a field {field!r} already, which no run wrote. Choose another brain_key")
 
 
-class Influence(fob.BrainMethod):
-    """Lists, renames and cleans up influence runs for FiftyOne."""
+class EcifRun(fob.BrainMethod):
+    """Lists, renames and cleans up this package's runs for FiftyOne."""
 
     def get_fields(self, samples: Any, key: str) -> list[str]:
-        return [self.config.caption_field, *influence_fields(key, self.config)]
+        return [self.config.caption_field, *self.config.fields(key)]
 
     def rename(self, samples: Any, key: str, new_key: str) -> None:
         dataset = samples._root_dataset
-        renamed = dict(zip(influence_fields(key, self.config), influence_fields(new_key, self.config), strict=True))
-        dataset.rename_sample_fields(renamed)
+        dataset.rename_sample_fields(dict(zip(self.config.fields(key), self.config.fields(new_key), strict=True)))
 
     def cleanup(self, samples: Any, key: str) -> None:
         """Deletes the run's fields, and its tables unless another run uses them."""
-        dataset, fields = samples._root_dataset, influence_fields(key, self.config)
+        dataset, fields = samples._root_dataset, self.config.fields(key)
         ours = [name for name in fields if _description(dataset, name) == fields[name].description]
         dataset.delete_sample_fields(ours)
         release_store(samples._root_dataset, key, self.config.store)
+
+
+class Influence(EcifRun):
+    """Runs of :func:`fiftyone_ecif.compute_influence`."""
 
 
 def release_store(dataset: Any, key: str, store: list[str]) -> None:
@@ -265,9 +272,8 @@ def release_store(dataset: Any, key: str, store: list[str]) -> None:
     """
     if store[0] != str(dataset._doc.id):
         return
-    others = [
-        dataset.get_brain_info(other).config.store for other in dataset.list_brain_runs(type=Influence) if other != key
-    ]
+    runs = [dataset.get_brain_info(other).config for other in dataset.list_brain_runs() if other != key]
+    others = [config.store for config in runs if type(config).__module__.startswith(__package__)]
     if store not in others:
         Store(*store).delete()
     if store[:-1] not in [other[:-1] for other in others]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import fiftyone as fo
 import fiftyone.core.fields as fof
 import fiftyone.core.validation as fov
+import numpy as np
 from PIL import Image
 
 from .errors import EcifError
-from .runs import ScoreField
+from .runs import EcifRun, ScoreField, release_store
 
 logger = logging.getLogger(__name__)
+
+Results = TypeVar("Results")
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,7 @@ def _what_is_wrong(path: str, caption: Any, open_image: bool) -> str | None:
     return None
 
 
-def write_scores(
-    dataset: Any, scores: Mapping[str, Mapping[str, float | int]], fields: Mapping[str, ScoreField]
-) -> None:
+def write_scores(dataset: Any, scores: Mapping[str, Mapping[str, Any]], fields: Mapping[str, ScoreField]) -> None:
     """Writes score fields by sample id, described and indexed for sorting.
 
     Args:
@@ -159,3 +160,44 @@ def write_scores(
         stale = dict.fromkeys(dataset.exists(name).values("id"))
         dataset.set_values(name, stale | dict(values), key_field="id")
         dataset.create_index(name)
+
+
+def write_run(
+    samples: Any,
+    key: str,
+    config: Any,
+    ids: Sequence[str],
+    columns: Mapping[str, Any],
+    make_results: Callable[[EcifRun], Results],
+) -> Results:
+    """Writes the fields of a run and registers it, in place of a run that it overwrites.
+
+    Args:
+        samples: what was scored.
+        key: the brain key.
+        config: of the run, which knows its fields.
+        ids: of the scored samples.
+        columns: a value for each, by the end of the field's name.
+        make_results: given the run.
+    """
+    dataset, fields = samples._dataset, config.fields(key)
+    values = {
+        f"{key}_{name}": dict(zip(ids, np.asarray(column).tolist(), strict=True)) for name, column in columns.items()
+    }
+    old = dataset.get_brain_info(key).config if dataset.has_brain_run(key) else None
+    run = config.build()
+    run.register_run(samples, key, cleanup=False)
+    write_scores(dataset, values, fields)
+    for name, field in fields.items():  # a run that is overwritten may have described its fields otherwise
+        written = dataset.get_field(name)
+        if written.description != field.description:
+            written.description = field.description
+            written.save()
+    results = make_results(run)
+    run.save_run_results(samples, key, results)
+    if old is not None:
+        gone = [name for name in old.fields(key) if name not in fields]
+        dataset.delete_sample_fields([name for name in gone if dataset.has_sample_field(name)])
+        if old.store != config.store:
+            release_store(dataset, "", old.store)
+    return results

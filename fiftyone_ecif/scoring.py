@@ -131,7 +131,7 @@ def score_pairs(
 
     projection: Projection | None = None
     if method.keep_gradients or method.solver == "logra":
-        projection = yield from _keep_gradients(store, objective, theta, targets, method)
+        projection = yield from keep_gradients(store, objective, theta, targets, method)
         cached = read_cached(store, method.solver, method.damping)
         projected = np.stack([projection.project(gradient).cpu().double().numpy() for gradient in gradients])
         from_store = cached.influence(projected)
@@ -249,7 +249,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(found))
 
 
-def _keep_gradients(
+def keep_gradients(
     store: Store, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target], method: Method
 ) -> Generator[Progress, None, Projection]:
     """Writes projected gradients and their curvature to the store, as far as they are not there."""

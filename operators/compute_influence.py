@@ -203,7 +203,7 @@ def _what_model(inputs: Any, ctx: Any) -> None:
 
 
 def _under_which_key(inputs: Any, ctx: Any) -> None:
-    from fiftyone_ecif.runs import check_key
+    from fiftyone_ecif.runs import InfluenceConfig, check_key
 
     key = inputs.str(
         "brain_key",
@@ -218,7 +218,7 @@ def _under_which_key(inputs: Any, ctx: Any) -> None:
     if ctx.dataset.has_brain_run(name):
         inputs.bool("overwrite", default=False, label=f"Replace the run {name!r}", view=types.CheckboxView())
     try:
-        check_key(ctx.dataset, name, bool(ctx.params.get("overwrite")))
+        check_key(ctx.dataset, name, bool(ctx.params.get("overwrite")), InfluenceConfig())
     except EcifError as error:
         refuse(key, str(error))
 

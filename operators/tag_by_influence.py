@@ -69,7 +69,7 @@ class TagByInfluence(foo.Operator):
         return types.Property(inputs, view=types.View(label="Tag by influence"))
 
     def execute(self, ctx: Any) -> dict[str, Any]:
-        from fiftyone_ecif.curation import tag_by_influence
+        from fiftyone_ecif.curation import DIRECTIONS, tag_by_influence
 
         direction = ctx.params.get("direction", "harmful")
         tag = ctx.params.get("tag") or direction
@@ -78,7 +78,8 @@ class TagByInfluence(foo.Operator):
         view = tag_by_influence(ctx.target_view(), field, tag, direction, **{limit: ctx.params.get(limit)})
         count = len(view)
         ctx.ops.reload_dataset()
-        ctx.ops.set_view(view=ctx.dataset.match_tags(tag).exists(field).sort_by(field, reverse=direction == "valuable"))
+        tagged = ctx.dataset.match_tags(tag).exists(field)
+        ctx.ops.set_view(view=tagged.sort_by(field, reverse=DIRECTIONS[direction] == "highest"))
         ctx.ops.notify(f"Tagged {count:,} pairs {tag!r}", variant="success")
         return {"tag": tag, "count": count}
 

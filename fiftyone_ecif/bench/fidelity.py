@@ -46,6 +46,7 @@ class Sizes:
         pairs: training pairs of the heads scope.
         lora: the LoRA scope.
         lora_pairs: its training pairs, the first of those.
+        sensitivity_pairs: training pairs where settings are varied.
         validation: validation pairs.
         steps: batches that the model is trained on.
         removals: pairs that are left out one by one, a seed.
@@ -60,6 +61,7 @@ class Sizes:
     pairs: int = 1024
     lora: str = "lora:2"
     lora_pairs: int = 192
+    sensitivity_pairs: int = 1024
     validation: int = 1024
     steps: int = 400
     removals: int = 40
@@ -73,7 +75,8 @@ class Sizes:
 
 QUICK = Sizes(
     lora="lora:2:1",
-    lora_pairs=128,
+    lora_pairs=96,
+    sensitivity_pairs=512,
     steps=250,
     removals=20,
     subsets=50,
@@ -81,7 +84,7 @@ QUICK = Sizes(
     seeds=1,
     fractions=(0.1, 0.3),
     edits=(0.1,),
-    directions=64,
+    directions=32,
 )
 
 
@@ -363,7 +366,7 @@ def superposition(world: World, sizes: Sizes) -> list[Row]:
 def sensitivity(world: World, sizes: Sizes) -> list[Row]:
     """What scores depend on; each row a setting and what it does to the agreement with retraining."""
     rows: list[Row] = []
-    count = max(sizes.removals // 2, 8)
+    count, pairs = max(sizes.removals // 2, 8), min(sizes.pairs, sizes.sensitivity_pairs)
 
     def agreement(study: Study, what: str, value: Any) -> Row:
         left_out, true = leave_one_out(study, count, 0)
@@ -372,15 +375,13 @@ def sensitivity(world: World, sizes: Sizes) -> list[Row]:
         return {"what": what, "value": value} | _agreement([(scores[left_out.numpy()], true)])
 
     for proximal in (0.3, 1.0, 3.0):
-        rows.append(agreement(make_study(world, "heads", sizes.pairs, 0, proximal=proximal), "proximal", proximal))
+        rows.append(agreement(make_study(world, "heads", pairs, 0, proximal=proximal), "proximal", proximal))
     for batch_size in (32, 128, 512):
-        rows.append(
-            agreement(make_study(world, "heads", sizes.pairs, 0, batch_size=batch_size), "batch_size", batch_size)
-        )
+        rows.append(agreement(make_study(world, "heads", pairs, 0, batch_size=batch_size), "batch_size", batch_size))
     for scale in (5.0, 20.0):
-        rows.append(agreement(make_study(world, "heads", sizes.pairs, 0, scale=scale), "inverse_temperature", scale))
+        rows.append(agreement(make_study(world, "heads", pairs, 0, scale=scale), "inverse_temperature", scale))
 
-    study = make_study(world, "heads", sizes.pairs, 0)
+    study = make_study(world, "heads", pairs, 0)
     left_out, true = leave_one_out(study, count, 0)
     gradient, _ = study.target.gradient_and_value(study.theta)
     base = np.sum(study.influence(study.solution("hessian", gradient)), axis=0)
@@ -403,7 +404,7 @@ def sensitivity(world: World, sizes: Sizes) -> list[Row]:
         rows.append({"what": "validation_pairs", "value": validation, "spearman": _spearman(scores, base)})
     each = []
     for seed in range(1, 5):
-        other = make_study(world, "heads", sizes.pairs, seed)
+        other = make_study(world, "heads", pairs, seed)
         part, _ = other.target.gradient_and_value(other.theta)
         each.append(np.sum(other.influence(other.solution("hessian", part)), axis=0))
     rows.append({"what": "n_partitions", "value": 1, "spearman": _spearman(each[0], each[1])})
