@@ -19,8 +19,9 @@ from typing import Any, TextIO
 import click
 
 from . import __version__
-from .choices import ROLES, SOLVERS, TARGET_LOSSES
+from .choices import DETECTORS, ROLES, SOLVERS, TARGET_LOSSES
 from .errors import EcifError
+from .verdicts import ALIGNED, LEAST, MISALIGNED, review_or_propose
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -213,6 +214,127 @@ def fit(
 
 @main.command()
 @click.argument("dataset")
+@click.option("--caption-field", default="caption", show_default=True, help="The string field of the captions.")
+@click.option("--model", default="ViT-B-32", show_default=True, help="An open_clip model.")
+@click.option("--pretrained", help="A pretrained tag of the model, or the path of a checkpoint.")
+@click.option("--tag", "tags", multiple=True, help="Look at samples with this tag only.")
+@click.option("--view", help="Look at this saved view only.")
+@click.option("--key", default="audit", show_default=True, help="Names the run and its fields.")
+@click.option("--detector", type=click.Choice(DETECTORS), default="fused", show_default=True, help="What the score is.")
+@click.option("--fit/--no-fit", default=True, show_default=True, help="Fit the heads to the pairs first.")
+@click.option("--trained", is_flag=True, help="Say that the weights were trained on these pairs.")
+@click.option(
+    "--target-tag", "target_tags", multiple=True, help="Validation pairs with this tag, for global_influence."
+)
+@click.option("--target-view", help="Validation pairs of this saved view, for global_influence.")
+@click.option("--mark", metavar="TAG", help="Give the most suspicious pairs this tag, such as suspect.")
+@click.option("--share", type=float, help="Which share of the pairs to mark; by default the estimated noise rate.")
+@click.option("--threshold", type=float, help="Mark all pairs above this score instead.")
+@click.option("--proximal", default=1.0, show_default=True, help="Pull to the loaded weights.")
+@click.option("--batch-size", type=int, help="Pairs that compete in one softmax.")
+@click.option("--seed", default=0, show_default=True, help="Fixes partitions and folds.")
+@click.option("--device", help="cpu or cuda.")
+@click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be scored.")
+@click.option("--overwrite", is_flag=True, help="Replace a run of the same key.")
+@_AS_JSON
+def misalignment(
+    dataset: str,
+    tags: tuple[str, ...],
+    view: str | None,
+    key: str,
+    target_tags: tuple[str, ...],
+    target_view: str | None,
+    mark: str | None,
+    strict: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find pairs of DATASET whose caption does not belong to the image, without labels.
+
+    Example: fiftyone-ecif misalignment my-pairs --model ViT-B-32 --pretrained laion2b_s34b_b79k --mark suspect
+    """
+    with _job():
+        from .misalignment import compute_misalignment
+
+        found = _load(dataset)
+        results = compute_misalignment(
+            _narrow(found, tags, view),
+            target=_narrow(found, target_tags, target_view) if target_tags or target_view else None,
+            brain_key=key,
+            tag=mark,
+            skip_failures=not strict,
+            **options,
+        )
+        result = {
+            "dataset": dataset,
+            "key": key,
+            "scored": len(results.ids),
+            "skipped": results.skipped,
+            "noise_rate": results.noise_rate._asdict(),
+            "tagged": results.diagnostics.get("tagged"),
+            "diagnostics": results.diagnostics,
+        }
+    _print(result, as_json, lambda r: _misalignment_report(r, mark))
+
+
+def _misalignment_report(result: dict[str, Any], mark: str | None) -> str:
+    rate = result["noise_rate"]
+    lines = [
+        f"Scored {result['scored']} pairs of {result['dataset']!r}, skipped {len(result['skipped'])}. "
+        f"Field: {result['key']}_misalignment",
+        f"About {rate['rate']:.0%} of the captions are wrong ({rate['low']:.0%} to {rate['high']:.0%}).",
+    ]
+    if mark:
+        lines.append(f"Tagged {result['tagged']} pairs as {mark!r}.")
+    return "\n".join(lines)
+
+
+@main.command()
+@click.argument("dataset")
+@click.option("--key", default="audit", show_default=True, help="The run of misalignment.")
+@click.option("--count", default=20, show_default=True, help="Pairs to propose.")
+@_AS_JSON
+def review(dataset: str, key: str, count: int, as_json: bool) -> None:
+    """Refit a run on DATASET to the pairs tagged aligned or misaligned, and propose pairs to look at next.
+
+    Example: fiftyone-ecif review my-pairs --count 20
+    """
+    with _job():
+        found = _load(dataset)
+        results = _load_run(found, key, "misalignment")
+        verdicts, learned, proposals = review_or_propose(results, count)
+        fields = [f"{key}_misalignment", results.config.caption_field, f"{key}_reason"]
+        columns = found.select(proposals, ordered=True).values(["id", *fields])
+        result = {
+            "dataset": dataset,
+            "key": key,
+            "aligned": verdicts.aligned,
+            "misaligned": verdicts.misaligned,
+            **{name: getattr(learned, name, None) for name in ("auroc", "auroc_low", "auroc_high", "expected")},
+            "proposals": [
+                dict(zip(("id", "misalignment", "caption", "reason"), row, strict=True))
+                for row in zip(*columns, strict=True)
+            ],
+        }
+    _print(result, as_json, _review_report)
+
+
+def _review_report(result: dict[str, Any]) -> str:
+    lines = [f"Tagged so far: {result['aligned']} aligned, {result['misaligned']} misaligned."]
+    if result["auroc"] is None:
+        lines.append(f"Tag at least {LEAST} pairs {ALIGNED!r} and {LEAST} {MISALIGNED!r}, then run this again.")
+    else:
+        lines.append(
+            f"AUROC {result['auroc']:.3f} ({result['auroc_low']:.3f} to {result['auroc_high']:.3f}). "
+            f"About {result['expected']:.0f} pairs are misaligned. {result['key']}_misalignment is now the probability."
+        )
+    lines += ["", "Misalignment  Pair                      Caption"]
+    lines += [f"{one['misalignment']:12.3f}  {one['id']}  {one['caption']}" for one in result["proposals"]]
+    return "\n".join(lines)
+
+
+@main.command()
+@click.argument("dataset")
 @click.option("--field", default="ecif_influence", show_default=True, help="The score.")
 @click.option(
     "--direction", type=click.Choice(["harmful", "valuable", "suspicious"]), default="harmful", show_default=True
@@ -289,6 +411,35 @@ def fidelity(quick: bool, out: Path | None, as_json: bool) -> None:
                 (out / "result.json").write_text(json.dumps(found))
 
         result = run(QUICK if quick else Sizes(), lambda name: click.echo(name, err=True), keep)
+        if out:
+            plot(result, out)
+            (out / "report.md").write_text(markdown(result))
+    _print(result, as_json, markdown)
+
+
+@bench.command("misalignment")
+@click.option("--data", required=True, help="digits, shapes, emoji, emoji-twitter, or a folder with pairs.csv.")
+@click.option("--frozen", is_flag=True, help="Train heads on frozen pretrained towers instead of a small model.")
+@click.option("--quick", is_flag=True, help="One seed and one ratio on at most 600 pairs.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md, result.json and plots.")
+@_AS_JSON
+def bench_misalignment(data: str, frozen: bool, quick: bool, out: Path | None, as_json: bool) -> None:
+    """Hold detectors of misaligned pairs against each other on clean pairs whose captions are permuted.
+
+    Example: fiftyone-ecif bench misalignment --data digits --quick --out misalignment
+    """
+    with _job():
+        from .bench.misalignment import QUICK, Sizes, run
+        from .bench.misalignment_report import markdown, plot
+        from .bench.pairs import load_pairs
+
+        def keep(found: dict[str, Any]) -> None:
+            if out:
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "result.json").write_text(json.dumps(found))
+
+        sizes = QUICK if quick else Sizes()
+        result = run(load_pairs(data), sizes, frozen, lambda text: click.echo(text, err=True), keep)
         if out:
             plot(result, out)
             (out / "report.md").write_text(markdown(result))
@@ -420,10 +571,10 @@ def _load(name: str) -> Any:
     return fo.load_dataset(name)
 
 
-def _load_run(dataset: Any, key: str) -> Any:
-    known = dataset.list_brain_runs(type="influence", method="ecif")
+def _load_run(dataset: Any, key: str, kind: str = "influence") -> Any:
+    known = dataset.list_brain_runs(type=kind, method="ecif")
     if key not in known:
-        raise EcifError(f"{dataset.name!r} has no run {key!r}. Runs: {', '.join(known) or 'none'}")
+        raise EcifError(f"{dataset.name!r} has no {kind} run {key!r}. Runs: {', '.join(known) or 'none'}")
     return dataset.load_brain_results(key)
 
 

@@ -43,6 +43,7 @@ others: see :data:`fiftyone_ecif.choices.TRAINED_DETECTORS`.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -73,6 +74,7 @@ _PARTITIONS = 10
 _FOLDS = 5
 _TRUSTED = 0.6  # share of the pairs that trusted_fit fits
 _TOLERANCE = 1e-3  # relative gradient norm at which the embeddings of a fit have long stopped changing
+_STEPS = 200  # of a fit, at most
 _COMPARED = 256  # random other pairs that a held-out pair is compared with
 _DAMPING = 1.0  # of the curvature in neighbour_influence, relative to its mean eigenvalue
 _ROWS = 4096
@@ -83,12 +85,13 @@ class HeldOut:
 
     Attributes:
         distance: ``1 - s_ii``, standardised within each fold.
-        share_below: share of random other captions and images that fit the pair's own no better, in [0, 1].
+        share_below: share of random other captions and images that fit the pair's own no better, in [0, 1];
+            1 where there is no other.
         lemon_z: standardised likewise.
     """
 
     def __init__(self, pairs: int) -> None:
-        self.distance, self.share_below, self.lemon_z = np.zeros(pairs), np.zeros(pairs), np.zeros(pairs)
+        self.distance, self.share_below, self.lemon_z = np.zeros(pairs), np.ones(pairs), np.zeros(pairs)
 
 
 @dataclass(frozen=True)
@@ -154,14 +157,20 @@ class Space:
         """The nearest images and the nearest captions."""
         return nearest(self.images, _NEIGHBOURS, self.group), nearest(self.captions, _NEIGHBOURS, self.group)
 
-    def disagreement(self, count: int) -> tuple[Tensor, Tensor]:
-        """LEMoN's terms ``a`` and ``b``, shape ``(N,)`` each: what nearest images and captions say."""
-        images, captions = self.neighbours
-        return self._disagreement(images, self.captions, count), self._disagreement(captions, self.images, count)
+    def disagreement(self, count: int, near: float = 0.1, doubt: float = 5.0) -> tuple[Tensor, Tensor]:
+        """LEMoN's terms ``a`` and ``b``, shape ``(N,)`` each: what nearest images and captions say.
 
-    def _disagreement(self, near: Neighbours, other: Tensor, count: int) -> Tensor:
-        trust = torch.exp(-5 * self.distance[near.rows[:, :count]]) * torch.exp(-0.1 * (1 - near.similarity[:, :count]))
-        return (self.other_distance(near, other, count) * trust).mean(1)
+        Args:
+            count: neighbours.
+            near (0.1): how much less a neighbour counts that is farther away.
+            doubt (5.0): how much less one counts whose own image and caption are far apart.
+        """
+        terms = []
+        for side, other in zip(self.neighbours, (self.captions, self.images), strict=True):
+            rows, similarity = side.rows[:, :count], side.similarity[:, :count]
+            trust = torch.exp(-doubt * self.distance[rows]) * torch.exp(-near * (1 - similarity))
+            terms.append((self.other_distance(side, other, count) * trust).mean(1))
+        return terms[0], terms[1]
 
     def other_distance(self, near: Neighbours, other: Tensor, count: int) -> Tensor:
         """Distance to each neighbour on the other side, shape ``(N, count)``."""
@@ -262,8 +271,9 @@ def refit_held_out(audit: Audit, usable: np.ndarray | None = None) -> Generator[
             objective.scope, batches.regrouped(rows), sum(len(batch) for batch in rows), objective.proximal
         )
         theta = part.scope.start
-        for theta, _ in minimise(part, _TOLERANCE):  # noqa: B007
-            yield Progress("Refitting", number, _FOLDS)
+        with suppress(EcifError):  # one that is not there yet: its embeddings are all that is wanted
+            for theta, _ in minimise(part, _TOLERANCE, _STEPS):  # noqa: B007
+                yield Progress("Refitting", number, _FOLDS)
         space = Space(*audit.embeddings(theta), copies)
         places = torch.nonzero(held).flatten()
         found.distance[places] = _standard(space.distance[held])
@@ -284,7 +294,8 @@ def _share_below(space: Space, rows: Tensor, generator: torch.Generator) -> Tens
             ((one[part] @ other[others].T <= own) * different).sum(1)
             for one, other in ((space.images, space.captions), (space.captions, space.images))
         ]
-        shares.append((both[0] + both[1]) / (2 * different.sum(1)).clamp_min(1))
+        compared = 2 * different.sum(1)
+        shares.append(torch.where(compared > 0, (both[0] + both[1]) / compared, 1.0))
     return torch.cat(shares)
 
 

@@ -68,8 +68,9 @@ def find_duplicates(images: Tensor, captions: Sequence[str]) -> Duplicates:
         images: image features, shape ``(N, w)``.
         captions: one for each.
     """
-    _, words = np.unique([_words(caption) for caption in captions], return_inverse=True)
-    return Duplicates(_same_images(images), words.reshape(-1))
+    numbers: dict[str, int] = {}  # an array of text would be as wide as the longest caption
+    words = [numbers.setdefault(_words(caption), len(numbers)) for caption in captions]
+    return Duplicates(_same_images(images), np.array(words))
 
 
 def _words(caption: str) -> str:

@@ -24,6 +24,7 @@ from .runs import check_key
 from .samples import write_run
 from .scoring import Method, keep_gradients, read_cached, score_pairs, stationary_point
 from .store import Store
+from .verdicts import check_mark
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ def misalignment_steps(
     if config.trained:
         rate = share_of_upper_mode(findings.scores["lemon_z"], config.seed)
     else:
-        rate = share_that_fits_like_random(findings.share_below, config.seed)
+        rate = share_that_fits_like_random(findings.share_below)
     used = audit.gradients is not None
     diagnostics = {
         "pairs": len(problem.pairs.ids),
@@ -215,8 +216,9 @@ def misalignment_steps(
     )
     if tag:
         diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold)
+        results.save()
     yield Progress("Writing fields", 1, 1)
-    if not used:
+    if not used and config.detector == "fused":
         logger.warning(
             "Influence was left out: the model was not trained on these pairs. Set fit=True, or trained=True if it was"
         )
@@ -269,6 +271,7 @@ def reasons(scores: Mapping[str, np.ndarray]) -> list[str | None]:
 
 
 def _check_tag(tag: str | None, share: float | None, threshold: float | None) -> None:
+    check_mark(tag)
     if share is not None and threshold is not None:
         raise EcifError(f"Give share or threshold, not both (share={share}, threshold={threshold})")
     if tag is None and (share is not None or threshold is not None):
@@ -276,6 +279,8 @@ def _check_tag(tag: str | None, share: float | None, threshold: float | None) ->
     for name, value in (("share", share), ("threshold", threshold)):
         if value is not None and not 0 <= value <= 1:
             raise EcifError(f"{name}={value} must be in [0, 1]")
+    if share == 0:
+        raise EcifError("share=0 would tag nothing. Use a share in (0, 1], or leave tag out")
 
 
 def _open_audit(

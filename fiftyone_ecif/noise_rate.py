@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import binomtest
 from sklearn.mixture import GaussianMixture
 
 _LEVEL = 0.1
-_DRAWS = 1000
 _MIXTURE_DRAWS, _MIXTURE_PAIRS = 50, 5000
 
 
@@ -17,7 +17,7 @@ class NoiseRate(NamedTuple):
 
     Attributes:
         rate: in [0, 1].
-        low: of its 95 % bootstrap interval, which knows of chance only and not of the estimator's bias.
+        low: of its 95 % interval, which knows of chance only and not of the estimator's bias.
         high: likewise.
     """
 
@@ -26,7 +26,7 @@ class NoiseRate(NamedTuple):
     high: float
 
 
-def share_that_fits_like_random(share_below: np.ndarray, seed: int = 0) -> NoiseRate:
+def share_that_fits_like_random(share_below: np.ndarray) -> NoiseRate:
     """The share of captions that fit their image no better than a random one would.
 
     A misaligned pair is as similar as a random image and caption, so the share of
@@ -39,12 +39,11 @@ def share_that_fits_like_random(share_below: np.ndarray, seed: int = 0) -> Noise
     Args:
         share_below: for each pair, the share of random others that fit no better,
             by a model that was not trained on the pair; shape ``(N,)``.
-        seed (0): of the bootstrap.
     """
-    below = share_below <= _LEVEL
-    draws = np.random.default_rng(seed).binomial(len(below), below.mean(), _DRAWS) / len(below)
-    low, high = np.quantile(draws / _LEVEL, [0.025, 0.975])
-    return NoiseRate(*(float(min(value, 1.0)) for value in (below.mean() / _LEVEL, low, high)))
+    below = int((share_below <= _LEVEL).sum())
+    interval = binomtest(below, len(share_below)).proportion_ci(method="wilson")
+    rates = (share / _LEVEL for share in (below / len(share_below), interval.low, interval.high))
+    return NoiseRate(*(float(min(rate, 1.0)) for rate in rates))
 
 
 def share_of_upper_mode(scores: np.ndarray, seed: int = 0) -> NoiseRate:

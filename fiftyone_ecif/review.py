@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtri
-from sklearn.linear_model import LogisticRegression
+from scipy.optimize import minimize
+from scipy.special import expit, logit, ndtri
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.model_selection import StratifiedKFold
 
 from .audits import MisalignmentResults
 from .detectors import ranked
 from .errors import EcifError
 from .samples import write_scores
+from .verdicts import ALIGNED, LEAST, MISALIGNED
 
-ALIGNED, MISALIGNED = "aligned", "misaligned"
-_PRIOR = 3.0  # how much the label-free score is trusted beside the other signals
+_SLOPE = 2.0  # of the first guess, in log odds for a standard deviation of the score
+_RIDGE = 30.0  # what a weight costs: with less, few labels do harm (docs/misalignment.md)
 _ELSEWHERE = 0.25  # share of the proposals that are drawn from everywhere
 _DRAWS = 1000
 
@@ -48,34 +49,32 @@ def review_misalignment(
     results: MisalignmentResults,
     count: int = 20,
     *,
-    aligned_tag: str = ALIGNED,
-    misaligned_tag: str = MISALIGNED,
     seed: int = 0,
 ) -> Review:
     """Refits a run's score to the pairs that a person has tagged, and proposes what to look at next.
 
-    A logistic regression on the scores of all detectors of the run learns from
-    the tagged pairs. ``{brain_key}_misalignment`` of every pair becomes its
+    A logistic regression on the scores of all detectors of the run starts from
+    the run's own score and learns from the pairs tagged ``aligned`` and
+    ``misaligned``. ``{brain_key}_misalignment`` of every pair becomes its
     **probability** of being misaligned; that of a tagged pair is 0 or 1. Tag more
     and do it again as often as you like: each time starts from the detectors.
 
     Args:
         results: of :func:`fiftyone_ecif.compute_misalignment`.
         count (20): how many pairs to propose.
-        aligned_tag ("aligned"): the tag of pairs that belong together.
-        misaligned_tag ("misaligned"): the tag of pairs that do not.
         seed (0): of the proposals and the bootstrap.
 
     Raises:
         EcifError: if a pair has both tags, or there are not two pairs of each
             kind among those of the run
     """
-    labels = read_labels(results, aligned_tag, misaligned_tag)
+    labels = read_labels(results)
     signals = results.detector_scores()
-    probability = refit(signals, results.config.detector, labels)
+    guess = first_guess(signals[results.config.detector], results.noise_rate.rate)
+    probability = refit(signals, guess, labels)
     known = labels >= 0
     probability[known] = labels[known]
-    auroc, low, high = _confidence(signals, results.config.detector, labels, seed)
+    auroc, low, high = _confidence(signals, guess, labels, seed)
     proposals = propose(probability, known, count, seed)
     review = Review(
         int((labels == 0).sum()),
@@ -101,10 +100,10 @@ def review_misalignment(
 
 
 def propose_pairs(results: MisalignmentResults, count: int = 20, seed: int = 0) -> list[str]:
-    """Sample ids to look at first, before anything was tagged.
+    """Sample ids to look at while too few are tagged to learn from.
 
-    Half of the pairs around the estimated noise rate, where the score says
-    least, and the rest from everywhere.
+    Most of them around the estimated noise rate, where the score says least, and
+    some from everywhere; none that is tagged already.
 
     Args:
         results: of :func:`fiftyone_ecif.compute_misalignment`.
@@ -112,55 +111,64 @@ def propose_pairs(results: MisalignmentResults, count: int = 20, seed: int = 0) 
         seed (0): of those from everywhere.
     """
     scores = results.detector_scores()[results.config.detector]
-    rows = propose(first_guess(scores, results.noise_rate.rate), np.zeros(len(scores), dtype=bool), count, seed)
-    return [results.ids[row] for row in rows]
+    said = set(results.samples._dataset.match_tags([ALIGNED, MISALIGNED]).values("id"))
+    known = np.array([sample in said for sample in results.ids])
+    return [results.ids[row] for row in propose(first_guess(scores, results.noise_rate.rate), known, count, seed)]
 
 
 def first_guess(scores: np.ndarray, noise_rate: float) -> np.ndarray:
-    """Probabilities that are one half at the estimated noise rate, shape ``(N,)``."""
+    """Probabilities before anything is known, one half at the estimated noise rate, shape ``(N,)``."""
     rate = min(max(noise_rate, 0.02), 0.5)
-    guess: np.ndarray = 1 / (1 + np.exp(-10 * (ranked(scores) - (1 - rate))))
+    guess: np.ndarray = expit(_SLOPE * (_normal(scores) - ndtri(1 - rate)))
     return guess
 
 
-def read_labels(results: MisalignmentResults, aligned_tag: str, misaligned_tag: str) -> np.ndarray:
+def read_labels(results: MisalignmentResults) -> np.ndarray:
     """What a person said of each pair: 0 = aligned, 1 = misaligned, -1 = nothing; shape ``(N,)``.
 
     Raises:
         EcifError: as :func:`review_misalignment`
     """
-    dataset = results.samples._dataset
-    tags = dict(zip(*dataset.select(results.ids).values(["id", "tags"]), strict=True))
+    tags = dict(zip(*results.samples._dataset.select(results.ids).values(["id", "tags"]), strict=True))
     labels = np.full(len(results.ids), -1)
     for row, sample in enumerate(results.ids):
-        said = {aligned_tag, misaligned_tag} & set(tags.get(sample) or ())
+        said = {ALIGNED, MISALIGNED} & set(tags.get(sample) or ())
         if len(said) == 2:
-            raise EcifError(
-                f"Sample {sample} is tagged {aligned_tag!r} and {misaligned_tag!r}. Take one of the two away"
-            )
+            raise EcifError(f"Sample {sample} is tagged {ALIGNED!r} and {MISALIGNED!r}. Take one of the two away")
         if said:
-            labels[row] = int(said == {misaligned_tag})
-    for label, tag in ((0, aligned_tag), (1, misaligned_tag)):
-        if (labels == label).sum() < 2:
+            labels[row] = int(said == {MISALIGNED})
+    for label, tag in ((0, ALIGNED), (1, MISALIGNED)):
+        if (labels == label).sum() < LEAST:
             raise EcifError(
-                f"At least 2 pairs of run {results.key!r} must be tagged {tag!r}, there are {(labels == label).sum()}. "
-                "Look at some more pairs"
+                f"At least {LEAST} pairs of run {results.key!r} must be tagged {tag!r}, there are "
+                f"{(labels == label).sum()}. Look at some more pairs"
             )
     return labels
 
 
-def refit(signals: Mapping[str, np.ndarray], detector: str, labels: np.ndarray) -> np.ndarray:
+def refit(signals: Mapping[str, np.ndarray], guess: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The probability that each pair is misaligned, learned from some, shape ``(N,)``.
+
+    The log odds are those of the guess plus a linear function of the signals,
+    with a ridge penalty on its weights, so that few labels change little.
 
     Args:
         signals: scores by detector, shape ``(N,)`` each.
-        detector: the one that is trusted most before anything is learned.
+        guess: probabilities before anything was learned, shape ``(N,)``.
         labels: 0, 1, or -1 where nothing is known, shape ``(N,)``.
     """
-    inputs = _inputs(signals, detector)
+    inputs = np.stack([_normal(signals[name]) for name in sorted(signals)] + [np.ones(len(guess))], axis=1)
+    ridge = np.array([_RIDGE] * len(signals) + [0.1])
     known = labels >= 0
-    model = _regression().fit(inputs[known], labels[known])
-    probability: np.ndarray = model.predict_proba(inputs)[:, 1]
+    seen, truth, start = inputs[known], labels[known], logit(guess)
+
+    def penalised_loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        odds = start[known] + seen @ weights
+        loss = (np.logaddexp(0, odds) - truth * odds).sum() + ridge @ weights**2 / 2
+        return loss, seen.T @ (expit(odds) - truth) + ridge * weights
+
+    weights = minimize(penalised_loss, np.zeros(len(ridge)), jac=True, method="L-BFGS-B").x
+    probability: np.ndarray = expit(start + inputs @ weights)
     return probability
 
 
@@ -185,29 +193,25 @@ def propose(probability: np.ndarray, known: np.ndarray, count: int, seed: int = 
     return [int(row) for row in (*uncertain, *drawn)]
 
 
-def _inputs(signals: Mapping[str, np.ndarray], detector: str) -> np.ndarray:
-    """Normal scores of all signals; the trusted one is larger, so that regularisation holds it back less."""
-    columns = []
-    for name in sorted(signals):
-        normal = ndtri((ranked(signals[name]) * len(signals[name]) - 0.5) / len(signals[name]))
-        columns.append(normal * (_PRIOR if name == detector else 1.0))
-    return np.stack(columns, axis=1)
-
-
-def _regression() -> Any:
-    return LogisticRegression(C=0.1, max_iter=1000)
+def _normal(scores: np.ndarray) -> np.ndarray:
+    """Normal scores: the ranks as they would be drawn from a standard normal distribution."""
+    normal: np.ndarray = ndtri((ranked(scores) * len(scores) - 0.5) / len(scores))
+    return normal
 
 
 def _confidence(
-    signals: Mapping[str, np.ndarray], detector: str, labels: np.ndarray, seed: int
+    signals: Mapping[str, np.ndarray], guess: np.ndarray, labels: np.ndarray, seed: int
 ) -> tuple[float, float, float]:
     """AUROC on the labelled pairs, each judged by a fit to others, with a bootstrap interval."""
-    inputs = _inputs(signals, detector)[labels >= 0]
-    truth = labels[labels >= 0]
+    known = np.flatnonzero(labels >= 0)
+    truth, judged = labels[known], np.empty(len(known))
     folds = StratifiedKFold(min(5, int(np.bincount(truth).min())), shuffle=True, random_state=seed)
-    judged = cross_val_predict(_regression(), inputs, truth, cv=folds, method="predict_proba")[:, 1]
+    for _, held in folds.split(known, truth):
+        others = labels.copy()
+        others[known[held]] = -1
+        judged[held] = refit(signals, guess, others)[known[held]]
     generator = np.random.default_rng(seed)
-    draws: Sequence[np.ndarray] = [generator.integers(len(truth), size=len(truth)) for _ in range(_DRAWS)]
+    draws = [generator.integers(len(truth), size=len(truth)) for _ in range(_DRAWS)]
     values = [roc_auc_score(truth[rows], judged[rows]) for rows in draws if 0 < truth[rows].sum() < len(rows)]
     low, high = np.quantile(values, [0.025, 0.975])
     return float(roc_auc_score(truth, judged)), float(low), float(high)

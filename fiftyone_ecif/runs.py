@@ -251,6 +251,7 @@ class EcifRun(fob.BrainMethod):
     def rename(self, samples: Any, key: str, new_key: str) -> None:
         dataset = samples._root_dataset
         dataset.rename_sample_fields(dict(zip(self.config.fields(key), self.config.fields(new_key), strict=True)))
+        dataset.reload()  # the fields in memory still have their old paths, and could not be described anew
 
     def cleanup(self, samples: Any, key: str) -> None:
         """Deletes the run's fields, and its tables unless another run uses them."""

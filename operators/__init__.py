@@ -12,8 +12,10 @@ except ImportError:  # the plugin was linked or downloaded, not installed: use t
 def register(plugin):  # type: ignore[no-untyped-def]
     """Registers the operators with FiftyOne."""
     from .compute_influence import ComputeInfluence
+    from .detect_misalignment import DetectMisalignment
     from .export_pairs import ExportPairs
+    from .review_misalignment import ReviewMisalignment
     from .tag_by_influence import TagByInfluence
 
-    for operator in (ComputeInfluence, TagByInfluence, ExportPairs):
+    for operator in (ComputeInfluence, DetectMisalignment, ReviewMisalignment, TagByInfluence, ExportPairs):
         plugin.register(operator)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import fiftyone.operators.types as types
+
+from fiftyone_ecif.errors import EcifError
 
 MISSING = [name for name in ("torch", "open_clip", "h5py") if importlib.util.find_spec(name) is None]
 
@@ -19,13 +21,13 @@ def menu_button(label: str, icon: str) -> types.Placement:
     )
 
 
-def dropdown(inputs: Any, name: str, choices: Sequence[str], default: str | None = None, **options: Any) -> Any:
-    """A required choice among texts; the default is taken only if it is one of them."""
+def dropdown(inputs: Any, name: str, choices: Iterable[str], default: str | None = None, **options: Any) -> Any:
+    """A required choice among texts, or keys with a label each; the default is taken only if it is one of them."""
     view = types.DropdownView()
     for choice in choices:
-        view.add_choice(choice, label=choice)
-    default = default if default in choices else None
-    return inputs.enum(name, list(choices), required=True, default=default, view=view, **options)
+        view.add_choice(choice, label=choices[choice] if isinstance(choices, Mapping) else choice)
+    default = default if default in view.values() else None
+    return inputs.enum(name, view.values(), required=True, default=default, view=view, **options)
 
 
 def refuse(prop: Any, message: str) -> None:
@@ -67,3 +69,154 @@ def model_names() -> list[str]:
 def looks_like_a_path(text: str) -> bool:
     """Whether a pretrained value can only be meant as a file."""
     return "/" in text or "\\" in text or Path(text).suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+def ask_pairs(inputs: Any, ctx: Any) -> Any:
+    """Asks which pairs to score and where their captions are; returns them, or None if there can be none."""
+    from fiftyone_ecif.samples import caption_fields, check_collection
+
+    inputs.view_target(ctx, action_description="Score")
+    fields = caption_fields(ctx.dataset)
+    if not fields:
+        blocked(inputs, "no_captions", "This dataset has no string field that could hold captions")
+        return None
+    choice = dropdown(
+        inputs, "caption_field", fields, "caption", label="Caption field", description="The text of each pair"
+    )
+    samples = ctx.target_view()
+    if field := ctx.params.get("caption_field"):
+        try:
+            check_collection(samples, field)
+        except EcifError as error:
+            refuse(choice, str(error))
+    return samples
+
+
+def target_names(dataset: Any) -> list[str]:
+    """What can serve as validation pairs: tags and saved views."""
+    tags = [f"tag: {tag}" for tag in dataset.distinct("tags")]
+    return tags + [f"saved view: {name}" for name in dataset.list_saved_views()]
+
+
+def target_view(dataset: Any, target: str) -> Any:
+    """The validation pairs that one of :func:`target_names` means."""
+    kind, _, name = target.partition(": ")
+    if kind == "tag":
+        return dataset.match_tags(name)
+    if kind == "saved view" and dataset.has_saved_view(name):
+        return dataset.load_saved_view(name)
+    raise EcifError(f"target={target!r} is neither 'tag: NAME' nor 'saved view: NAME' of this dataset")
+
+
+def ask_target(inputs: Any, ctx: Any, samples: Any) -> Any:
+    """Asks for validation pairs, and warns of those that are scored too; returns them once they are chosen."""
+    names = target_names(ctx.dataset)
+    target = dropdown(
+        inputs,
+        "target",
+        names,
+        "tag: val",
+        label="Validation pairs",
+        description="Influence is measured on the loss of these pairs",
+    )
+    chosen = ctx.params.get("target")
+    if chosen not in names:
+        return None
+    aims = target_view(ctx.dataset, chosen)
+    if len(aims) < 2:
+        refuse(target, f"The target needs at least 2 pairs, it has {len(aims)}")
+    shared = len(set(samples.values("id")) & set(aims.values("id")))
+    if shared:
+        warning(
+            inputs,
+            "shared",
+            f"{shared:,} validation pairs are also scored. Show only training pairs to keep them apart",
+        )
+    return aims
+
+
+def ask_model(inputs: Any, ctx: Any, default: str) -> None:
+    """Asks for a model and its weights."""
+    names = model_names()
+    view = types.AutocompleteView(allow_user_input=True)
+    for name in names:
+        view.add_choice(name, label=name)
+    model = inputs.str(
+        "model", required=True, default=default, label="Model", description="An open_clip model name", view=view
+    )
+    name = ctx.params.get("model") or ""
+    brings_weights = ":" in name
+    if name and not brings_weights and name not in names:
+        refuse(model, f"open_clip has no model {name!r}")
+    pretrained = inputs.str(
+        "pretrained",
+        required=not brings_weights,
+        label="Pretrained",
+        description="A pretrained tag of the model, or the path of a checkpoint",
+    )
+    weights = ctx.params.get("pretrained") or ""
+    if looks_like_a_path(weights) and not Path(weights).is_file():
+        refuse(pretrained, f"There is no file {weights}")
+
+
+def ask_key(inputs: Any, ctx: Any, default: str, description: str, config: Any) -> None:
+    """Asks for the key of a run, and whether to replace one that is there.
+
+    Args:
+        inputs: the form.
+        ctx: its context.
+        default: the key.
+        description: what it names.
+        config: of such a run.
+    """
+    from fiftyone_ecif.runs import check_key
+
+    key = inputs.str("brain_key", required=True, default=default, label="Key", description=description)
+    name = ctx.params.get("brain_key")
+    if not name:
+        return
+    try:
+        check_key(ctx.dataset, name, True, config)
+    except EcifError as error:
+        refuse(key, str(error))
+        return
+    if ctx.dataset.has_brain_run(name):
+        inputs.bool("overwrite", default=False, label=f"Replace the run {name!r}", view=types.CheckboxView())
+        if not ctx.params.get("overwrite"):
+            refuse(key, f"There is a run {name!r} already. Replace it, or choose another key")
+
+
+def advanced(inputs: Any, ctx: Any) -> bool:
+    """A switch; whether it is on."""
+    inputs.bool("advanced", default=False, label="Advanced settings", view=types.SwitchView())
+    return bool(ctx.params.get("advanced"))
+
+
+def is_from_form(params: Mapping[str, Any]) -> bool:
+    """Whether parameters were entered in a form: it also holds what was entered before a choice was changed."""
+    return "advanced" in params
+
+
+def ask_fit_and_batches(inputs: Any, ctx: Any, defaults: Mapping[str, Any]) -> None:
+    """Advanced settings of all scoring: how the heads are fitted, which pairs compete, where it runs."""
+    proximal = inputs.float(
+        "proximal",
+        default=defaults["proximal"],
+        label="Proximal strength",
+        description="Pull to the loaded weights, and the damping of the Hessian",
+    )
+    if not (ctx.params.get("proximal") or defaults["proximal"]) > 0:
+        refuse(proximal, "Must be a positive number")
+    batch_size = inputs.int(
+        "batch_size", label="Batch size", description="Pairs that compete in one softmax; 256 if left empty"
+    )
+    if ctx.params.get("batch_size") is not None and ctx.params["batch_size"] < 2:
+        refuse(batch_size, "Use at least 2")
+    inputs.int("seed", default=defaults["seed"], label="Seed", description="Which pairs share a batch")
+    inputs.str("device", label="Device", description="cpu or cuda; a GPU where there is one if left empty")
+    inputs.bool(
+        "skip_failures",
+        default=defaults["skip_failures"],
+        label="Skip samples that cannot be scored",
+        view=types.CheckboxView(),
+    )

@@ -1,6 +1,7 @@
 """The command line: results on stdout, one-line errors, exit codes."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -69,6 +70,84 @@ def test_score_leaves_the_defaults_to_the_library(dataset, named):
     assert config.keep_gradients
 
 
+def test_misalignment_and_review(dataset, named):
+    name, model = named
+    train = dataset.match_tags("train")
+    ran = invoke("misalignment", name, "--tag", "train", *model, "--trained", "--mark", "suspect", "--json")
+    assert ran.exit_code == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert (found["scored"], found["skipped"], found["key"]) == (72, {}, "audit")
+    assert 0 < found["noise_rate"]["low"] <= found["noise_rate"]["high"] <= 1
+    assert found["tagged"] == len(dataset.match_tags("suspect")) == math.ceil(found["noise_rate"]["rate"] * 72)
+    dataset.reload()
+    assert train.count("audit_misalignment") == dataset.count("audit_misalignment") == 72
+    assert dataset.get_brain_info("audit").config.fit
+
+    ran = invoke("review", name, "--count", 3)
+    assert ran.exit_code == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert lines[0] == "Tagged so far: 0 aligned, 0 misaligned."
+    assert "run this again" in lines[1]
+    proposed = dataset[lines[4].split()[1]]
+    assert lines[4].endswith(proposed.caption)
+    assert lines[4].split()[0] == f"{proposed.audit_misalignment:.3f}"
+    assert len(lines) == 7
+
+    train.exists("spoiled", False).limit(10).tag_samples("aligned")
+    train.exists("spoiled").limit(5).tag_samples("misaligned")
+    ran = invoke("review", name, "--count", 3, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    learned = json.loads(ran.stdout)
+    assert (learned["aligned"], learned["misaligned"], len(learned["proposals"])) == (10, 5, 3)
+    assert 0 <= learned["auroc_low"] <= learned["auroc"] <= learned["auroc_high"] <= 1
+    dataset.reload()
+    assert learned["expected"] == pytest.approx(dataset.sum("audit_misalignment"))
+    for one in learned["proposals"]:
+        sample = dataset[one["id"]]
+        assert one["caption"] == sample.caption
+        assert (one["misalignment"], one["reason"]) == (sample.audit_misalignment, sample.audit_reason)
+        assert not {"aligned", "misaligned"} & set(sample.tags)
+    again = invoke("review", name, "--count", 3).stdout.splitlines()
+    assert again[1].startswith(f"AUROC {learned['auroc']:.3f} ({learned['auroc_low']:.3f} to ")
+
+    ran = invoke("review", name, "--key", "gone")
+    assert ran.exit_code == 1
+    assert "has no misalignment run 'gone'. Runs: audit" in ran.stderr
+
+
+def test_misalignment_passes_its_options_on(dataset, named):
+    name, model = named
+    dataset.save_view("some", dataset.match_tags("train").limit(48))
+    options = ["--view", "some", "--key", "other", "--detector", "global_influence", "--target-tag", "val"]
+    options += ["--no-fit", "--trained", "--proximal", 0.5, "--seed", 2, "--mark", "odd", "--threshold", 0.5]
+    ran = invoke("misalignment", name, *model, *options)
+    assert ran.exit_code == 0, ran.stderr
+    dataset.reload()
+    config = dataset.get_brain_info("other").config
+    assert (config.detector, config.fit, config.trained) == ("global_influence", False, True)
+    assert (config.proximal, config.seed, config.batch_size) == (0.5, 2, 24)
+    scores = dataset.exists("other_misalignment").values("other_misalignment")
+    assert len(scores) == 48
+    above = sum(score > 0.5 for score in scores)
+    assert ran.stdout.splitlines()[0] == f"Scored 48 pairs of {name!r}, skipped 0. Field: other_misalignment"
+    assert ran.stdout.splitlines()[2] == f"Tagged {above} pairs as 'odd'."
+    assert len(dataset.match_tags("odd")) == above
+
+    ran = invoke("misalignment", name, *model, "--key", "other")
+    assert ran.exit_code == 1
+    assert "is taken" in ran.stderr
+    broken = dataset.match_tags("val").first()
+    broken.caption = ""
+    broken.save()
+    ran = invoke("misalignment", name, *model, "--key", "other", "--no-fit", "--overwrite", "--json")
+    assert ran.exit_code == 0, ran.stderr
+    assert json.loads(ran.stdout)["skipped"] == {broken.id: "caption: empty"}
+    assert json.loads(ran.stdout)["tagged"] is None
+    ran = invoke("misalignment", name, *model, "--key", "strict", "--strict")
+    assert ran.exit_code == 1
+    assert "caption: empty" in ran.stderr
+
+
 def test_trace_and_edit(dataset, named, score, tmp_path):
     name, _ = named
     train, val = dataset.match_tags("train"), dataset.match_tags("val")
@@ -110,7 +189,7 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
     for command in (["trace", name], ["edit", name, path, "--tag", "out", "--overwrite"]):
         ran = invoke(*command, "--key", "gone")
         assert ran.exit_code == 1
-        assert "has no run 'gone'. Runs: ecif" in ran.stderr
+        assert "has no influence run 'gone'. Runs: ecif" in ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -126,6 +205,10 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
         (["edit", "nowhere", "x.pt"], 2, "--tag or --view"),
         (["score", "nowhere", "--target-tag", "val", "--role", "both"], 2, "both"),
         (["score", "nowhere", "--target-tag", "val", "--solver", "lu"], 2, "lu"),
+        (["misalignment", "nowhere"], 1, "There is no dataset 'nowhere'"),
+        (["misalignment", "nowhere", "--mark", "aligned"], 1, "reserved for what a person says"),
+        (["misalignment", "nowhere", "--detector", "astrology"], 2, "astrology"),
+        (["review", "nowhere"], 1, "There is no dataset 'nowhere'"),
         (["demo", "--pairs", "3", "--no-app"], 1, "at least 8 pairs"),
     ],
 )
@@ -147,7 +230,8 @@ def test_a_saved_view_that_does_not_exist(named):
     "command",
     [
         [],
-        *([name] for name in ("demo", "score", "fit", "trace", "edit", "tag", "export", "doctor")),
+        *([name] for name in ("demo", "score", "fit", "misalignment", "review", "trace", "edit", "tag", "export")),
+        ["doctor"],
         ["plugin", "install"],
     ],
 )

@@ -1,5 +1,6 @@
 """The operators through FiftyOne's own registry and executor, and the plugin as it is installed."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ import yaml
 from fiftyone.operators.delegated import DelegatedOperationService
 from fiftyone.operators.executor import ExecutionContext, Executor
 
-from fiftyone_ecif import EcifError, training
+from fiftyone_ecif import EcifError, compute_misalignment, misalignment, propose_pairs, training
+from fiftyone_ecif.choices import DETECTORS, TARGET_LOSSES
+from fiftyone_ecif.noise_rate import NoiseRate
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = "@ecif/fiftyone-ecif"
@@ -29,6 +32,37 @@ def options(made):
     return {"target": "tag: val", "model": training.MODEL, "pretrained": made[1], "fit": True, "batch_size": 24}
 
 
+@pytest.fixture
+def audit_options(made):
+    return {"model": training.MODEL, "pretrained": made[1], "batch_size": 24}
+
+
+@pytest.fixture
+def detect(dataset, audit_options):
+    """``detect_misalignment`` on the training pairs, from Python."""
+    return lambda **options: operator("detect_misalignment")(dataset.match_tags("train"), **(audit_options | options))
+
+
+def tag_by_truth(dataset, ids):
+    """Tags pairs as a person would who knows which captions were spoiled."""
+    for tag, spoiled in (("aligned", False), ("misaligned", True)):
+        dataset.select(ids).exists("spoiled", spoiled).tag_samples(tag)
+
+
+def shown_ids(dataset, result):
+    """The samples of the view that an operator brings to the grid."""
+    (view,) = [r["params"]["view"] for r in result.executor.to_json()["requests"] if r["operator_uri"] == "set_view"]
+    return fo.DatasetView._build(dataset, view).values("id")
+
+
+def what_it_means(results):
+    """The notice below the numbers that a review shows."""
+    ctx = ExecutionContext(request_params={"params": {"brain_key": "audit"}, "results": results}, executor=Executor())
+    outputs = operator("review_misalignment").resolve_output(ctx).to_json()["type"]["properties"]
+    assert set(outputs) == {*results, "means"}
+    return outputs["means"]["view"]["label"]
+
+
 def resolve(dataset, name, params, view=None):
     """The form of an operator, as JSON, with what the user has entered."""
     ctx = ExecutionContext(
@@ -37,12 +71,12 @@ def resolve(dataset, name, params, view=None):
     return operator(name).resolve_input(ctx).to_json()["type"]["properties"]
 
 
-def run_in_the_app(dataset, params, **request):
-    """Executes compute_influence as the App does and returns what it is told to do."""
+def run_in_the_app(dataset, params, name="compute_influence", **request):
+    """Executes a job as the App does and returns what it is told to do."""
     ctx = ExecutionContext(
         request_params={"dataset_name": dataset.name, "params": params, **request}, executor=Executor()
     )
-    requests = [message.body.to_json() for message in operator("compute_influence").execute(ctx)]
+    requests = [message.body.to_json() for message in operator(name).execute(ctx)]
     return [(request["operator_uri"], request["params"]) for request in requests]
 
 
@@ -146,6 +180,7 @@ def test_the_form_offers_what_fits(dataset):
         ({"target": "tag: lonely"}, "target", "at least 2 pairs"),
         ({"advanced": True, "batch_size": 1}, "batch_size", "at least 2"),
         ({"advanced": True, "proximal": -1}, "proximal", "positive"),
+        ({"advanced": True, "scope": "lora:x"}, "scope", "not known"),
     ],
 )
 def test_the_form_says_what_is_wrong(dataset, params, field, message):
@@ -155,10 +190,258 @@ def test_the_form_says_what_is_wrong(dataset, params, field, message):
     assert message in form[field]["error_message"]
 
 
+def test_what_a_form_refuses_is_an_error_of_ours_in_python(dataset, options):
+    with pytest.raises(EcifError, match="open_clip has no model 'ViT-B-23'"):
+        operator("compute_influence")(dataset.match_tags("train"), **options | {"model": "ViT-B-23"})
+    with pytest.raises(EcifError, match="Required property"):
+        operator("compute_influence")(dataset.match_tags("train"), target=None)
+
+
+def test_a_taken_key_can_be_replaced(dataset, detect):
+    detect(fit=False)
+    form = resolve(dataset, "detect_misalignment", {"brain_key": "audit"})
+    assert form["brain_key"]["error_message"] == "There is a run 'audit' already. Replace it, or choose another key"
+    assert form["overwrite"]
+    assert not resolve(dataset, "detect_misalignment", {"brain_key": "audit", "overwrite": True})["brain_key"][
+        "invalid"
+    ]
+    other = resolve(dataset, "compute_influence", {"brain_key": "audit", "overwrite": True})
+    assert "another kind of run" in other["brain_key"]["error_message"]
+    assert "overwrite" not in other
+
+
+def test_classes_are_forgotten_with_the_loss_that_asks_for_them(dataset, options):
+    entered = {**options, "label_field": "spoiled", "target_loss": "contrastive"}
+    with pytest.raises(EcifError, match="belong together"):
+        operator("compute_influence")(dataset.match_tags("train"), **entered)
+    assert dict(run_in_the_app(dataset, {**entered, "advanced": False}))["notify"]["variant"] == "success"
+
+
+def test_every_target_loss_and_detector_is_offered(dataset):
+    form = resolve(dataset, "compute_influence", {})
+    assert sorted(form["target_loss"]["type"]["values"]) == sorted(TARGET_LOSSES)
+    form = resolve(dataset, "detect_misalignment", {"advanced": True})
+    assert sorted(form["detector"]["type"]["values"]) == sorted(DETECTORS)
+
+
+def test_detection_tags_and_says_why(dataset, detect):
+    result = detect(tag="suspect", share=0.25)
+    train = dataset.match_tags("train")
+    assert train.count("audit_misalignment") == len(train)
+    assert dataset.match_tags("val").count("audit_misalignment") == 0
+    suspects = train.sort_by("audit_misalignment", reverse=True).limit(18).values("id")
+    assert sorted(suspects) == sorted(dataset.match_tags("suspect").values("id"))
+    (said,) = [r["params"] for r in result.executor.to_json()["requests"] if r["operator_uri"] == "notify"]
+    assert said["variant"] == "success"
+    assert "Tagged 18 pairs 'suspect'" in said["message"]
+    assert "Influence" not in said["message"]
+
+
+def test_detection_and_the_function_give_the_same_numbers(dataset, detect, made):
+    detect(seed=3, trained=True)
+    train = dataset.match_tags("train")
+    compute_misalignment(
+        train,
+        model=training.MODEL,
+        pretrained=made[1],
+        batch_size=24,
+        seed=3,
+        trained=True,
+        brain_key="direct",
+        num_workers=0,
+    )
+    assert train.values("audit_misalignment") == train.values("direct_misalignment")
+    assert train.values("audit_reason") == train.values("direct_reason")
+
+
+def test_the_app_sees_detection_then_the_most_suspicious(dataset, audit_options):
+    entered = {"advanced": True, "tagging": "threshold", "tag": "suspect", "threshold": 0.5, "share": 7.0}
+    entered |= {"detector": "fused", "target": "tag: val"}  # left over from another choice, as the share is
+    messages = run_in_the_app(dataset, {**audit_options, **entered, "fit": False}, "detect_misalignment")
+    shares = [params["progress"] for name, params in messages if name == "set_progress"]
+    assert len(shares) > 5
+    assert shares == sorted(shares)
+    rest = dict(messages)
+    assert rest["set_progress"] == {"label": "Scored 96 pairs, skipped 0", "progress": 1.0}
+    assert rest["set_active_fields"]["fields"] == ["caption", "audit_misalignment", "audit_reason"]
+    view = fo.DatasetView._build(dataset, rest["set_view"]["view"])
+    scores = view.values("audit_misalignment")
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) == 96
+    above = sum(score > 0.5 for score in scores)
+    rate = dataset.load_brain_results("audit").noise_rate
+    said = rest["notify"]["message"]
+    assert f"About {rate.rate:.0%} of the captions are wrong ({rate.low:.0%} to {rate.high:.0%})" in said
+    assert f"Tagged {above} pairs 'suspect'" in said
+    assert "Influence was left out" in said
+    assert len(dataset.match_tags("suspect")) == above
+
+
+def test_as_many_are_tagged_as_are_estimated_to_be_wrong(dataset, audit_options):
+    entered = {"advanced": False, "tagging": "estimated", "tag": "suspect", "trained": True}
+    run_in_the_app(dataset, audit_options | entered, "detect_misalignment")
+    rate = dataset.load_brain_results("audit").noise_rate.rate
+    assert rate > 0
+    assert len(dataset.match_tags("suspect")) == math.ceil(rate * 96)
+
+
+def test_nothing_is_tagged_unless_it_is_asked_for(dataset, audit_options):
+    entered = {"advanced": False, "tagging": "none", "tag": "suspect", "share": 0.5, "fit": False}
+    messages = dict(run_in_the_app(dataset, audit_options | entered, "detect_misalignment"))
+    assert messages["notify"]["variant"] == "success"
+    assert len(dataset.match_tags("suspect")) == 0
+
+
+def test_an_estimate_of_nothing_is_doubted(dataset, detect, monkeypatch):
+    nothing = NoiseRate(0.0, 0.0, 0.0)
+    monkeypatch.setattr(misalignment, "share_that_fits_like_random", lambda *_: nothing)
+    said = [r["params"] for r in detect().executor.to_json()["requests"] if r["operator_uri"] == "notify"]
+    assert "If the model was trained on these pairs, that is too low" in said[0]["message"]
+
+
+def test_detection_towards_validation_pairs(dataset, detect):
+    detect(detector="global_influence", target="tag: val")
+    assert dataset.get_brain_info("audit").config.detector == "global_influence"
+    with pytest.raises(EcifError, match="belong together"):
+        detect(target="tag: val", brain_key="other")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"tag": "misaligned"}, "reserved for what a person says"),
+        ({"share": 0.1}, "give tag too"),
+        ({"tag": "suspect", "share": 0.1, "threshold": 0.5}, "not both"),
+        ({"detector": "self_influence", "fit": False}, "fit=True"),
+        ({"detector": "astrology"}, "not available"),
+        ({"pretrained": "no_such_tag"}, "neither a file nor a tag"),
+    ],
+)
+def test_bad_input_to_detection_is_an_error_in_python_and_the_app(dataset, detect, audit_options, params, message):
+    with pytest.raises(EcifError, match=message):
+        detect(**params)
+    messages = dict(run_in_the_app(dataset, audit_options | params, "detect_misalignment"))
+    assert messages["notify"]["variant"] == "error"
+    assert message in messages["notify"]["message"]
+    assert messages["set_progress"]["label"].startswith("Failed: ")
+    assert not dataset.has_brain_run("audit")
+
+
+def test_delegated_detection(dataset, audit_options):
+    train = dataset.match_tags("train")
+    operator("detect_misalignment")(train, delegate=True, fit=False, **audit_options)
+    service = DelegatedOperationService()
+    service.execute_queued_operations(dataset_name=dataset.name, log=False)
+    (done,) = service.list_operations(dataset_name=dataset.name)
+    assert (done.run_state, done.label) == ("completed", "Misalignment audit"), done.result and done.result.error
+    dataset.reload()
+    assert train.count("audit_misalignment") == len(train)
+
+
+def test_the_form_of_detection(dataset):
+    form = resolve(dataset, "detect_misalignment", {"caption_field": "caption"})
+    assert form["counts"]["view"]["label"] == "96 pairs will be scored"
+    assert form["brain_key"]["default"] == "audit"
+    assert form["fit"]["default"] is True
+    assert not {"no_influence", "tag", "share", "threshold", "detector", "target"} & set(form)
+    assert (
+        "Influence will be left out"
+        in resolve(dataset, "detect_misalignment", {"fit": False})["no_influence"]["view"]["label"]
+    )
+    assert "no_influence" not in resolve(dataset, "detect_misalignment", {"fit": False, "trained": True})
+    form = resolve(dataset, "detect_misalignment", {"tagging": "estimated"})
+    assert form["tag"]["default"] == "suspect"
+    assert not {"share", "threshold"} & set(form)
+    form = resolve(dataset, "detect_misalignment", {"advanced": True, "detector": "global_influence"})
+    assert form["target"]["type"]["values"] == ["tag: train", "tag: val"]
+    dataset.untag_samples(["train", "val"])
+    form = resolve(dataset, "detect_misalignment", {"advanced": True})
+    assert "global_influence" not in form["detector"]["type"]["values"]
+
+
+@pytest.mark.parametrize(
+    ("params", "field", "message"),
+    [
+        ({"tagging": "estimated", "tag": "aligned"}, "tag", "reserved"),
+        ({"tagging": "share", "share": 1.5}, "share", "from 0 to 1"),
+        ({"tagging": "threshold", "threshold": -0.5}, "threshold", "from 0 to 1"),
+        ({"advanced": True, "fit": False, "detector": "loo_loss"}, "detector", "trained on the pairs"),
+        ({"brain_key": "a key"}, "brain_key", "is not a name"),
+    ],
+)
+def test_the_form_of_detection_says_what_is_wrong(dataset, params, field, message):
+    form = resolve(dataset, "detect_misalignment", params)
+    assert form[field]["invalid"]
+    assert message in form[field]["error_message"]
+
+
+def test_a_review_first_proposes_then_learns(dataset, detect):
+    detect(fit=False)
+    review = operator("review_misalignment")
+    first = review(dataset, count=8)
+    assert first.result == {"aligned": 0, "misaligned": 0, "proposed": 8}
+    assert "run this again" in what_it_means(first.result)
+    proposed = shown_ids(dataset, first)
+    assert proposed == propose_pairs(dataset.load_brain_results("audit"), 8)
+
+    tag_by_truth(dataset, proposed[:1])
+    again = review(dataset, count=8)
+    assert again.result["proposed"] == 8
+    assert proposed[0] not in shown_ids(dataset, again)
+
+    tag_by_truth(dataset, dataset.match_tags("train").values("id")[:40])
+    learned = review(dataset.match_tags("val"), count=5)  # a view stands for its dataset
+    counts = dataset.count_sample_tags()
+    assert (learned.result["aligned"], learned.result["misaligned"]) == (counts["aligned"], counts["misaligned"])
+    kept = dataset.load_brain_results("audit", cache=False).diagnostics["review"]
+    assert learned.result["auroc"] == f"{kept['auroc']:.2f} ({kept['auroc_low']:.2f} to {kept['auroc_high']:.2f})"
+    assert learned.result["expected"] == f"{kept['expected']:,.0f} of 72"
+    assert "is now the probability" in what_it_means(learned.result)
+    assert len(shown_ids(dataset, learned)) == learned.result["proposed"] == 5
+    assert not set(shown_ids(dataset, learned)) & set(dataset.match_tags(["aligned", "misaligned"]).values("id"))
+    assert set(dataset.match_tags("misaligned").values("audit_misalignment")) == {1.0}
+
+
+def test_a_review_of_everything_shows_the_scores(dataset, detect):
+    detect(fit=False)
+    tag_by_truth(dataset, dataset.match_tags("train").values("id"))
+    result = operator("review_misalignment")(dataset)
+    assert result.result["proposed"] == 0
+    scores = dataset.select(shown_ids(dataset, result), ordered=True).values("audit_misalignment")
+    assert len(scores) == 72
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_form_of_a_review_counts_tags(dataset, detect):
+    detect(fit=False)
+    dataset.match_tags("val").tag_samples("aligned")  # not of the run, so they do not count
+    entered = {"brain_key": "audit"}
+    form = resolve(dataset, "review_misalignment", {"brain_key": "audit", "count": 0})
+    assert form["brain_key"]["default"] == "audit"
+    assert form["count"]["invalid"]
+    said = form["verdicts"]["view"]["label"]
+    assert said.startswith("So far 0 pairs are tagged 'aligned' and 0 'misaligned'. It takes 2 of each to learn.")
+    ids = dataset.match_tags("train").values("id")
+    dataset.select(ids[:3]).tag_samples("aligned")
+    dataset.select(ids[2:4]).tag_samples("misaligned")
+    form = resolve(dataset, "review_misalignment", entered)
+    assert form["verdicts"]["view"]["label"].startswith(
+        "So far 3 pairs are tagged 'aligned' and 2 'misaligned'. The score"
+    )
+    assert form["both"]["view"]["label"].startswith("1 pairs have both tags")
+
+
+def test_a_review_without_a_run_is_refused(dataset):
+    with pytest.raises(EcifError, match="run Detect misaligned pairs first"):
+        operator("review_misalignment")(dataset)
+
+
 def test_forms_without_anything_to_work_on_are_blocked(made):
     dataset = fo.Dataset()
     dataset.add_sample(fo.Sample(filepath=made[0].first().filepath))
     assert resolve(dataset, "compute_influence", {})["no_captions"]["invalid"]
+    assert resolve(dataset, "detect_misalignment", {})["no_captions"]["invalid"]
+    assert "Detect misaligned pairs first" in resolve(dataset, "review_misalignment", {})["no_run"]["error_message"]
     assert resolve(dataset, "tag_by_influence", {})["no_scores"]["invalid"]
     assert resolve(dataset, "export_pairs", {})["no_captions"]["invalid"]
     dataset.delete()
@@ -206,7 +489,7 @@ def list_in_a_fresh_process(plugins, path=""):
     return ran.stdout.splitlines()[-2:]
 
 
-OPERATORS = "['compute_influence', 'export_pairs', 'tag_by_influence']"
+OPERATORS = "['compute_influence', 'detect_misalignment', 'export_pairs', 'review_misalignment', 'tag_by_influence']"
 
 
 def test_the_plugin_works_from_a_link_where_the_package_is_not_installed(tmp_path):
@@ -248,5 +531,5 @@ def test_the_plugin_works_from_the_wheel(tmp_path):
 def test_a_missing_dependency_is_an_install_hint(dataset, monkeypatch):
     package = type(operator("compute_influence")).__module__.rpartition(".")[0]
     monkeypatch.setattr(sys.modules[f"{package}.forms"], "MISSING", ["open_clip"])
-    for name in ("compute_influence", "tag_by_influence", "export_pairs"):
+    for name in yaml.safe_load((ROOT / "fiftyone.yml").read_text())["operators"]:
         assert "pip install" in resolve(dataset, name, {})["missing"]["error_message"]

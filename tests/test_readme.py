@@ -40,10 +40,11 @@ def test_the_python_example(example):
     folder, variables = example
     dataset = variables["dataset"]
     assert dataset.count("ecif_influence") == 200
-    assert dataset.list_brain_runs() == ["ecif"]
+    assert sorted(dataset.list_brain_runs()) == ["audit", "ecif"]
     assert not dataset.has_sample_field("slice_influence")
     assert dataset.count_sample_tags()["check"] == 10
     assert len((folder / "check.csv").read_text().splitlines()) == 11
+    assert variables["review"].aligned + variables["review"].misaligned == 20
 
 
 def test_the_shell_example(example):
@@ -61,9 +62,11 @@ def test_the_shell_example(example):
 
 
 def test_the_field_table_names_the_fields():
-    from fiftyone_ecif.runs import influence_fields
+    from fiftyone_ecif.audits import MisalignmentConfig
+    from fiftyone_ecif.runs import InfluenceConfig
 
-    assert all(f"`{{key}}_{name.split('_', 1)[1]}`" in README for name in influence_fields("k"))
+    fields = [*InfluenceConfig().fields("k"), *MisalignmentConfig().fields("k")]
+    assert all(f"`{{key}}_{name.split('_', 1)[1]}`" in README for name in fields)
 
 
 def test_the_picture_is_there():

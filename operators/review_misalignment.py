@@ -1,0 +1,114 @@
+"""The operator that learns from what a person says of pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fiftyone.operators as foo
+import fiftyone.operators.types as types
+
+from fiftyone_ecif.verdicts import ALIGNED, LEAST, MISALIGNED, count_verdicts, review_or_propose
+
+from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
+from .jobs import call
+
+_LABEL, _ICON = "Review misalignment", "rate_review"
+_KEY, _COUNT = "audit", 20
+_HOW_TO_TAG = (
+    f"Select some of these pairs, press the tag button above the grid, tag them {ALIGNED!r} or {MISALIGNED!r}, "
+    "then run this again"
+)
+
+
+class ReviewMisalignment(foo.Operator):
+    """Refits a misalignment score to the pairs that were tagged, and shows those to look at next."""
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        return foo.OperatorConfig(
+            name="review_misalignment",
+            label=_LABEL,
+            description="Look at a few pairs, tag them, and let the score learn from that",
+            icon=_ICON,
+            dynamic=True,
+            allow_delegated_execution=True,
+            risk_level="medium",
+        )
+
+    def resolve_placement(self, ctx: Any) -> types.Placement:
+        return menu_button(_LABEL, _ICON)
+
+    def resolve_input(self, ctx: Any) -> types.Property:
+        inputs = types.Object()
+        form = types.Property(inputs, view=types.View(label=_LABEL))
+        if unusable(inputs, ctx):
+            return form
+        runs = ctx.dataset.list_brain_runs(type="misalignment", method="ecif")
+        if not runs:
+            blocked(inputs, "no_run", "Nothing to review yet: run Detect misaligned pairs first")
+            return form
+        dropdown(inputs, "brain_key", runs, _KEY if _KEY in runs else runs[-1], label="Run")
+        count = inputs.int("count", required=True, default=_COUNT, label="Pairs to look at next")
+        if ctx.params.get("count") is not None and ctx.params["count"] < 1:
+            refuse(count, "Must be at least 1")
+        if ctx.params.get("brain_key") in runs:
+            _say_what_happens(inputs, ctx)
+        return form
+
+    def execute(self, ctx: Any) -> dict[str, Any]:
+        key = ctx.params.get("brain_key", _KEY)
+        results = ctx.dataset.load_brain_results(key, cache=False)  # another process may have renewed the run
+        verdicts, review, proposals = review_or_propose(results, ctx.params.get("count", _COUNT))
+        found: dict[str, Any] = {"aligned": verdicts.aligned, "misaligned": verdicts.misaligned}
+        if review is None:
+            said = _HOW_TO_TAG
+        else:
+            auroc = f"{review.auroc:.2f} ({review.auroc_low:.2f} to {review.auroc_high:.2f})"
+            said = (
+                f"Learned from {review.aligned:,} aligned and {review.misaligned:,} misaligned pairs: AUROC {auroc}. "
+                f"About {review.expected:,.0f} of {len(results.ids):,} pairs are misaligned"
+            )
+            found |= {"auroc": auroc, "expected": f"{review.expected:,.0f} of {len(results.ids):,}"}
+        field = f"{key}_misalignment"
+        view = ctx.dataset.select(proposals, ordered=True)
+        if not proposals:
+            said += ". No pairs are left to look at"
+            view = ctx.dataset.exists(field).sort_by(field, reverse=True)
+        ctx.ops.reload_dataset()
+        shown = [*ctx.active_fields, results.config.caption_field, field, f"{key}_reason"]
+        ctx.ops.set_active_fields(list(dict.fromkeys(shown)))
+        ctx.ops.set_view(view=view)
+        ctx.ops.notify(said, variant="success")
+        return {**found, "proposed": len(proposals)}
+
+    def resolve_output(self, ctx: Any) -> types.Property:
+        outputs = types.Object()
+        outputs.int("aligned", label="Pairs tagged aligned")
+        outputs.int("misaligned", label="Pairs tagged misaligned")
+        means = _HOW_TO_TAG
+        if "auroc" in ctx.results:
+            outputs.str("auroc", label="AUROC with 95 % interval")
+            outputs.str("expected", label="Misaligned pairs expected")
+            means = (
+                "AUROC is how often a misaligned pair comes before an aligned one, each judged by the others. "
+                f"{ctx.params['brain_key']}_misalignment is now the probability that a pair is misaligned"
+            )
+        outputs.int("proposed", label="Pairs to look at next")
+        outputs.view("means", types.Notice(label=means))
+        return types.Property(outputs, view=types.View(label=_LABEL))
+
+    def __call__(self, samples: Any, brain_key: str = _KEY, count: int = _COUNT) -> Any:
+        """Reviews a run of a dataset; a view stands for its dataset."""
+        return call(self.uri, samples, False, {"brain_key": brain_key, "count": count})
+
+
+def _say_what_happens(inputs: Any, ctx: Any) -> None:
+    verdicts = count_verdicts(ctx.dataset, ctx.params["brain_key"])
+    so_far = f"So far {verdicts.aligned:,} pairs are tagged {ALIGNED!r} and {verdicts.misaligned:,} {MISALIGNED!r}."
+    if verdicts.enough:
+        does = "The score will be refitted to them: it becomes the probability that a pair is misaligned."
+    else:
+        does = f"It takes {LEAST} of each to learn. You will be shown pairs to look at. {_HOW_TO_TAG}."
+    inputs.view("verdicts", types.Notice(label=f"{so_far} {does}"))
+    if verdicts.both:
+        warning(inputs, "both", f"{verdicts.both:,} pairs have both tags. Take one of the two away")
