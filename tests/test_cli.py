@@ -206,7 +206,6 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
         (["score", "nowhere", "--target-tag", "val", "--role", "both"], 2, "both"),
         (["score", "nowhere", "--target-tag", "val", "--solver", "lu"], 2, "lu"),
         (["misalignment", "nowhere"], 1, "There is no dataset 'nowhere'"),
-        (["misalignment", "nowhere", "--mark", "aligned"], 1, "reserved for what a person says"),
         (["misalignment", "nowhere", "--detector", "astrology"], 2, "astrology"),
         (["review", "nowhere"], 1, "There is no dataset 'nowhere'"),
         (["demo", "--pairs", "3", "--no-app"], 1, "at least 8 pairs"),
