@@ -3,15 +3,20 @@
 import atexit
 import os
 import shutil
+import socket
+import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
+
+from fiftyone_ecif.database import mongod
+
 HOME = Path(tempfile.mkdtemp(prefix="ecif-tests-"))
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)  # before FiftyOne's, so that its database ends first
-for name in ("FIFTYONE_DATABASE_URI", "FIFTYONE_CONFIG_PATH", "FIFTYONE_APP_CONFIG_PATH"):
+for name in ("FIFTYONE_CONFIG_PATH", "FIFTYONE_APP_CONFIG_PATH"):
     os.environ.pop(name, None)
 os.environ |= {
-    "FIFTYONE_DATABASE_DIR": str(HOME / "database"),
     "FIFTYONE_PLUGINS_DIR": str(HOME / "plugins"),
     "FIFTYONE_DEFAULT_DATASET_DIR": str(HOME / "datasets"),
     "FIFTYONE_ECIF_CACHE_DIR": str(HOME / "cache"),
@@ -23,8 +28,23 @@ for folder in ("database", "plugins/@ecif"):
 ROOT = Path(__file__).resolve().parent.parent
 (HOME / "plugins/@ecif/fiftyone-ecif").symlink_to(ROOT)
 
+
+def _start_database():
+    """Starts a database and has FiftyOne use it; left alone, it joins any that the user has running."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    program = mongod() or pytest.exit("FiftyOne came without mongod. Run: python -m fiftyone_ecif.database")
+    command = [program, "--dbpath", HOME / "database", "--port", port, "--bind_ip", "127.0.0.1", "--nounixsocket"]
+    database = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    atexit.register(database.wait)
+    atexit.register(database.terminate)
+    os.environ["FIFTYONE_DATABASE_URI"] = f"mongodb://127.0.0.1:{port}"
+
+
+_start_database()
+
 import fiftyone as fo  # noqa: E402
-import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from fiftyone_ecif import digits, training  # noqa: E402

@@ -19,6 +19,7 @@ def bundled(tmp_path, monkeypatch):
     place.parent.mkdir(parents=True)
     monkeypatch.setattr(database, "_bundled", lambda: [place])
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("FIFTYONE_DATABASE_URI")
     return place
 
 
