@@ -10,6 +10,7 @@ from .errors import EcifError
 if TYPE_CHECKING:
     from .api import compute_influence
     from .audits import MisalignmentResults
+    from .catalogue import cache_size, delete_run, free_disk, list_runs, rename_run, staleness
     from .curation import export_pairs, select_by_influence, tag_by_influence
     from .editing import edit_model, group_influence
     from .misalignment import compute_misalignment, tag_misaligned
@@ -23,15 +24,21 @@ __all__ = [
     "EcifError",
     "InfluenceResults",
     "MisalignmentResults",
+    "cache_size",
     "compute_influence",
     "compute_misalignment",
+    "delete_run",
     "edit_model",
     "export_pairs",
     "fit_model",
+    "free_disk",
     "group_influence",
+    "list_runs",
     "propose_pairs",
+    "rename_run",
     "review_misalignment",
     "select_by_influence",
+    "staleness",
     "tag_by_influence",
     "tag_misaligned",
     "trace",
@@ -40,15 +47,21 @@ __all__ = [
 _HOMES = {
     "InfluenceResults": ".runs",
     "MisalignmentResults": ".audits",
+    "cache_size": ".catalogue",
     "compute_influence": ".api",
     "compute_misalignment": ".misalignment",
+    "delete_run": ".catalogue",
     "edit_model": ".editing",
     "export_pairs": ".curation",
     "fit_model": ".tuning",
+    "free_disk": ".catalogue",
     "group_influence": ".editing",
+    "list_runs": ".catalogue",
     "propose_pairs": ".review",
+    "rename_run": ".catalogue",
     "review_misalignment": ".review",
     "select_by_influence": ".curation",
+    "staleness": ".catalogue",
     "tag_by_influence": ".curation",
     "tag_misaligned": ".misalignment",
     "trace": ".tracing",

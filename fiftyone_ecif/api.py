@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .cached import read_cached
+from .diagnosis import diagnose
 from .errors import EcifError
 from .problem import Problem, describe, prepare
 from .progress import Progress, follow
@@ -21,13 +23,10 @@ from .runs import (
     slice_names,
 )
 from .samples import Pairs, write_run
-from .scoring import Method, Scores, read_cached, score_pairs
+from .scoring import Method, Scores, score_pairs
 from .store import Store
 
 logger = logging.getLogger(__name__)
-
-_FAR_FROM_STATIONARY = 0.01
-_POORLY_CACHED = 0.5
 
 
 def compute_influence(
@@ -230,7 +229,9 @@ def influence_steps(
         method = replace(method, keep_gradients=False)  # one partition's are enough
     config.target = describe(target, problem)
     for scores in found:
-        _warn(scores.diagnostics, config.damping)
+        for remark in diagnose(config, scores.diagnostics):
+            if not remark.fine:
+                logger.warning(remark.text)
 
     yield Progress("Writing fields", 0, 1)
     attributed = problem.encoder.scope_names(problem.choice)
@@ -250,7 +251,14 @@ def influence_steps(
         problem.pairs.ids,
         columns,
         lambda run: InfluenceResults(
-            samples, config, brain_key, problem.pairs.ids, problem.pairs.skipped, diagnostics, backend=run
+            samples,
+            config,
+            brain_key,
+            problem.pairs.ids,
+            problem.pairs.skipped,
+            diagnostics,
+            [pair.digest for pair in problem.keys],
+            backend=run,
         ),
     )
     yield Progress("Writing fields", 1, 1)
@@ -292,24 +300,4 @@ def _check_scores(pairs: Pairs, scores: Scores) -> None:
         raise EcifError(
             f"The scores of {len(bad)} samples are not finite; the first is {pairs.ids[bad[0]]}. "
             "Check its image and caption, or raise proximal"
-        )
-
-
-def _warn(found: Mapping[str, Any], damping: float) -> None:
-    if found["relative_gradient_norm"] > _FAR_FROM_STATIONARY:
-        logger.warning(
-            "The model is not at a stationary point of these pairs' loss (relative gradient norm %.2g, 0 is ideal), so "
-            "influence is a rougher estimate. fit=True brings it there",
-            found["relative_gradient_norm"],
-        )
-    if found.get("damping", 0.0) > damping:
-        logger.warning(
-            "The curvature is negative in places, so it was damped by %.2g of its mean and influence is a rougher "
-            "estimate. fit=True avoids that",
-            found["damping"],
-        )
-    if found.get("cached_correlation", 1.0) < _POORLY_CACHED:
-        logger.warning(
-            "The stored gradients reproduce these scores poorly (correlation %.2f), so tracing is rough here",
-            found["cached_correlation"],
         )

@@ -32,7 +32,7 @@ class MisalignmentConfig(fob.BrainMethodConfig):
         proximal (1.0): the strength of the pull to the loaded weights.
         batch_size (None): of the partition.
         seed (0): of partitions and folds.
-        reviewed (False): whether the score is the probability of a review.
+        reviewed (None): when the score became the probability of a review, if it did.
         encoder (None): fingerprint of the loaded model, once it is.
         store (None): where the run's tables lie below the cache folder.
         table (None): the table of the detectors' scores among them.
@@ -53,7 +53,7 @@ class MisalignmentConfig(fob.BrainMethodConfig):
         proximal: float = 1.0,
         batch_size: int | None = None,
         seed: int = 0,
-        reviewed: bool = False,
+        reviewed: str | None = None,
         encoder: str | None = None,
         store: list[str] | None = None,
         table: str | None = None,
@@ -128,6 +128,7 @@ class MisalignmentResults(fob.BrainResults):
         ids: the scored samples.
         skipped: ``{sample id: reason}`` of those that were not scored.
         diagnostics: see :func:`fiftyone_ecif.compute_misalignment`.
+        digests: what each pair was when it was scored; None of an old run.
     """
 
     def __init__(
@@ -138,12 +139,14 @@ class MisalignmentResults(fob.BrainResults):
         ids: list[str],
         skipped: dict[str, str],
         diagnostics: dict[str, Any],
+        digests: list[str] | None = None,
         backend: EcifRun | None = None,
     ) -> None:
         super().__init__(samples, config, key, backend=backend)
         self.ids = ids
         self.skipped = skipped
         self.diagnostics = diagnostics
+        self.digests = digests
 
     @property
     def noise_rate(self) -> NoiseRate:
@@ -166,4 +169,4 @@ class MisalignmentResults(fob.BrainResults):
 
     @classmethod
     def _from_dict(cls, d: dict[str, Any], samples: Any, config: MisalignmentConfig, key: str) -> MisalignmentResults:
-        return cls(samples, config, key, d["ids"], d["skipped"], d["diagnostics"])
+        return cls(samples, config, key, d["ids"], d["skipped"], d["diagnostics"], d.get("digests"))

@@ -1,6 +1,6 @@
 """Influence from stored gradients: many targets without the model.
 
-Arrays of projected gradients in, scores out. With ``g`` a pair's removal
+Projected gradients in, scores out, without torch. With ``g`` a pair's removal
 gradient and ``H`` the curvature, both in the projected space of ``r``
 directions, the influence of the pair on a target with gradient ``f`` is
 ``f . H^-1 g / N``: one matrix product for any number of targets.
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from .errors import EcifError
+from .store import Store
 
 _COVARIANCE_DAMPING = 0.1
 
@@ -78,6 +79,13 @@ class CachedGradients:
         solved = self._half_solve(self._half_solve(targets.T), transposed=True).T / len(self.positive)
         return solved @ self.positive.T, solved @ self.negative.T
 
+    def influence_of(self, row: int, targets: np.ndarray) -> np.ndarray:
+        """The influence of one pair on many targets, shape ``(M,)``; arguments and unit as :meth:`influence`."""
+        gradient = (self.positive[row] + self.negative[row])[:, None]
+        solved = self._half_solve(self._half_solve(gradient), transposed=True)[:, 0]
+        influence: np.ndarray = targets @ solved / len(self.positive)
+        return influence
+
     def relative_influence(self, targets: np.ndarray) -> np.ndarray:
         """Influence over the length of what the pair does to the model, shape ``(M, N)``.
 
@@ -115,3 +123,66 @@ class CachedGradients:
     def _half_solve(self, columns: np.ndarray, transposed: bool = False) -> np.ndarray:
         solved: np.ndarray = solve_triangular(self._factor, columns, lower=True, trans=int(transposed))
         return solved
+
+
+def read_cached(store: Store, solver: str, damping: float = 0.0) -> CachedGradients:
+    """The projected gradients of a run, rows in the order of the pairs, and their curvature.
+
+    Args:
+        store: the run's.
+        solver: what stands for the curvature.
+        damping (0.0): added to it, relative to its mean eigenvalue.
+
+    Raises:
+        EcifError: if they are not in the store, or it is damaged
+    """
+    found = store.table("gradients").read_all("row", "positive", "negative")
+    order = np.argsort(found["row"])
+    return CachedGradients(found["positive"][order], found["negative"][order], read_curvature(store, solver, damping))
+
+
+def read_curvature(store: Store, solver: str, damping: float = 0.0) -> np.ndarray:
+    """The curvature of a run between its projected gradients, positive definite, shape ``(r, r)``."""
+    table = store.table("projected-curvature")
+    if solver in ("logra", "identity") and solver not in table.parts():
+        found = store.table("gradients").read_all("positive", "negative")
+        logra = solver == "logra"
+        table.write(solver, {"matrix": gradient_covariance(**found) if logra else np.eye(found["positive"].shape[1])})
+    return mended(table.read(solver, "matrix")["matrix"], damping)
+
+
+def read_lengths(store: Store, solver: str, damping: float = 0.0) -> np.ndarray:
+    """What each pair does to the model, as :attr:`CachedGradients.lengths`, kept in the store once computed."""
+    table, part = store.table("lengths"), f"{solver}-{damping}"
+    if part not in table.parts():
+        table.write(part, {"length": read_cached(store, solver, damping).lengths})
+    lengths: np.ndarray = table.read(part, "length")["length"]
+    return lengths
+
+
+def stored_influence(store: Store, solver: str, damping: float, targets: np.ndarray) -> np.ndarray:
+    """Both parts of :meth:`CachedGradients.influence` together, without all gradients in memory, shape ``(M, N)``."""
+    solved = cho_solve((cholesky(read_curvature(store, solver, damping), lower=True), True), targets.T).T
+    single = solved.astype(np.float32)  # as the gradients are: to convert those takes longer than all the rest
+    products = stored_products(store, single, "positive", "negative").astype(np.float64)
+    influence: np.ndarray = products / products.shape[1]
+    return influence
+
+
+def stored_products(store: Store, vectors: np.ndarray, *columns: str) -> np.ndarray:
+    """Products with the sum of some columns of every pair, one part in memory at a time.
+
+    Args:
+        store: the run's.
+        vectors: shape ``(M, r)``.
+        *columns: of the table of gradients, shape ``(N, r)`` each.
+
+    Returns:
+        shape ``(M, N)``, in the order of the pairs
+    """
+    table, rows, products = store.table("gradients"), [], []
+    for part in table.parts():
+        found = table.read(part, "row", *columns)
+        rows.append(found["row"])
+        products.append(np.sum([vectors @ found[name].T for name in columns], axis=0))
+    return np.concatenate(products, axis=1)[:, np.argsort(np.concatenate(rows))]

@@ -449,7 +449,7 @@ def bench_misalignment(data: str, frozen: bool, quick: bool, out: Path | None, a
 @main.command()
 @click.argument("dataset")
 @click.option("--key", default="ecif", show_default=True, help="The run.")
-@click.option("--count", default=10, show_default=True, help="Training pairs to print for each mistake.")
+@click.option("--count", default=10, show_default=True, help="Training pairs of each kind to print for each mistake.")
 @click.option("--exact", is_flag=True, help="Solve for each mistake with the model instead of reading gradients.")
 @click.option("--device", help="cpu or cuda, with --exact.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
@@ -468,6 +468,7 @@ def trace(dataset: str, key: str, as_json: bool, **options: Any) -> None:
             {
                 **one._asdict(),
                 "culprits": [culprit._asdict() for culprit in one.culprits],
+                "helpers": [helper._asdict() for helper in one.helpers],
                 "neighbours": [neighbour._asdict() for neighbour in one.neighbours],
             }
             for one in traces
@@ -478,7 +479,7 @@ def trace(dataset: str, key: str, as_json: bool, **options: Any) -> None:
 def _captions(dataset: Any, key: str, traces: Any) -> dict[str, str]:
     """Captions of the training pairs that traces name."""
     config = dataset.get_brain_info(key).config
-    named = {pair.id for one in traces for pair in (*one.culprits, *one.neighbours)}
+    named = {pair.id for one in traces for pair in (*one.culprits, *one.helpers, *one.neighbours)}
     return dict(zip(*dataset.select(list(named)).values(["id", config.caption_field]), strict=True))
 
 
@@ -489,6 +490,8 @@ def _trace_report(traces: list[dict[str, Any]], captions: dict[str, str]) -> str
     for one in traces:
         lines += ["", f"{one['id']}, loss {one['loss']:.3f}", "  Relative influence  Culprit                   Caption"]
         lines += [f"  {c['relative_influence']:18.2e}  {c['id']}  {captions[c['id']]}" for c in one["culprits"]]
+        lines += ["  Relative influence  Helper                    Caption"]
+        lines += [f"  {h['relative_influence']:18.2e}  {h['id']}  {captions[h['id']]}" for h in one["helpers"]]
         lines += ["          Similarity  Neighbour                 Caption"]
         lines += [f"  {n['similarity']:18.3f}  {n['id']}  {captions[n['id']]}" for n in one["neighbours"]]
     return "\n".join(lines[1:])
@@ -524,6 +527,111 @@ def edit(
             f"Took out {r['removed']} pairs of {dataset!r}. Target loss {r['target_loss_before']:.4f} before, "
             f"{r['target_loss_predicted']:.4f} predicted, {r['target_loss_after']:.4f} after. "
             f"Checkpoint: {r['checkpoint']}"
+        ),
+    )
+
+
+@main.command()
+@click.argument("dataset")
+@click.argument("key", required=False)
+@_AS_JSON
+def runs(dataset: str, key: str | None, as_json: bool) -> None:
+    """List the runs on DATASET, with their size on disk and what changed since, or describe the run KEY.
+
+    Example: fiftyone-ecif runs my-pairs
+    """
+    with _job():
+        from .catalogue import describe_run, list_runs, staleness
+
+        found = _load(dataset)
+        about = describe_run(found, key) if key else ""
+        entries = [run for run in list_runs(found) if key in (None, run.key)]
+        stale = [staleness(found, run.key) for run in entries]
+        result = {
+            "dataset": dataset,
+            "runs": [
+                {**run._asdict(), "when": f"{run.when.isoformat()}Z", "stale": since._asdict()}
+                for run, since in zip(entries, stale, strict=True)
+            ],
+        }
+    _print(result, as_json, lambda r: about or _runs_report(r["runs"], [str(since) for since in stale]))
+
+
+def _runs_report(runs: list[dict[str, Any]], stale: list[str]) -> str:
+    from .catalogue import size_text
+
+    if not runs:
+        return "No runs."
+    width = max(len(run["key"]) for run in runs)
+    lines = [f"{'Key':<{width}}  Kind          Made (UTC)          Pairs       Cache  Model         Since then"]
+    for run, since in zip(runs, stale, strict=True):
+        pairs = "stopped" if run["scored"] is None else f"{run['scored']:,}"
+        lines.append(
+            f"{run['key']:<{width}}  {run['kind']:<12}  {run['when'][:16].replace('T', ' ')}  {pairs:>7}  "
+            f"{size_text(run['cache_bytes']):>10}  {run['model']:<12}  {since}"
+        )
+    return "\n".join(lines)
+
+
+@main.command("rename-run")
+@click.argument("dataset")
+@click.argument("key")
+@click.argument("new_key")
+@_AS_JSON
+def rename(dataset: str, key: str, new_key: str, as_json: bool) -> None:
+    """Rename the run KEY on DATASET, and its fields with it.
+
+    Example: fiftyone-ecif rename-run my-pairs ecif first_try
+    """
+    with _job():
+        from .catalogue import rename_run
+
+        rename_run(_load(dataset), key, new_key)
+    _print(
+        {"dataset": dataset, "key": new_key}, as_json, lambda _: f"The run {key!r} of {dataset!r} is now {new_key!r}"
+    )
+
+
+@main.command("delete-run")
+@click.argument("dataset")
+@click.argument("key")
+@_AS_JSON
+def delete(dataset: str, key: str, as_json: bool) -> None:
+    """Delete the run KEY on DATASET with its fields, and its cache unless another run uses it.
+
+    Example: fiftyone-ecif delete-run my-pairs ecif
+    """
+    with _job():
+        from .catalogue import delete_run
+
+        gone = delete_run(_load(dataset), key)
+    _print(
+        {"dataset": dataset, "key": key, **gone._asdict()},
+        as_json,
+        lambda _: f"Deleted the run {key!r} of {dataset!r}, with {gone}",
+    )
+
+
+@main.command()
+@click.option("--free", is_flag=True, help="Delete caches of deleted datasets, and what stopped jobs left.")
+@_AS_JSON
+def cache(free: bool, as_json: bool) -> None:
+    """Say how much disk the cache takes and how much of it nothing uses, and free that.
+
+    Example: fiftyone-ecif cache --free
+    """
+    with _job():
+        from .catalogue import cache_size, free_disk, size_text, unused_size
+        from .store import cache_folder
+
+        freed = free_disk() if free else 0
+        result = {"folder": str(cache_folder()), "bytes": cache_size(), "unused": unused_size(), "freed": freed}
+    _print(
+        result,
+        as_json,
+        lambda r: (
+            f"{r['folder']}: {size_text(r['bytes'])}, "
+            + (f"{size_text(freed)} freed" if free else f"{size_text(r['unused'])} of it not used by anything")
         ),
     )
 

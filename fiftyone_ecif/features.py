@@ -7,10 +7,7 @@ asks for it.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Generator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,31 +15,12 @@ from torch import Tensor
 
 from .encoder import Encoder
 from .errors import EcifError
+from .keys import PairKey, digest
 from .progress import Progress
 from .store import Store, Table
 
 _PART = 1024  # rows computed between two writes to the store
 _BATCH = 128
-
-
-class PairKey(NamedTuple):
-    """What the image and the caption of a pair are known by."""
-
-    image: str
-    caption: str
-
-
-def pair_key(path: str, caption: str) -> PairKey:
-    """The key of a pair as its image file is now.
-
-    Raises:
-        EcifError: if there is no such file
-    """
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise EcifError(f"The image {path} went away while it was read ({error.strerror}). Run again") from error
-    return PairKey(_digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"), _digest(caption))
 
 
 def cached_features(
@@ -133,7 +111,7 @@ def _keys(table: Table, part: str) -> list[str]:
 
 def _write(table: Table, keys: list[str], features: list[Tensor]) -> None:
     if keys:
-        part = _digest("".join(keys))  # the same rows make the same part, whoever writes it
+        part = digest("".join(keys))  # the same rows make the same part, whoever writes it
         table.write(part, {"key": np.array(keys, dtype="S32"), "features": torch.cat(features).numpy()})
 
 
@@ -154,7 +132,3 @@ def _gather(table: Table, keys: Sequence[str], failures: Mapping[str, str]) -> T
         if key in rows:
             gathered[index] = rows[key]
     return torch.from_numpy(gathered)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

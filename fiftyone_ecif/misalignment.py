@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .audits import MisalignmentConfig, MisalignmentResults
+from .cached import read_cached
 from .choices import DETECTORS
 from .curation import tag_by_influence
 from .detectors import Audit, Findings, ranked, run_detectors
@@ -22,7 +23,7 @@ from .problem import Problem, prepare
 from .progress import Progress, follow
 from .runs import check_key
 from .samples import write_run
-from .scoring import Method, keep_gradients, read_cached, score_pairs, stationary_point
+from .scoring import Method, keep_gradients, score_pairs, stationary_point
 from .store import Store
 from .verdicts import check_mark
 
@@ -211,7 +212,14 @@ def misalignment_steps(
         problem.pairs.ids,
         columns,
         lambda run: MisalignmentResults(
-            samples, config, brain_key, problem.pairs.ids, problem.pairs.skipped, diagnostics, backend=run
+            samples,
+            config,
+            brain_key,
+            problem.pairs.ids,
+            problem.pairs.skipped,
+            diagnostics,
+            [pair.digest for pair in problem.keys],
+            backend=run,
         ),
     )
     if tag:

@@ -19,12 +19,13 @@ from torch import Tensor
 from .choices import TARGET_LOSSES, ScopeChoice, parse_scope
 from .encoder import Encoder, check_names, choose_device
 from .errors import EcifError
-from .features import PairKey, cached_features, pair_key
+from .features import cached_features
 from .heads import FeatureBatches
 from .inputs import ImageTextBatches
+from .keys import PairKey, pair_key
 from .objective import Batches, ContrastiveLoss, random_partition
 from .progress import Progress
-from .runs import InfluenceConfig, InfluenceResults
+from .runs import InfluenceConfig, InfluenceResults, database_id
 from .samples import Pairs, check_collection, read_pairs, warn_skipped
 from .scope import Scope
 from .scoring import stationary_point
@@ -122,13 +123,15 @@ def prepare(
     aims = {name: _read_target(name, view, config, skip_failures) for name, view in slices.items()}
     _check_sizes(pairs, aims, config.batch_size)
     shared = _warn_shared(pairs, aims)
-    Store(str(samples._dataset._doc.id)).ensure_writable()
+    home = Store(str(samples._dataset._doc.id))
+    home.ensure_writable()
+    home.claim(database_id())
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
     encoder = Encoder(config.model, config.pretrained, device)
     scope = encoder.scope(choice, config.seed)
-    store = Store(str(samples._dataset._doc.id), encoder.fingerprint)
+    store = home.inside(encoder.fingerprint)
     yield Progress("Loading the model", 1, 1)
 
     groups = [pairs, *aims.values()]

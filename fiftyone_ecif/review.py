@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ def review_misalignment(
         float(probability.sum()),
         [results.ids[row] for row in proposals],
     )
-    results.config.reviewed = True
+    results.config.reviewed = datetime.now(timezone.utc).isoformat()
     field = f"{results.key}_misalignment"
     described = results.config.fields(results.key)[field]
     dataset = results.samples._dataset

@@ -9,21 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import fiftyone.core.brain as fob
 import fiftyone.core.fields as fof
 import numpy as np
+from fiftyone.core.odm import get_db_conn
 
+from .appearance import forget_fields, show_fields
+from .cached import CachedGradients, read_cached
 from .choices import ROLES, SOLVERS, TARGET_LOSSES, parse_scope
 from .errors import EcifError
 from .store import Store
 
-if TYPE_CHECKING:
-    from .cached import CachedGradients
-
 PairFunction = Callable[..., Any]
+METHOD = "ecif"  # of all runs of this package, whatever their type
 _FUNCTION = "function "  # what the record of a function of the user's own starts with
 
 
@@ -55,6 +56,7 @@ class InfluenceConfig(fob.BrainMethodConfig):
         keep_gradients (None): whether projected gradients are stored; by default
             for heads, and where something needs them.
         slices: names of the target's slices, if it has any.
+        traced (False): whether mistakes were traced on the samples.
         target (None): the target, for the record.
         encoder (None): fingerprint of the loaded model, once it is.
         store (None): where the run's tables lie below the cache folder.
@@ -84,6 +86,7 @@ class InfluenceConfig(fob.BrainMethodConfig):
         scores: Sequence[str] = (),
         keep_gradients: bool | None = None,
         slices: Sequence[str] = (),
+        traced: bool = False,
         target: dict[str, Any] | None = None,
         encoder: str | None = None,
         store: list[str] | None = None,
@@ -135,6 +138,7 @@ class InfluenceConfig(fob.BrainMethodConfig):
         self.scores = list(scores)
         self.keep_gradients = (choice.heads or needed) if keep_gradients is None else keep_gradients
         self.slices = list(slices)
+        self.traced = traced
         self.target = target
         self.encoder = encoder
         self.store = store
@@ -150,7 +154,7 @@ class InfluenceConfig(fob.BrainMethodConfig):
 
     @property
     def method(self) -> str:
-        return "ecif"
+        return METHOD
 
 
 class ScoreField(NamedTuple):
@@ -163,6 +167,10 @@ class ScoreField(NamedTuple):
 
     type: type[fof.Field]
     description: str
+
+
+#: What tracing mistakes writes.
+TRACE = ScoreField(fof.StringField, "Which of the mistakes traced last this is, or harms, or helps")
 
 
 def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[str, ScoreField]:
@@ -196,6 +204,8 @@ def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[st
         "leave_one_out_loss": "Predicted loss of the pair had it not been trained on, in nats",
     }
     fields |= {name: ScoreField(fof.FloatField, extra[name]) for name in config.scores}
+    if config.traced:
+        fields["trace"] = TRACE
     return {f"{key}_{name}": field for name, field in fields.items()}
 
 
@@ -249,16 +259,26 @@ class EcifRun(fob.BrainMethod):
         return [self.config.caption_field, *self.config.fields(key)]
 
     def rename(self, samples: Any, key: str, new_key: str) -> None:
-        dataset = samples._root_dataset
-        dataset.rename_sample_fields(dict(zip(self.config.fields(key), self.config.fields(new_key), strict=True)))
-        dataset.reload()  # the fields in memory still have their old paths, and could not be described anew
+        dataset, ours = samples._root_dataset, self.own_fields(samples, key)
+        names = zip(self.config.fields(key), self.config.fields(new_key), strict=True)
+        if ours:
+            renamed = {old: new for old, new in names if old in ours}
+            dataset.rename_sample_fields(renamed)
+            dataset.reload()  # the fields in memory still have their old paths, and could not be described anew
+            forget_fields(dataset, renamed)
+            show_fields(dataset, new_key, renamed.values())
 
     def cleanup(self, samples: Any, key: str) -> None:
         """Deletes the run's fields, and its tables unless another run uses them."""
-        dataset, fields = samples._root_dataset, self.config.fields(key)
-        ours = [name for name in fields if _description(dataset, name) == fields[name].description]
+        dataset, ours = samples._root_dataset, self.own_fields(samples, key)
         dataset.delete_sample_fields(ours)
-        release_store(samples._root_dataset, key, self.config.store)
+        forget_fields(dataset, ours)
+        release_store(dataset, key, self.config.store)
+
+    def own_fields(self, samples: Any, key: str) -> list[str]:
+        """The fields that are there and that the run wrote, not the user under the same name."""
+        dataset, fields = samples._root_dataset, self.config.fields(key)
+        return [name for name in fields if _description(dataset, name) == fields[name].description]
 
 
 class Influence(EcifRun):
@@ -266,19 +286,34 @@ class Influence(EcifRun):
 
 
 def release_store(dataset: Any, key: str, store: list[str]) -> None:
-    """Deletes the tables that run ``key`` used and no other run of its dataset uses.
+    """Deletes the tables that run ``key`` used and no other run uses."""
+    unshared = unshared_store(dataset, key, store)
+    if unshared is not None:
+        unshared.delete()
+
+
+def unshared_store(dataset: Any, key: str, store: list[str]) -> Store | None:
+    """The tables that run ``key`` uses and no other run uses, None if there are none.
 
     A clone's runs still name the tables of the dataset that it was cloned from;
-    those stay.
+    those are not the clone's.
     """
-    if store[0] != str(dataset._doc.id):
-        return
-    runs = [dataset.get_brain_info(other).config for other in dataset.list_brain_runs() if other != key]
-    others = [config.store for config in runs if type(config).__module__.startswith(__package__)]
-    if store not in others:
-        Store(*store).delete()
-    if store[:-1] not in [other[:-1] for other in others]:
-        Store(*store[:-1]).delete()
+    others = stores_in_use(dataset, key)
+    if store[0] != str(dataset._doc.id) or store in others:
+        return None
+    return Store(*(store if store[:-1] in [other[:-1] for other in others] else store[:-1]))
+
+
+def stores_in_use(dataset: Any = None, key: str = "") -> list[list[str]]:
+    """Where the runs of all datasets have their tables, but for run ``key`` of a dataset."""
+    runs = get_db_conn()["runs"].find({"config.method": METHOD, "config.store": {"$ne": None}})
+    left_out = (None if dataset is None else dataset._doc.id, key)
+    return [run["config"]["store"] for run in runs if (run["_dataset_id"], run["key"]) != left_out]
+
+
+def database_id() -> str:
+    """What tells FiftyOne's database from others."""
+    return str(get_db_conn()["config"].find_one()["_id"])
 
 
 def _description(dataset: Any, field: str) -> str | None:
@@ -323,6 +358,7 @@ class InfluenceResults(fob.BrainResults):
         skipped: ``{sample id: reason}`` of those that were not scored.
         diagnostics: what tells how far to trust the scores; see
             :func:`fiftyone_ecif.compute_influence`.
+        digests: what each pair was when it was scored; None of an old run.
     """
 
     def __init__(
@@ -333,12 +369,14 @@ class InfluenceResults(fob.BrainResults):
         ids: list[str],
         skipped: dict[str, str],
         diagnostics: dict[str, Any],
+        digests: list[str] | None = None,
         backend: Influence | None = None,
     ) -> None:
         super().__init__(samples, config, key, backend=backend)
         self.ids = ids
         self.skipped = skipped
         self.diagnostics = diagnostics
+        self.digests = digests
 
     def cached(self) -> CachedGradients:
         """Projected removal gradients and their curvature from the store, rows in the order of :attr:`ids`.
@@ -346,8 +384,6 @@ class InfluenceResults(fob.BrainResults):
         Raises:
             EcifError: if the run kept none, or its store was deleted
         """
-        from .scoring import read_cached  # torch, without which FiftyOne can list runs
-
         self._stored("row")
         return read_cached(Store(*self.config.store), self.config.solver, self.config.damping)
 
@@ -400,4 +436,4 @@ class InfluenceResults(fob.BrainResults):
 
     @classmethod
     def _from_dict(cls, d: dict[str, Any], samples: Any, config: InfluenceConfig, key: str) -> InfluenceResults:
-        return cls(samples, config, key, d["ids"], d["skipped"], d["diagnostics"])
+        return cls(samples, config, key, d["ids"], d["skipped"], d["diagnostics"], d.get("digests"))

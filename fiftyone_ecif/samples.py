@@ -14,6 +14,7 @@ import fiftyone.core.validation as fov
 import numpy as np
 from PIL import Image
 
+from .appearance import forget_fields, show_fields
 from .errors import EcifError
 from .runs import EcifRun, ScoreField, release_store
 
@@ -193,11 +194,13 @@ def write_run(
         if written.description != field.description:
             written.description = field.description
             written.save()
+    show_fields(dataset, key, fields)
     results = make_results(run)
     run.save_run_results(samples, key, results)
     if old is not None:
         gone = [name for name in old.fields(key) if name not in fields]
         dataset.delete_sample_fields([name for name in gone if dataset.has_sample_field(name)])
+        forget_fields(dataset, gone)
         if old.store != config.store:
             release_store(dataset, "", old.store)
     return results

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .cached import CachedGradients, gradient_covariance, mended
+from .cached import read_cached, read_lengths
 from .curvature import Solution, solve
 from .errors import EcifError
 from .fitting import minimise
@@ -135,6 +135,7 @@ def score_pairs(
         cached = read_cached(store, method.solver, method.damping)
         projected = np.stack([projection.project(gradient).cpu().double().numpy() for gradient in gradients])
         from_store = cached.influence(projected)
+        read_lengths(store, method.solver, method.damping)  # which writes them: tracing is then quick
     if method.solver == "logra":
         positive, negative = from_store
     else:
@@ -164,29 +165,6 @@ def stationary_point(
         relative = (objective.gradient_and_value(theta)[0].norm() / objective.gradient_scale(theta)).item()
     table.write("0", {"theta": theta.cpu().numpy()[None], "relative_gradient_norm": np.array([relative])})
     return theta, relative
-
-
-def read_cached(store: Store, solver: str, damping: float = 0.0) -> CachedGradients:
-    """The projected gradients of a run, rows in the order of the pairs, and their curvature.
-
-    Args:
-        store: the run's.
-        solver: what stands for the curvature.
-        damping (0.0): added to it, relative to its mean eigenvalue.
-
-    Raises:
-        EcifError: if they are not in the store, or it is damaged
-    """
-    found = store.table("gradients").read_all("row", "positive", "negative")
-    order = np.argsort(found["row"])
-    positive, negative = found["positive"][order], found["negative"][order]
-    if solver == "logra":
-        curvature = gradient_covariance(positive, negative)
-    elif solver == "identity":
-        curvature = np.eye(positive.shape[1])
-    else:
-        curvature = store.table("projected-curvature").read(solver, "matrix")["matrix"]
-    return CachedGradients(positive, negative, mended(curvature, damping))
 
 
 def direct_influence(

@@ -7,20 +7,22 @@ half of one, and two processes can fill the same table.
 
 The folders below :func:`cache_folder`::
 
-    format-1/<dataset id>/<encoder fingerprint>/images      key, features of every image
-                                               /captions    key, features of every caption
-                                               /run-<key>/  what depends on a partition
+    format-1/<dataset id>/.owner                           which database the dataset is in
+                         /<encoder fingerprint>/images      key, features of every image
+                                                /captions    key, features of every caption
+                                                /run-<key>/  what depends on a partition
 
 Nothing in the store is needed for its own sake: deleting it costs time only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import h5py
@@ -30,6 +32,7 @@ from .errors import EcifError
 
 FORMAT = 1
 _SAFE_NAME = re.compile(r"[0-9a-z-]{1,64}")
+_OWNER = ".owner"
 
 
 def cache_folder() -> Path:
@@ -67,6 +70,30 @@ class Store:
         """The store in the folder ``name`` of this one."""
         return Store(*self.names, name)
 
+    def stores(self) -> list[Store]:
+        """The stores and tables in this one."""
+        return [self.inside(name) for name in _names(self.folder)]
+
+    def size(self) -> int:
+        """The bytes that it takes, with all it holds."""
+        return sum(stat.st_size for stat in _stats(self.folder))
+
+    def last_change(self) -> float:
+        """When something in it was last written, in seconds since 1970; 0 if there is nothing."""
+        return max((stat.st_mtime for stat in _stats(self.folder)), default=0.0)
+
+    def claim(self, owner: str) -> None:
+        """Notes whose it is, for :attr:`owner`."""
+        (self.folder / _OWNER).write_text(owner)
+
+    @property
+    def owner(self) -> str | None:
+        """Whose it is, None if nobody said."""
+        try:
+            return (self.folder / _OWNER).read_text()
+        except OSError:
+            return None
+
     def ensure_writable(self) -> None:
         """Creates the folder.
 
@@ -86,14 +113,35 @@ class Store:
         """Deletes the folder with all it holds, and folders above that are then empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
         for parent in self.folder.parents:
-            if parent == _root() or not parent.is_dir() or any(parent.iterdir()):
+            if parent == _root() or not parent.is_dir() or any(path.name != _OWNER for path in parent.iterdir()):
                 return
+            (parent / _OWNER).unlink(missing_ok=True)
             parent.rmdir()
+
+
+def outermost_stores() -> list[Store]:
+    """All stores of the cache that lie in no other."""
+    return [Store(name) for name in _names(_root())]
 
 
 def _root() -> Path:
     """The part of the cache that this version reads and writes."""
     return cache_folder() / f"format-{FORMAT}"
+
+
+def _names(folder: Path) -> list[str]:
+    """The folders in a folder that can be stores."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _SAFE_NAME.fullmatch(path.name))
+
+
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    """Of all files in a folder, however deep."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # another process may have deleted it
+                yield os.stat(os.path.join(parent, name))
 
 
 class Table:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
-from torch.func import grad
 
-from .curvature import solve
+from .cached import read_lengths, stored_influence, stored_products
 from .errors import EcifError
-from .problem import reopen
 from .progress import Progress, follow
-from .runs import InfluenceResults
-from .scoring import direct_influence, solving
+from .runs import TRACE, InfluenceConfig, InfluenceResults
+from .samples import write_scores
+from .store import Store
 
-logger = logging.getLogger(__name__)
+_AT_ONCE = 128  # queries: each takes a few numbers for every pair
 
 
 class Culprit(NamedTuple):
-    """A training pair behind a mistake.
+    """A training pair behind a mistake, or one that helps against it.
 
     Attributes:
         id: its sample.
-        influence: on the loss of the query; negative, as removing it helps.
-        relative_influence: what culprits are ranked by.
+        influence: on the loss of the query: negative of a culprit, as removing it helps.
+        relative_influence: what they are ranked by.
     """
 
     id: str
@@ -52,14 +49,18 @@ class Trace(NamedTuple):
     Attributes:
         id: the query's sample.
         loss: its loss.
+        mistake: whether the model gets it wrong.
         culprits: the training pairs that raise its loss, worst first.
+        helpers: those that lower it, best first.
         neighbours: the training pairs most like it, for comparison: where one
             would look without influence.
     """
 
     id: str
     loss: float
+    mistake: bool
     culprits: list[Culprit]
+    helpers: list[Culprit]
     neighbours: list[Neighbour]
 
 
@@ -68,6 +69,7 @@ def trace(
     queries: Any = None,
     count: int = 10,
     *,
+    limit: int | None = None,
     exact: bool = False,
     device: str | None = None,
     progress: bool | Callable[..., None] | None = None,
@@ -83,7 +85,8 @@ def trace(
         results: of :func:`fiftyone_ecif.compute_influence`, with stored gradients.
         queries (None): a view or sample ids of target pairs; by default all
             mistakes.
-        count (10): training pairs to return for each.
+        count (10): training pairs of each kind to return for each.
+        limit (None): queries at most, those with the worst loss.
         exact (False): whether to solve for each query with the run's own
             curvature, which loads the model and takes seconds a query, instead
             of reading the stored, projected gradients.
@@ -96,60 +99,129 @@ def trace(
     Raises:
         EcifError: if the run kept no gradients, or a query is not in its target
     """
-    return follow(trace_steps(results, queries, count, exact=exact, device=device), progress)
+    return follow(trace_steps(results, queries, count, limit=limit, exact=exact, device=device), progress)
 
 
 def trace_steps(
-    results: InfluenceResults, queries: Any = None, count: int = 10, *, exact: bool = False, device: str | None = None
+    results: InfluenceResults,
+    queries: Any = None,
+    count: int = 10,
+    *,
+    limit: int | None = None,
+    exact: bool = False,
+    device: str | None = None,
 ) -> Generator[Progress, None, list[Trace]]:
     """:func:`trace` as a generator of its progress."""
-    if count < 1:
-        raise EcifError(f"count={count} must be at least 1")
-    yield Progress("Reading pairs", 0, 1)
+    for name, value in (("count", count), ("limit", limit)):
+        if value is not None and value < 1:
+            raise EcifError(f"{name}={value} must be at least 1")
     if exact and results.config.solver == "logra":
         raise EcifError("solver='logra' has no curvature but that of the stored gradients. Leave exact out")
-    cached, images = results.cached(), results.image_embeddings()
+    yield Progress("Reading pairs", 0, 1)
     wanted = None if queries is None else set(queries if isinstance(queries, list | tuple) else queries.values("id"))
-    yield Progress("Reading pairs", 1, 1)
-
-    traces, known = [], set[str]()
-    for name in results.slices:
-        aims = results.target_pairs(name)
-        known |= set(aims.ids)
-        chosen = [
-            row for row, sample in enumerate(aims.ids) if (aims.mistakes[row] if wanted is None else sample in wanted)
-        ]
-        if not chosen:
-            continue
-        if exact:
-            influence = yield from _exact_influence(results, name, chosen, device)
-        else:
-            influence = np.sum(cached.influence(aims.gradients[chosen]), axis=0)
-        relative = influence / cached.lengths
-        similarity = aims.images[chosen] @ images.T
-        for place, row in enumerate(chosen):
-            traces.append(
-                Trace(
-                    aims.ids[row],
-                    float(aims.losses[row]),
-                    [
-                        Culprit(results.ids[n], float(influence[place, n]), float(relative[place, n]))
-                        for n in _lowest(relative[place], count)
-                        if relative[place, n] < 0
-                    ],
-                    [
-                        Neighbour(results.ids[n], float(similarity[place, n]))
-                        for n in _lowest(-similarity[place], count)
-                    ],
-                )
-            )
-    unknown = (wanted or set()) - known
+    targets = {name: results.target_pairs(name) for name in results.slices}
+    unknown = (wanted or set()).difference(*(aims.ids for aims in targets.values()))
     if unknown:
         raise EcifError(
             f"Sample {min(unknown)} is not in the target of run {results.key!r}. Trace pairs of its target, "
             "or run compute_influence with a target that holds it"
         )
+    chosen = [
+        (name, row)
+        for name, aims in targets.items()
+        for row, sample in enumerate(aims.ids)
+        if (aims.mistakes[row] if wanted is None else sample in wanted)
+    ]
+    chosen = sorted(chosen, key=lambda place: -targets[place[0]].losses[place[1]])[:limit]
+    store, config = Store(*results.config.store), results.config
+    lengths = read_lengths(store, config.solver, config.damping)
+    yield Progress("Reading pairs", 1, 1)
+
+    traces = []
+    for name, aims in targets.items():
+        rows = [row for slice_name, row in chosen if slice_name == name]
+        for start in range(0, len(rows), _AT_ONCE):
+            block = rows[start : start + _AT_ONCE]
+            if exact:
+                influence = yield from _exact_influence(results, name, block, device)
+            else:
+                influence = stored_influence(store, config.solver, config.damping, aims.gradients[block])
+            similarity = stored_products(store, aims.images[block], "image")
+            for place, row in enumerate(block):
+                relative = influence[place] / lengths
+                harms, helps = (
+                    [
+                        Culprit(results.ids[n], float(influence[place, n]), float(relative[n]))
+                        for n in _lowest(sign * relative, count)
+                        if sign * relative[n] < 0
+                    ]
+                    for sign in (1, -1)
+                )
+                like = [
+                    Neighbour(results.ids[n], float(similarity[place, n])) for n in _lowest(-similarity[place], count)
+                ]
+                traces.append(
+                    Trace(aims.ids[row], float(aims.losses[row]), bool(aims.mistakes[row]), harms, helps, like)
+                )
     return sorted(traces, key=lambda found: -found.loss)
+
+
+def count_mistakes(key: str, config: InfluenceConfig) -> int:
+    """How many pairs of a run's target the model gets wrong.
+
+    Raises:
+        EcifError: if the run's store was deleted
+    """
+    store, tables = Store(*(config.store or ())), (config.target or {})["tables"]
+    found = [store.table(name).read_all("mistake")["mistake"] for name in tables.values()]
+    if not all(map(len, found)):
+        raise EcifError(f"The store of run {key!r} is gone. Run compute_influence again with overwrite=True")
+    return int(np.concatenate(found).sum())
+
+
+def mark_traces(results: InfluenceResults, traces: Sequence[Trace]) -> Any:
+    """Writes to ``{brain_key}_trace`` what each traced sample is.
+
+    The queries are numbered: "mistake 1, loss 2.31", "harms mistake 1, 2",
+    "helps mistake 1". What was written there before is cleared.
+
+    Args:
+        results: of the run, as it is in the database now.
+        traces: of that run.
+
+    Returns:
+        a view of the queries, each followed by its culprits, worst first, and
+        its helpers, best first; a pair behind several stands below the first
+
+    Raises:
+        EcifError: if there is such a field that the run did not write
+    """
+    queries: dict[str, list[Trace]] = {}
+    for one in traces:
+        queries.setdefault(one.id, []).append(one)  # a sample can be in several slices of a target
+    order: list[str] = []
+    says: dict[str, list[str]] = {}
+    roles: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for number, (sample, found) in enumerate(queries.items(), start=1):
+        noun = "mistake" if any(one.mistake for one in found) else "query"
+        says[sample] = [f"{noun} {number}, loss {found[0].loss:.2f}" + ", no mistake" * (noun == "query")]
+        harms = [pair.id for one in found for pair in one.culprits]
+        helps = [pair.id for one in found for pair in one.helpers]
+        order += [sample, *(pair for pair in harms + helps if pair not in queries)]
+        for verb, pairs in (("harms", harms), ("helps", helps)):
+            for pair in dict.fromkeys(pairs):
+                roles.setdefault(pair, {}).setdefault((verb, noun), []).append(str(number))
+    for pair, role in roles.items():
+        said = [f"{verb} {noun} {', '.join(numbers)}" for (verb, noun), numbers in role.items()]
+        says.setdefault(pair, []).extend(said)
+
+    dataset, config, field = results.samples._dataset, results.config, f"{results.key}_trace"
+    if dataset.has_sample_field(field) and dataset.get_field(field).description != TRACE.description:
+        raise EcifError(f"There is a field {field!r} already, which no run wrote. Rename it, or the run")
+    config.traced = True
+    write_scores(dataset, {field: {pair: "; ".join(said) for pair, said in says.items()}}, config.fields(results.key))
+    results.save_config()
+    return dataset.select(list(dict.fromkeys(order)), ordered=True)
 
 
 def _lowest(values: np.ndarray, count: int) -> Sequence[int]:
@@ -162,6 +234,13 @@ def _exact_influence(
     results: InfluenceResults, name: str, rows: list[int], device: str | None
 ) -> Generator[Progress, None, np.ndarray]:
     """Influence of every pair on the loss of single target pairs, shape ``(len(rows), N)``."""
+    from torch import Tensor  # the rest answers without torch, which takes seconds to import
+    from torch.func import grad
+
+    from .curvature import solve
+    from .problem import reopen
+    from .scoring import direct_influence, solving
+
     config = results.config
     problem, objective, theta = yield from reopen(results, device)
     target = dict(zip(problem.aims, problem.targets.values(), strict=True))[name]

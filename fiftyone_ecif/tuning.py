@@ -31,8 +31,8 @@ from .checkpoint import save_checkpoint
 from .choices import ScopeChoice, parse_scope
 from .encoder import Encoder, check_names, choose_device
 from .errors import EcifError
-from .features import pair_key
 from .inputs import Images, ImageTextBatches
+from .keys import pair_key
 from .objective import random_partition
 from .progress import Progress, follow
 from .samples import Pairs, check_collection, read_pairs, warn_skipped

@@ -41,6 +41,20 @@ def count_verdicts(dataset: Any, key: str) -> Verdicts:
     return Verdicts(counts.get(ALIGNED, 0), counts.get(MISALIGNED, 0), len(both))
 
 
+def say(dataset: Any, sample: str, verdict: str | None) -> None:
+    """Tags one pair as a person says, or takes back what was said.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        sample: its id.
+        verdict: ``"aligned"``, ``"misaligned"``, or None for neither.
+    """
+    view = dataset.select(sample)
+    view.untag_samples([ALIGNED, MISALIGNED])
+    if verdict is not None:
+        view.tag_samples(verdict)
+
+
 def check_mark(tag: str | None) -> None:
     """Checks that a tag that is given by a score is none of a person's.
 

@@ -13,9 +13,17 @@ def register(plugin):  # type: ignore[no-untyped-def]
     """Registers the operators with FiftyOne."""
     from .compute_influence import ComputeInfluence
     from .detect_misalignment import DetectMisalignment
+    from .edit_model import EditModel
     from .export_pairs import ExportPairs
+    from .influence_panel import InfluencePanel
+    from .manage_influence_runs import ManageInfluenceRuns
     from .review_misalignment import ReviewMisalignment
     from .tag_by_influence import TagByInfluence
+    from .trace_predictions import TracePredictions
 
-    for operator in (ComputeInfluence, DetectMisalignment, ReviewMisalignment, TagByInfluence, ExportPairs):
+    for operator in (
+        *(ComputeInfluence, DetectMisalignment, ReviewMisalignment, TagByInfluence, ExportPairs),
+        *(TracePredictions, EditModel, ManageInfluenceRuns),
+    ):
         plugin.register(operator)
+    plugin.register(InfluencePanel)

@@ -13,6 +13,7 @@ from fiftyone_ecif.errors import EcifError
 
 from .forms import (
     advanced,
+    ask_background,
     ask_fit_and_batches,
     ask_key,
     ask_model,
@@ -106,6 +107,7 @@ class ComputeInfluence(foo.Operator):
         described = "Names the run and its fields: KEY_influence, KEY_positive, KEY_negative"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, InfluenceConfig())
         _how(inputs, ctx)
+        ask_background(inputs)
         return form
 
     def resolve_run_name(self, ctx: Any) -> str:
@@ -203,7 +205,7 @@ def _score(ctx: Any) -> Iterator[Any]:
         skip_failures=params["skip_failures"],
         overwrite=params["overwrite"],
     )
-    results = yield from with_progress(ctx, work)
+    results = yield from with_progress(ctx, work, f"Influence {params['brain_key']}")
 
     key = params["brain_key"]
     done = f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}"

@@ -13,6 +13,7 @@ from fiftyone_ecif.verdicts import check_mark
 
 from .forms import (
     advanced,
+    ask_background,
     ask_fit_and_batches,
     ask_key,
     ask_model,
@@ -113,6 +114,7 @@ class DetectMisalignment(foo.Operator):
         if advanced(inputs, ctx):
             _ask_detector(inputs, ctx, samples)
             ask_fit_and_batches(inputs, ctx, _DEFAULTS)
+        ask_background(inputs)
         return form
 
     def resolve_run_name(self, ctx: Any) -> str:
@@ -226,7 +228,7 @@ def _detect(ctx: Any) -> Iterator[Any]:
         num_workers=params["num_workers"] if ctx.delegated else 0,  # the App's server must not fork
         **{name: params[name] for name in ("tag", "share", "threshold", "skip_failures", "overwrite")},
     )
-    results = yield from with_progress(ctx, work)
+    results = yield from with_progress(ctx, work, f"Misalignment {params['brain_key']}")
 
     key = params["brain_key"]
     yield report(ctx, f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}", 1.0)

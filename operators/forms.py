@@ -186,6 +186,17 @@ def ask_key(inputs: Any, ctx: Any, default: str, description: str, config: Any) 
             refuse(key, f"There is a run {name!r} already. Replace it, or choose another key")
 
 
+def ask_background(inputs: Any) -> None:
+    """Asks whether to wait for the job; :func:`operators.jobs.run_job` reads the answer."""
+    inputs.bool(
+        "background",
+        default=True,
+        label="Run in the background",
+        description="The Influence panel shows how far it is, and can stop it. Otherwise the App waits for it",
+        view=types.CheckboxView(),
+    )
+
+
 def advanced(inputs: Any, ctx: Any) -> bool:
     """A switch; whether it is on."""
     inputs.bool("advanced", default=False, label="Advanced settings", view=types.SwitchView())

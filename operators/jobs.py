@@ -1,4 +1,4 @@
-"""What operators that run long share: progress and failures as the App shows them, and calls from Python."""
+"""What operators that run long share: progress, failures and stopping as the App shows them, and calls from Python."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 import re
 import time
 from collections.abc import Callable, Generator, Iterator
+from threading import Thread
 from typing import Any
+from uuid import uuid4
 
 import fiftyone.operators as foo
 from fiftyone.operators.executor import ExecutionError
@@ -15,12 +17,82 @@ from fiftyone_ecif.errors import EcifError
 
 logger = logging.getLogger(__name__)
 
+_STORE = "fiftyone_ecif_jobs"  # of FiftyOne's execution stores, which all processes on a dataset share
+_STOP = "stop "  # what the key of a request starts with
+_FORGET = 900  # seconds after which a job that said nothing is taken for dead
+_REMEMBER = 86400  # seconds that the end of a job waits for someone to see it
+KEPT = "Stopped. What was computed so far is kept: run it again to go on from there"
+
+
+class StoppedError(Exception):
+    """The user stopped the job."""
+
+
+def running_jobs(ctx: Any) -> dict[str, dict[str, Any]]:
+    """Jobs on the dataset by their id: ``name``, ``label`` and ``progress`` in [0, 1] as last reported."""
+    return {key: job for key, job in _entries(ctx).items() if "progress" in job}
+
+
+def stop_job(ctx: Any, job: str) -> None:
+    """Asks a job to stop, which it does at its next step."""
+    ctx.store(_STORE).set(_STOP + job, True, ttl=_FORGET)
+
+
+def show_finished_jobs(ctx: Any) -> bool:
+    """Does in the App what jobs in the background wanted done at their end; whether there were any."""
+    finished = {key: job["asked"] for key, job in _entries(ctx).items() if "asked" in job}
+    for key, asked in finished.items():
+        ctx.store(_STORE).delete(key)
+        for request in asked:
+            ctx.trigger(request["operator"], request["params"])
+    return bool(finished)
+
+
+def _entries(ctx: Any) -> dict[str, dict[str, Any]]:
+    store = ctx.store(_STORE)
+    found = {key: store.get(key) for key in store.list_keys() if not key.startswith(_STOP)}
+    return {key: entry for key, entry in found.items() if entry}  # one can go meanwhile
+
 
 def run_job(ctx: Any, job: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+    """Runs a job: at once with a progress bar, or in the background, where the panel shows it.
+
+    The progress bar of the App covers everything until the job ends, and cannot be
+    stopped.
+    """
+    if ctx.delegated or not ctx.params.get("background"):
+        yield from _run(ctx, job)
+        return
+    before = set(_entries(ctx))
+    Thread(target=_run_in_background, args=(ctx, job), daemon=True).start()
+    patience = time.monotonic() + 5  # until there is something for the panel to show
+    while not set(_entries(ctx)) - before and time.monotonic() < patience:
+        time.sleep(0.1)
+    yield ctx.ops.open_panel("influence_panel", layout="horizontal")
+    yield ctx.ops.notify("Running in the background. The Influence panel shows how far it is", variant="info")
+
+
+def _run_in_background(ctx: Any, job: Callable[[Any], Iterator[Any]]) -> None:
+    """Runs a job and leaves what it asks of the App to the panel."""
+    requests = [message.body for message in _run(ctx, job) if message is not None]
+    asked = [
+        {"operator": request.operator_uri, "params": request.params}
+        for request in requests
+        if request.operator_uri != "set_progress"
+    ]
+    ctx.store(_STORE).set(uuid4().hex, {"asked": asked}, ttl=_REMEMBER)
+
+
+def _run(ctx: Any, job: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
     """Runs a job, and shows a failure: an exception inside a generator would never reach the user."""
     try:
         yield report(ctx, "Starting", 0.0)
         yield from job(ctx)
+    except StoppedError:
+        if ctx.delegated:
+            raise
+        yield ctx.ops.set_progress(label=KEPT, progress=1)
+        yield ctx.ops.notify(KEPT, variant="warning")
     except Exception as error:
         if ctx.delegated:
             raise
@@ -32,8 +104,21 @@ def run_job(ctx: Any, job: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
         yield ctx.ops.notify(message, variant="error")
 
 
-def with_progress(ctx: Any, work: Any) -> Generator[Any, None, Any]:
-    """Shows the job's progress, at most twice a second, with rate and remaining time."""
+def with_progress(ctx: Any, work: Any, name: str) -> Generator[Any, None, Any]:
+    """Shows the job's progress, at most twice a second, with rate and remaining time.
+
+    Args:
+        ctx: of the operator.
+        work: a generator of :class:`fiftyone_ecif.progress.Progress`.
+        name: of the job, for who wants to stop it.
+
+    Returns:
+        what ``work`` returns
+
+    Raises:
+        StoppedError: if the user stops it
+    """
+    store, job = ctx.store(_STORE), uuid4().hex
     stage, since, last, overall = None, 0.0, 0.0, 0.0
     try:
         while True:
@@ -49,11 +134,16 @@ def with_progress(ctx: Any, work: Any) -> Generator[Any, None, Any]:
                 rate = step.done / (now - since)
                 label += f" ({rate:,.0f} a second, {(step.total - step.done) / rate:,.0f} s left)"
             overall = max(overall, step.overall)  # a solve can start again
+            store.set(job, {"name": name, "label": label, "progress": overall}, ttl=_FORGET)
             yield report(ctx, label, overall)
+            if store.has(_STOP + job):
+                raise StoppedError(KEPT)
     except StopIteration as end:
         return end.value
     finally:
         work.close()
+        store.delete(job)
+        store.delete(_STOP + job)
 
 
 def report(ctx: Any, label: str, progress: float) -> Any:

@@ -160,6 +160,7 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
     for one, other in zip(found, expected, strict=True):
         assert one["loss"] == other.loss
         assert one["culprits"] == [culprit._asdict() for culprit in other.culprits]
+        assert one["helpers"] == [helper._asdict() for helper in other.helpers]
         assert one["neighbours"] == [neighbour._asdict() for neighbour in other.neighbours]
     ran = invoke("trace", name, "--count", 3)
     lines = ran.stdout.splitlines()
@@ -167,7 +168,7 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
     worst = expected[0].culprits[0].id
     assert lines[2].split()[1] == worst
     assert lines[2].endswith(dataset[worst].caption)
-    assert len(lines) == sum(len(one.culprits) + len(one.neighbours) + 4 for one in expected) - 1
+    assert len(lines) == sum(len([*one.culprits, *one.helpers, *one.neighbours]) + 5 for one in expected) - 1
     exact = json.loads(invoke("trace", name, "--count", 1, "--exact", "--json").stdout)
     assert [one["id"] for one in exact] == [one.id for one in expected]
     assert exact[0]["culprits"][0]["influence"] != found[0]["culprits"][0]["influence"]
@@ -192,6 +193,57 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
         assert "has no influence run 'gone'. Runs: ecif" in ran.stderr
 
 
+def test_runs_and_the_cache_are_managed(dataset, named, score):
+    name, _ = named
+    assert invoke("runs", name).stdout == "No runs.\n"
+    results = score(dataset.match_tags("train"), dataset.match_tags("val"))
+    changed = dataset.match_tags("train").first()
+    changed.caption = "another"
+    changed.save()
+    (run,) = json.loads(invoke("runs", name, "--json").stdout)["runs"]
+    assert (run["key"], run["kind"], run["scored"], run["skipped"]) == ("ecif", "influence", 72, 0)
+    assert run["stale"] == {"changed": 1, "deleted": 0, "unscored": 0}
+    assert run["when"] == f"{dataset.get_brain_info('ecif').timestamp.isoformat()}Z"
+    lines = invoke("runs", name).stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[1].split()[:2] == ["ecif", "influence"]
+    assert lines[1].endswith("ecif-digits   1 changed")
+    assert invoke("runs", name, "ecif").stdout.startswith("**ecif**: influence by ecif-digits ")
+
+    ran = invoke("rename-run", name, "ecif", "better", "--json")
+    assert json.loads(ran.stdout) == {"dataset": name, "key": "better"}
+    dataset.reload()
+    assert dataset.list_brain_runs() == ["better"]
+    assert dataset.count("better_rank") == 72
+    for command in (["runs", name, "ecif"], ["rename-run", name, "ecif", "new"], ["delete-run", name, "ecif"]):
+        ran = invoke(*command)
+        assert (ran.exit_code, ran.stdout) == (1, "")
+        assert "has no run 'ecif'. Runs: better" in ran.stderr
+
+    clone = dataset.clone()
+    score(clone.match_tags("val"), clone.match_tags("train"), brain_key="own")
+    before = json.loads(invoke("cache", "--json").stdout)
+    orphan = cache_folder() / "format-1" / str(clone._doc.id)
+    clone.delete()
+    found = json.loads(invoke("cache", "--json").stdout)
+    assert found["bytes"] == before["bytes"]
+    assert found["unused"] == before["unused"] + sum(path.stat().st_size for path in orphan.rglob("*.*"))
+    assert invoke("cache").stdout.startswith(f"{cache_folder()}: ")
+    assert orphan.exists()
+    ran = invoke("cache", "--free", "--json")
+    expected = {"bytes": found["bytes"] - found["unused"], "unused": 0, "freed": found["unused"]}
+    assert json.loads(ran.stdout) == {"folder": str(cache_folder()), **expected}
+    assert not orphan.exists()
+    assert len(results.clip_score()) == 72
+
+    ran = invoke("delete-run", name, "better")
+    fields = "better_influence, better_positive, better_negative, better_rank"
+    assert ran.stdout.startswith(f"Deleted the run 'better' of {name!r}, with the fields {fields} and ")
+    dataset.reload()
+    assert dataset.list_brain_runs() == []
+    assert not dataset.has_sample_field("better_rank")
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -208,6 +260,8 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
         (["misalignment", "nowhere"], 1, "There is no dataset 'nowhere'"),
         (["misalignment", "nowhere", "--detector", "astrology"], 2, "astrology"),
         (["review", "nowhere"], 1, "There is no dataset 'nowhere'"),
+        (["runs", "nowhere"], 1, "There is no dataset 'nowhere'"),
+        (["delete-run", "nowhere"], 2, "Missing argument 'KEY'"),
         (["demo", "--pairs", "3", "--no-app"], 1, "at least 8 pairs"),
     ],
 )
@@ -230,6 +284,7 @@ def test_a_saved_view_that_does_not_exist(named):
     [
         [],
         *([name] for name in ("demo", "score", "fit", "misalignment", "review", "trace", "edit", "tag", "export")),
+        *([name] for name in ("runs", "rename-run", "delete-run", "cache")),
         ["doctor"],
         ["plugin", "install"],
     ],
@@ -267,7 +322,9 @@ def test_the_demo_prints_one_json_object_and_is_quick_the_second_time():
     assert first["fields"] == ["ecif_influence", "ecif_negative", "ecif_positive", "ecif_rank"]
     assert second["auroc"] == first["auroc"]
     (kept,) = cache_folder().glob(f"*/{fo.load_dataset(demo.DATASET)._doc.id}")
-    assert len(list(kept.iterdir())) == 1  # both processes knew the model by the same fingerprint
+    assert (
+        len([path for path in kept.iterdir() if path.is_dir()]) == 1
+    )  # both processes knew the model by the same fingerprint
     assert second["seconds"]["training"] < 0.5 < first["seconds"]["training"]
     fo.delete_dataset(demo.DATASET)
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from fiftyone_ecif import EcifError
-from fiftyone_ecif.features import pair_key
+from fiftyone_ecif.keys import pair_key
 
 
 def test_a_key_knows_path_size_time_and_text(tmp_path):

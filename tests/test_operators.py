@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import yaml
 from fiftyone.operators.delegated import DelegatedOperationService
 from fiftyone.operators.executor import ExecutionContext, Executor
 
-from fiftyone_ecif import EcifError, compute_misalignment, misalignment, propose_pairs, training
+from fiftyone_ecif import EcifError, catalogue, compute_misalignment, misalignment, propose_pairs, training
+from fiftyone_ecif.catalogue import cache_size, size_text
 from fiftyone_ecif.choices import DETECTORS, TARGET_LOSSES
 from fiftyone_ecif.noise_rate import NoiseRate
+from fiftyone_ecif.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = "@ecif/fiftyone-ecif"
+LISTED = yaml.safe_load((ROOT / "fiftyone.yml").read_text())
 
 
 def operator(name):
@@ -63,10 +67,11 @@ def what_it_means(results):
     return outputs["means"]["view"]["label"]
 
 
-def resolve(dataset, name, params, view=None):
+def resolve(dataset, name, params, view=None, **request):
     """The form of an operator, as JSON, with what the user has entered."""
     ctx = ExecutionContext(
-        request_params={"dataset_name": dataset.name, "view": view or [], "params": params}, executor=Executor()
+        request_params={"dataset_name": dataset.name, "view": view or [], "params": params, **request},
+        executor=Executor(),
     )
     return operator(name).resolve_input(ctx).to_json()["type"]["properties"]
 
@@ -81,7 +86,7 @@ def run_in_the_app(dataset, params, name="compute_influence", **request):
 
 
 def test_yml_lists_what_is_registered():
-    listed = yaml.safe_load((ROOT / "fiftyone.yml").read_text())["operators"]
+    listed = LISTED["operators"] + LISTED["panels"]
     registered = [op.name for op in foo.list_operators(builtin=False) if op.plugin_name == PLUGIN]
     assert sorted(listed) == sorted(registered)
     assert all(operator(name).config.icon for name in listed)
@@ -436,6 +441,113 @@ def test_a_review_without_a_run_is_refused(dataset):
         operator("review_misalignment")(dataset)
 
 
+@pytest.fixture
+def manage(dataset):
+    """``manage_influence_runs`` from Python, what it says to the App, and its form."""
+    module = sys.modules[type(operator("manage_influence_runs")).__module__]
+    module._stale.cache_clear()
+
+    def run(**params):
+        done = operator("manage_influence_runs")(dataset, **params)
+        dataset.reload()
+        return done.result, [(r["operator_uri"], r["params"]) for r in done.executor.to_json()["requests"]]
+
+    def form(**params):
+        module._stale.cache_clear()
+        return resolve(dataset, "manage_influence_runs", params)
+
+    return run, form
+
+
+def test_runs_are_managed_from_python(dataset, score, manage):
+    run, _ = manage
+    train, val = dataset.match_tags("train"), dataset.match_tags("val")
+    results = score(train, val)
+    about, asked = run(action="describe", brain_key="ecif")
+    assert about["about"].startswith("**ecif**: influence by ecif-digits")
+    assert asked == []
+    result, asked = run(action="rename", brain_key="ecif", new_key="better")
+    assert result["brain_key"] == "better"
+    assert dataset.count("better_influence") == 72
+    assert [name for name, _ in asked] == ["reload_dataset", "notify"]
+    assert asked[1][1] == {"message": "The run 'ecif' is now 'better'", "variant": "success"}
+    size = Store(*results.config.store[:-1]).size()
+    result, asked = run(action="delete", brain_key="better")
+    assert result["cache_bytes"] == size > 0
+    assert asked[1][1]["message"].startswith("Deleted the run 'better', with the fields better_influence, ")
+    assert dataset.list_brain_runs() == []
+    assert not dataset.has_sample_field("better_influence")
+    result, asked = run(action="free")
+    assert asked[1][1]["message"].startswith("Freed ")
+    with pytest.raises(EcifError, match="No runs yet"):
+        run(action="delete", brain_key="better")
+
+
+def test_what_managing_refuses_is_an_error_of_ours(dataset, score, manage):
+    run, _ = manage
+    score(dataset.match_tags("train"), dataset.match_tags("val"))
+    for params, message in (
+        ({"action": "delete", "brain_key": "gone"}, "no run 'gone'. Runs: ecif"),
+        ({"action": "rename", "brain_key": "ecif", "new_key": "a key"}, "is not a name"),
+        ({"action": "rename", "brain_key": "ecif"}, "Required property"),
+        ({"action": "burn", "brain_key": "ecif"}, "action"),
+    ):
+        with pytest.raises(EcifError, match=message):
+            run(**params)
+    assert dataset.list_brain_runs() == ["ecif"]
+
+
+def test_the_form_that_manages_runs(dataset, score, manage):
+    _, form = manage
+    train, val = dataset.match_tags("train"), dataset.match_tags("val")
+    results = score(train, val)
+    score(train, val.limit(12), brain_key="other")
+    found = form()
+    assert found["action"]["default"] == "describe"
+    (first, second) = found["brain_key"]["view"]["choices"]
+    assert first["label"].startswith("ecif — influence, ecif-digits, 72 pairs, ")
+    assert "stale" not in first["label"] + second["label"]
+    assert "about_ecif" not in found
+    for sample in train.limit(3):
+        sample.caption = "another"
+        sample.save()
+    found = form(action="describe", brain_key="ecif")
+    assert found["brain_key"]["view"]["choices"][1]["label"].endswith(" (stale: 3 changed)")
+    assert "- Since then: 3 changed" in found["about_ecif"]["default"]
+    assert not form(action="rename", brain_key="ecif", new_key="better")["new_key"]["invalid"]
+    found = form(action="rename", brain_key="ecif", new_key="other")
+    assert found["new_key"]["invalid"]
+    assert "'other' is taken" in found["new_key"]["error_message"]
+
+    found = form(action="delete", brain_key="ecif")
+    said = found["goes"]["view"]["label"]
+    assert said.startswith(
+        "The run will be deleted, with the fields ecif_influence, ecif_positive, ecif_negative, ecif_rank and 0"
+    )
+    assert found["delete_ecif"]["invalid"]
+    assert not form(action="delete", brain_key="ecif", delete_ecif=True)["delete_ecif"]["invalid"]
+    assert form(action="delete", brain_key="other", delete_ecif=True)["delete_other"]["invalid"]
+    dataset.delete_brain_run("other")
+    said = form(action="delete", brain_key="ecif")["goes"]["view"]["label"]
+    assert f"and {size_text(Store(*results.config.store[:-1]).size())} of cache" in said
+    found = form(action="free")
+    assert "brain_key" not in found
+    assert found["unused"]["view"]["label"].startswith(f"The cache takes {size_text(cache_size())}. ")
+
+
+def test_a_form_that_is_asked_often_reads_the_pairs_once(dataset, score, monkeypatch, manage):
+    score(dataset.match_tags("train"), dataset.match_tags("val"))
+    asked = []
+    monkeypatch.setattr(catalogue, "staleness", lambda *of: asked.append(of) or catalogue.Stale(0, 0, 0))
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    for _ in range(3):
+        resolve(dataset, "manage_influence_runs", {"action": "rename", "brain_key": "ecif"})
+    assert len(asked) == 1
+    monkeypatch.setattr(time, "monotonic", lambda: 1030.0)
+    resolve(dataset, "manage_influence_runs", {"action": "rename", "brain_key": "ecif"})
+    assert len(asked) == 2
+
+
 def test_forms_without_anything_to_work_on_are_blocked(made):
     dataset = fo.Dataset()
     dataset.add_sample(fo.Sample(filepath=made[0].first().filepath))
@@ -443,6 +555,7 @@ def test_forms_without_anything_to_work_on_are_blocked(made):
     assert resolve(dataset, "detect_misalignment", {})["no_captions"]["invalid"]
     assert "Detect misaligned pairs first" in resolve(dataset, "review_misalignment", {})["no_run"]["error_message"]
     assert resolve(dataset, "tag_by_influence", {})["no_scores"]["invalid"]
+    assert resolve(dataset, "manage_influence_runs", {})["no_run"]["invalid"]
     assert resolve(dataset, "export_pairs", {})["no_captions"]["invalid"]
     dataset.delete()
 
@@ -489,7 +602,7 @@ def list_in_a_fresh_process(plugins, path=""):
     return ran.stdout.splitlines()[-2:]
 
 
-OPERATORS = "['compute_influence', 'detect_misalignment', 'export_pairs', 'review_misalignment', 'tag_by_influence']"
+OPERATORS = str(sorted(LISTED["operators"] + LISTED["panels"]))  # FiftyOne counts panels among the operators
 
 
 def test_the_plugin_works_from_a_link_where_the_package_is_not_installed(tmp_path):
@@ -531,5 +644,5 @@ def test_the_plugin_works_from_the_wheel(tmp_path):
 def test_a_missing_dependency_is_an_install_hint(dataset, monkeypatch):
     package = type(operator("compute_influence")).__module__.rpartition(".")[0]
     monkeypatch.setattr(sys.modules[f"{package}.forms"], "MISSING", ["open_clip"])
-    for name in yaml.safe_load((ROOT / "fiftyone.yml").read_text())["operators"]:
+    for name in LISTED["operators"]:
         assert "pip install" in resolve(dataset, name, {})["missing"]["error_message"]

@@ -167,7 +167,7 @@ def test_a_review_end_to_end(dataset, reviewed):
     assert dataset.get_field("audit_misalignment").description.startswith("Probability")
     again = dataset.load_brain_results("audit", cache=False)
     assert again.diagnostics == results.diagnostics
-    assert again.config.reviewed is True
+    assert again.config.reviewed
     for name, values in again.detector_scores().items():
         np.testing.assert_array_equal(values, before[name])
 
@@ -199,8 +199,8 @@ def test_a_run_that_is_overwritten_is_not_reviewed(dataset, reviewed, made):
         progress=False,
     )
     assert dataset.values("audit_misalignment") == before
-    assert again.config.reviewed is False
-    assert dataset.get_brain_info("audit").config.reviewed is False
+    assert again.config.reviewed is None
+    assert dataset.get_brain_info("audit").config.reviewed is None
     assert dataset.get_field("audit_misalignment").description.startswith("Share of the pairs")
     assert "review" not in dataset.load_brain_results("audit", cache=False).diagnostics
 
@@ -212,7 +212,7 @@ def test_a_review_after_renaming_goes_to_the_new_field(dataset, reviewed):
     review_misalignment(results)
     assert dataset[wrong[0]].better_misalignment == 1
     assert not dataset.has_sample_field("audit_misalignment")
-    assert dataset.get_brain_info("better").config.reviewed is True
+    assert dataset.get_brain_info("better").config.reviewed
     dataset.rename_brain_run("better", "best")
     dataset.delete_brain_run("best")
     assert not [field for field in dataset.get_field_schema() if field.startswith(("audit", "bet", "best"))]
@@ -251,7 +251,7 @@ def test_bad_reviews_change_nothing(dataset, reviewed):
     with pytest.raises(EcifError, match=f"Sample {wrong[0]} is tagged 'aligned' and 'misaligned'"):
         review_misalignment(results)
     assert dataset.values("audit_misalignment") == before
-    assert results.config.reviewed is False
+    assert results.config.reviewed is None
     assert dataset.get_field("audit_misalignment").description.startswith("Share of the pairs")
 
 

@@ -1,15 +1,20 @@
 """From mistakes to the training pairs behind them."""
 
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch.func import grad
 
-from fiftyone_ecif import EcifError, trace
+from fiftyone_ecif import EcifError, cached, trace, tracing
 from fiftyone_ecif.curvature import conjugate_gradient
 from fiftyone_ecif.influence import batch_influence
 from fiftyone_ecif.problem import reopen
 from fiftyone_ecif.progress import follow
+from fiftyone_ecif.store import Store, Table
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +44,24 @@ def test_mistakes_by_default_worst_first(run):
 
 def test_culprits_are_ranked_by_relative_influence_and_only_harmful(run):
     results, train, _ = run
-    cached, aims = results.cached(), results.target_pairs()
+    gradients, aims = results.cached(), results.target_pairs()
     everything = trace(results, count=1000)
     for one in everything:
         gradient = aims.gradients[[aims.ids.index(one.id)]]
-        influence, relative = np.sum(cached.influence(gradient), axis=0)[0], cached.relative_influence(gradient)[0]
+        influence = np.sum(gradients.influence(gradient), axis=0)[0]
+        relative = gradients.relative_influence(gradient)[0]
         harmful = [int(row) for row in np.argsort(relative) if relative[row] < 0]
         assert [culprit.id for culprit in one.culprits] == [results.ids[row] for row in harmful]
         assert 0 < len(harmful) < len(train)
-        np.testing.assert_allclose([culprit.influence for culprit in one.culprits], influence[harmful], rtol=1e-6)
-        np.testing.assert_allclose([culprit.relative_influence for culprit in one.culprits], relative[harmful])
+        helpful = [int(row) for row in np.argsort(-relative) if relative[row] > 0]
+        assert [helper.id for helper in one.helpers] == [results.ids[row] for row in helpful]
+        for side, rows in ((one.culprits, harmful), (one.helpers, helpful)):
+            for found, expected in (("influence", influence), ("relative_influence", relative)):
+                close = {"rtol": 1e-5, "atol": 1e-6 * np.abs(expected).max()}
+                np.testing.assert_allclose([getattr(pair, found) for pair in side], expected[rows], **close)
     for short, whole in zip(trace(results, count=3), everything, strict=True):
         assert short.culprits == whole.culprits[:3]
+        assert short.helpers == whole.helpers[:3]
         assert short.neighbours == whole.neighbours[:3]
 
 
@@ -81,12 +92,65 @@ def test_chosen_queries(run):
     assert trace(results, []) == []
 
 
+def test_at_most_so_many_queries_the_worst(run):
+    results, _, val = run
+    everything, mistakes = trace(results, val), trace(results)
+    assert [one.id for one in trace(results, limit=2)] == [one.id for one in mistakes[:2]]
+    assert [one.id for one in trace(results, val, limit=3)] == [one.id for one in everything[:3]]
+    wrong = {one.id for one in mistakes}
+    assert all(one.mistake == (one.id in wrong) for one in everything)
+
+
+def test_many_queries_are_traced_a_few_at_a_time(run, monkeypatch):
+    results, _, val = run
+    whole = trace(results, val, count=4)
+    monkeypatch.setattr(tracing, "_AT_ONCE", 5)
+    for a, b in zip(trace(results, val, count=4), whole, strict=True):
+        assert [pair.id for pair in (*a.culprits, *a.helpers, *a.neighbours)] == [
+            pair.id for pair in (*b.culprits, *b.helpers, *b.neighbours)
+        ]
+
+
+def test_a_trace_reads_every_part_once_and_computes_nothing_again(dataset, score, monkeypatch):
+    """What keeps it within two seconds at 100,000 pairs."""
+    results = score(dataset.match_tags("train"), dataset.match_tags("val"), fit=True, batch_size=2)
+    parts, read = Store(*results.config.store).table("gradients").parts(), Table.read
+    assert len(parts) > 3
+    seen = []
+
+    def spy(table, part, *columns):
+        seen.extend((table.folder.name, part, column) for column in columns)
+        return read(table, part, *columns)
+
+    monkeypatch.setattr(Table, "read", spy)
+    monkeypatch.delattr(cached, "read_cached")
+    results = dataset.load_brain_results("ecif", cache=False)
+    assert trace(results, limit=3)
+    for column in ("positive", "negative", "image"):
+        assert [place[1] for place in seen if place[::2] == ("gradients", column)] == parts
+
+
+def test_a_run_without_lengths_gets_them(run):
+    results, _, _ = run
+    store = Store(*results.config.store)
+    before, table = trace(results), store.table("lengths")
+    shutil.rmtree(table.folder)
+    assert trace(results) == before
+    assert table.parts()
+
+
+def test_tracing_does_without_torch():
+    code = "import sys, fiftyone_ecif.tracing; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_bad_queries(run):
     results, train, val = run
     with pytest.raises(EcifError, match=f"{train.first().id} is not in the target of run 'ecif'"):
         trace(results, [val.first().id, train.first().id])
-    with pytest.raises(EcifError, match="count=0 must be at least 1"):
-        trace(results, count=0)
+    for name in ("count", "limit"):
+        with pytest.raises(EcifError, match=f"{name}=0 must be at least 1"):
+            trace(results, **{name: 0})
 
 
 def test_a_run_without_gradients(dataset, score):

@@ -22,6 +22,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..cached import read_cached
 from ..choices import DETECTORS, parse_scope
 from ..curvature import solve
 from ..detectors import FUSED, Audit, Space, fuse, neighbour_influence, ranked, run_detectors
@@ -34,7 +35,7 @@ from ..noise_rate import share_of_upper_mode, share_that_fits_like_random
 from ..objective import ContrastiveLoss, random_partition
 from ..progress import follow
 from ..review import first_guess, propose, refit
-from ..scoring import Method, direct_influence, keep_gradients, read_cached, solving
+from ..scoring import Method, direct_influence, keep_gradients, solving
 from ..store import Store
 from ..targets import PairTarget, pair_function
 from ..training import train

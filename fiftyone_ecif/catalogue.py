@@ -1,0 +1,380 @@
+"""The runs of a dataset: what they are, what they take, whether they still hold. No heavy imports: forms read it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import eta.core.utils as etau
+from fiftyone.core.odm import get_db_conn
+
+from .errors import EcifError
+from .keys import pair_key
+from .runs import METHOD, check_key, database_id, stores_in_use, unshared_store
+from .store import Store, outermost_stores
+
+#: What a run was told, in plain words.
+_SETTINGS = {
+    "caption_field": "Caption field",
+    "scope": "Parameters that are attributed",
+    "role": "Role of a pair",
+    "solver": "Curvature",
+    "detector": "Detector",
+    "fit": "Fitted to the pairs first",
+    "trained": "Weights were trained on the pairs",
+    "reviewed": "Reviewed",
+    "proximal": "Proximal strength",
+    "damping": "Damping",
+    "batch_size": "Batch size",
+    "n_partitions": "Partitions averaged over",
+    "seed": "Seed",
+    "target_loss": "Target loss",
+}
+#: What it found, likewise.
+_DIAGNOSTICS = {
+    "target_pairs": "Validation pairs",
+    "shared_pairs": "Validation pairs that are also scored",
+    "target_loss": "Loss on the validation pairs",
+    "training_loss": "Loss on the scored pairs",
+    "relative_gradient_norm": "Distance from a minimum (relative gradient norm, 0 is ideal)",
+    "damping": "Damping that the curvature needed (0 is ideal)",
+    "solve_residual": "Residual of the solve",
+    "cached_correlation": "How well stored gradients reproduce the scores (1 is ideal)",
+    "tagged": "Pairs tagged",
+}
+_ABANDONED = 24 * 3600.0  # seconds after which a job that wrote nothing is taken for stopped
+
+
+class RunEntry(NamedTuple):
+    """A run.
+
+    Attributes:
+        key: its brain key.
+        kind: ``"influence"`` or ``"misalignment"``.
+        when: it was made, in UTC.
+        model: the model's name.
+        pretrained: its tag or checkpoint.
+        scored: pairs; None if the run was stopped before its results were written.
+        skipped: samples that could not be scored, likewise.
+        cache_bytes: size of the run's own tables on disk.
+        fields: those of its fields that are there.
+    """
+
+    key: str
+    kind: str
+    when: datetime
+    model: str
+    pretrained: str | None
+    scored: int | None
+    skipped: int | None
+    cache_bytes: int
+    fields: list[str]
+
+    def __str__(self) -> str:
+        pairs = "stopped before it was done" if self.scored is None else f"{self.scored:,} pairs"
+        size = size_text(self.cache_bytes)
+        return f"{self.key} — {self.kind}, {self.model}, {pairs}, {size}, {self.when:%Y-%m-%d %H:%M}"
+
+
+class Stale(NamedTuple):
+    """What happened to the pairs of a run since.
+
+    Attributes:
+        changed: pairs whose caption or image file is another now; None if the
+            run is too old to tell.
+        deleted: pairs that are not in the dataset any more.
+        unscored: samples that the run's view has gained; None if the view
+            cannot be had any more, as it names a field that is gone.
+    """
+
+    changed: int | None
+    deleted: int
+    unscored: int | None
+
+    def __str__(self) -> str:
+        counts = {"changed": self.changed, "deleted": self.deleted, "new": self.unscored}
+        said = [f"{count:,} {what}" for what, count in counts.items() if count]
+        return ", ".join(said + ["changes unknown"] * (self.changed is None)) or "nothing changed"
+
+    def __bool__(self) -> bool:
+        """Whether anything is known to have happened."""
+        return bool(self.changed or self.deleted or self.unscored)
+
+
+class Removal(NamedTuple):
+    """What goes with a run.
+
+    Attributes:
+        fields: sample fields.
+        cache_bytes: size of the tables that no other run uses.
+    """
+
+    fields: list[str]
+    cache_bytes: int
+
+    def __str__(self) -> str:
+        fields = f"the fields {', '.join(self.fields)}" if self.fields else "no fields"
+        return f"{fields} and {size_text(self.cache_bytes)} of cache"
+
+
+def list_runs(dataset: Any) -> list[RunEntry]:
+    """The influence and misalignment runs of a dataset, by key.
+
+    Args:
+        dataset: a FiftyOne dataset.
+    """
+    return [_entry(dataset, key) for key in dataset.list_brain_runs(method=METHOD)]
+
+
+def staleness(dataset: Any, key: str) -> Stale:
+    """Which of a run's pairs are not what they were when it was made.
+
+    An image counts as changed if its file has another place, size or time of
+    change, or is gone: the cache tells by the same.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        key: of the run.
+
+    Raises:
+        EcifError: if there is no such run
+    """
+    config = _config(dataset, key)
+    results = _results(dataset, key)
+    if results is None:
+        return Stale(None, 0, 0)
+    pairs = _pairs(dataset, config.caption_field)
+    deleted = sum(sample not in pairs for sample in results.ids)
+    changed = None
+    if results.digests is not None:
+        before = zip(results.ids, results.digests, strict=True)
+        changed = sum(_digest(*pairs[sample]) != digest for sample, digest in before if sample in pairs)
+    try:
+        unscored = len(set(dataset.load_brain_view(key).values("id")) - set(results.ids) - set(results.skipped))
+    except ValueError:
+        unscored = None
+    return Stale(changed, deleted, unscored)
+
+
+def describe_run(dataset: Any, key: str) -> str:
+    """A run in plain words, as Markdown: what it is, what it was told, what tells how far to trust it.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        key: of the run.
+
+    Raises:
+        EcifError: if there is no such run
+    """
+    config, results, run = _config(dataset, key), _results(dataset, key), _entry(dataset, key)
+    found = {} if results is None else results.diagnostics
+    pairs = (
+        "Stopped before its results were written"
+        if run.scored is None
+        else f"Pairs: {run.scored:,} scored, {run.skipped:,} skipped"
+    )
+    lines = [
+        f"**{key}**: {run.kind} by {' '.join(filter(None, [run.model, run.pretrained]))}",
+        "",
+        f"- Made: {run.when:%Y-%m-%d %H:%M} UTC",
+        f"- Since then: {staleness(dataset, key)!s}",
+        f"- {pairs}",
+        f"- Fields: {', '.join(run.fields) or 'none'}",
+        f"- Cache: {size_text(run.cache_bytes)}",
+    ]
+    if "noise_rate" in found:
+        lines.append("- Captions estimated to be wrong: {:.0%} ({:.0%} to {:.0%})".format(*found["noise_rate"]))
+    for title, names, values in (("Settings", _SETTINGS, vars(config)), ("Diagnostics", _DIAGNOSTICS, found)):
+        known = {label: values[name] for name, label in names.items() if values.get(name) is not None}
+        if known:
+            lines += ["", f"**{title}**", "", *(f"- {label}: {_plain(value)}" for label, value in known.items())]
+    return "\n".join(lines)
+
+
+def size_text(count: int) -> str:
+    """A number of bytes as people say it."""
+    text: str = etau.to_human_bytes_str(count)
+    return text
+
+
+def removal(dataset: Any, key: str) -> Removal:
+    """What :func:`delete_run` would delete.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        key: of the run.
+
+    Raises:
+        EcifError: if there is no such run
+    """
+    config = _config(dataset, key)
+    store = unshared_store(dataset, key, config.store)
+    return Removal(config.build().own_fields(dataset, key), store.size() if store else 0)
+
+
+def delete_run(dataset: Any, key: str) -> Removal:
+    """Deletes a run with its fields, and its tables unless another run uses them.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        key: of the run.
+
+    Returns:
+        what was deleted
+
+    Raises:
+        EcifError: if there is no such run, or its fields cannot be deleted; the
+            run is kept then
+    """
+    gone = removal(dataset, key)
+    try:
+        _config(dataset, key).build().cleanup(dataset, key)  # here too, as FiftyOne goes on after a failure
+    except ValueError as error:
+        raise EcifError(f"The fields of run {key!r} cannot be deleted: {error}") from error
+    dataset.delete_brain_run(key)
+    return gone
+
+
+def check_rename(dataset: Any, key: str, new_key: str) -> None:
+    """Checks that a run may be renamed.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        key: of the run.
+        new_key: what it would be.
+
+    Raises:
+        EcifError: if there is no such run, or the new key is no name, is taken,
+            or one of the fields that it names is there already
+    """
+    config = _config(dataset, key)
+    if dataset.has_brain_run(new_key):
+        raise EcifError(f"The brain key {new_key!r} is taken. Choose another one")
+    check_key(dataset, new_key, False, config)
+
+
+def rename_run(dataset: Any, key: str, new_key: str) -> None:
+    """Renames a run and its fields. Saved views that name its fields keep the old names.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        key: of the run.
+        new_key: what it shall be.
+
+    Raises:
+        EcifError: as :func:`check_rename`, or if the fields cannot be renamed;
+            the run is left as it was then
+    """
+    check_rename(dataset, key, new_key)
+    try:
+        _config(dataset, key).build().rename(dataset, key, new_key)  # here too, as FiftyOne goes on after a failure
+    except ValueError as error:
+        raise EcifError(f"The fields of run {key!r} cannot be renamed: {error}") from error
+    dataset.rename_brain_run(key, new_key)
+
+
+def cache_size(dataset: Any = None) -> int:
+    """The bytes that the cache takes on disk.
+
+    Args:
+        dataset (None): of this FiftyOne dataset only.
+    """
+    stores = outermost_stores() if dataset is None else [Store(str(dataset._doc.id))]
+    return _size(stores)
+
+
+def unused_size() -> int:
+    """The bytes that :func:`free_disk` would free."""
+    return _size(_unused())
+
+
+def free_disk() -> int:
+    """Deletes from the cache what nothing uses.
+
+    That are the caches of datasets that are gone, and the tables of runs that
+    were stopped or overwritten, if nothing was written to them for a day. What a
+    run uses stays, so do encoded features of datasets that are there, and caches
+    of datasets in other databases.
+
+    Returns:
+        the bytes freed
+    """
+    unused = _unused()
+    freed = _size(unused)
+    for store in unused:
+        store.delete()
+    return freed
+
+
+def _unused() -> list[Store]:
+    used, database = stores_in_use(), database_id()
+    datasets = {str(found) for found in get_db_conn()["datasets"].distinct("_id")}
+    unused: list[Store] = []
+    for home in outermost_stores():
+        if home.owner != database:
+            continue
+        tables = [table for encoder in home.stores() for table in encoder.stores()]
+        others = [table for table in tables if table.names not in used]
+        if home.names[0] in datasets:
+            runs = [table for table in others if table.names[-1].startswith("run-")]
+            unused += [run for run in runs if time.time() - run.last_change() > _ABANDONED]
+        else:  # a clone's runs can still use some of it
+            unused += others if len(others) < len(tables) else [home]
+    return unused
+
+
+def _size(stores: Sequence[Store]) -> int:
+    return sum(store.size() for store in stores)
+
+
+def _entry(dataset: Any, key: str) -> RunEntry:
+    info = dataset.get_brain_info(key)
+    config, results = info.config, _results(dataset, key)
+    return RunEntry(
+        key,
+        config.type,
+        info.timestamp,
+        config.model,
+        config.pretrained,
+        None if results is None else len(results.ids),
+        None if results is None else len(results.skipped),
+        Store(*config.store).size(),
+        config.build().own_fields(dataset, key),
+    )
+
+
+def _config(dataset: Any, key: str) -> Any:
+    known = dataset.list_brain_runs(method=METHOD)
+    if key not in known:
+        raise EcifError(f"{dataset.name!r} has no run {key!r}. Runs: {', '.join(known) or 'none'}")
+    return dataset.get_brain_info(key).config
+
+
+def _results(dataset: Any, key: str) -> Any:
+    return dataset.load_brain_results(key, cache=False, load_view=False)  # its view may name a field that is gone
+
+
+def _pairs(dataset: Any, caption_field: str) -> dict[str, tuple[str, Any]]:
+    """Paths and captions by sample id, of all slices of a grouped dataset."""
+    samples = dataset.select_group_slices(_allow_mixed=True) if dataset.media_type == "group" else dataset
+    there = samples.get_field(caption_field) is not None
+    ids, paths, *captions = samples.values(["id", "filepath"] + [caption_field] * there)
+    return dict(zip(ids, zip(paths, *(captions or [[None] * len(ids)]), strict=True), strict=True))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _digest(path: str, caption: Any) -> str | None:
+    """Of a pair as it is now, None if it is none."""
+    if not isinstance(caption, str):
+        return None
+    try:
+        return pair_key(path, caption).digest
+    except EcifError:
+        return None

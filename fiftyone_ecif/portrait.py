@@ -1,0 +1,78 @@
+"""One pair in depth: what resembles it, whom it harms and whom it helps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .runs import InfluenceResults
+from .store import Store
+
+
+class Link(NamedTuple):
+    """Another pair, and how it relates to the one that is looked at.
+
+    Attributes:
+        id: its sample.
+        value: cosine similarity in [-1, 1], or influence on its loss in nats
+            (positive = helps it, negative = harms it).
+    """
+
+    id: str
+    value: float
+
+
+class Portrait(NamedTuple):
+    """What is known of one pair.
+
+    Attributes:
+        harms: target pairs whose loss it raises, the most first; empty where the run has no target.
+        helps: target pairs whose loss it lowers, likewise.
+        neighbours: scored pairs with the most similar image.
+    """
+
+    harms: list[Link]
+    helps: list[Link]
+    neighbours: list[Link]
+
+
+def look_at(results: Any, sample: str, count: int = 5) -> Portrait:
+    """Looks at one pair of a run, from the store and without the model.
+
+    Args:
+        results: of :func:`fiftyone_ecif.compute_influence` or
+            :func:`fiftyone_ecif.compute_misalignment`.
+        sample: id of a scored sample.
+        count (5): how many others to name, of each sort.
+
+    Returns:
+        what there is: a run that kept no gradients leaves all lists empty
+    """
+    row = results.ids.index(sample)
+    table = Store(*results.config.store).table("gradients")
+    found = table.read_all("row", "image") if table.parts() else {"row": np.empty(0)}
+    neighbours: list[Link] = []
+    if len(found["row"]) == len(results.ids):
+        images = np.empty_like(found["image"])
+        images[found["row"]] = found["image"]
+        similarity = images @ images[row]
+        similarity[row] = -np.inf
+        neighbours = _links(results.ids, similarity, count)
+    harms, helps = [], []
+    if neighbours and isinstance(results, InfluenceResults) and results.config.keep_gradients:
+        influences, names = [], list[str]()
+        cached = results.cached()
+        for name in results.slices:
+            aims = results.target_pairs(name)
+            influences.append(cached.influence_of(row, aims.gradients))
+            names += aims.ids
+        influence = np.concatenate(influences)
+        helps = [link for link in _links(names, influence, count) if link.value > 0]
+        harms = [Link(link.id, -link.value) for link in _links(names, -influence, count) if link.value > 0]
+    return Portrait(harms, helps, neighbours)
+
+
+def _links(ids: list[str], values: np.ndarray, count: int) -> list[Link]:
+    order = np.argsort(-values, kind="stable")[:count]
+    return [Link(ids[place], float(values[place])) for place in order if np.isfinite(values[place])]

@@ -1,0 +1,160 @@
+"""The operator that takes pairs out of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fiftyone.operators as foo
+import fiftyone.operators.types as types
+
+from .forms import blocked, dropdown, menu_button, refuse, target_names, target_view, unusable, warning
+from .jobs import call, report, run_job, with_progress
+
+_LABEL, _ICON = "Edit model", "auto_fix_high"
+_KEY, _SELECTION = "ecif", "selection"
+
+
+class EditModel(foo.Operator):
+    """Writes the model of a run as if some of its pairs had never been trained on."""
+
+    @property
+    def config(self) -> foo.OperatorConfig:
+        return foo.OperatorConfig(
+            name="edit_model",
+            label=_LABEL,
+            description="The model of a run as if chosen pairs had never been trained on, without retraining",
+            icon=_ICON,
+            dynamic=True,
+            execute_as_generator=True,
+            allow_immediate_execution=True,
+            allow_delegated_execution=True,
+            risk_level="medium",
+        )
+
+    def resolve_placement(self, ctx: Any) -> types.Placement:
+        return menu_button(_LABEL, _ICON)
+
+    def resolve_input(self, ctx: Any) -> types.Property:
+        inputs = types.Object()
+        form = types.Property(inputs, view=types.View(label=_LABEL))
+        if unusable(inputs, ctx):
+            return form
+        runs = ctx.dataset.list_brain_runs(type="influence", method="ecif")
+        if not runs:
+            blocked(inputs, "no_run", "No run to edit the model of yet: run Compute ECIF influence first")
+            return form
+        default = _KEY if _KEY in runs else runs[-1]
+        dropdown(inputs, "brain_key", runs, default, label="Run", description="Whose model to edit")
+        key = ctx.params.get("brain_key") or default
+        _ask_removed(inputs, ctx, key if key in runs else default)
+        _ask_path(inputs, ctx)
+        return form
+
+    def resolve_run_name(self, ctx: Any) -> str:
+        return f"Model edit {ctx.params.get('brain_key', _KEY)}"
+
+    def execute(self, ctx: Any) -> Iterator[Any]:
+        """Runs the job, reporting progress and failures in a way that the App shows."""
+        yield from run_job(ctx, _edit)
+
+    def __call__(
+        self,
+        samples: Any,
+        remove: str,
+        path: str,
+        brain_key: str = _KEY,
+        overwrite: bool = False,
+        delegate: bool = False,
+    ) -> Any:
+        """Edits the model of a run of a dataset; a view stands for its dataset.
+
+        ``remove`` is ``"tag: NAME"`` or ``"saved view: NAME"``. The other options are
+        those of :func:`fiftyone_ecif.edit_model`, and so are the errors. What the edit
+        did is in the run's ``diagnostics["edit"]``.
+        """
+        params = {"remove": remove, "path": str(path), "brain_key": brain_key, "overwrite": overwrite}
+        return call(self.uri, samples, delegate, params)
+
+
+def _ask_removed(inputs: Any, ctx: Any, key: str) -> None:
+    offered = {name: name for name in target_names(ctx.dataset)}
+    if ctx.selected:
+        offered = {_SELECTION: f"The {len(ctx.selected):,} selected samples", **offered}
+    removed = dropdown(
+        inputs,
+        "remove",
+        offered,
+        _SELECTION,
+        label="Pairs to remove",
+        description="The model will be as if it had never been trained on them",
+    )
+    chosen = ctx.params.get("remove")
+    if chosen in offered:
+        view, scored = _removed(ctx, chosen), ctx.dataset.count(f"{key}_influence")
+        count = view.count(f"{key}_influence")
+        if count == 0:
+            refuse(removed, f"None of these {len(view):,} samples was scored by run {key!r}")
+        elif scored - count < 2:
+            refuse(removed, f"Removing {count:,} of {scored:,} pairs leaves no pairs to learn from")
+        else:
+            left_out = f"; the other {len(view) - count:,} were not scored by it" * (count < len(view))
+            said = f"{count:,} of the {scored:,} pairs of run {key!r} will be removed{left_out}"
+            inputs.view("counts", types.Notice(label=said))
+    if not ctx.dataset.get_brain_info(key).config.fit:
+        warning(
+            inputs,
+            "not_fitted",
+            f"Run {key!r} did not fit the model to its pairs first, so it may not be at a minimum of their loss, and "
+            "the edit is a rougher estimate. For a better one, make a run with that box ticked",
+        )
+
+
+def _removed(ctx: Any, remove: str) -> Any:
+    return ctx.dataset.select(ctx.selected) if remove == _SELECTION else target_view(ctx.dataset, remove)
+
+
+def _ask_path(inputs: Any, ctx: Any) -> None:
+    prop = inputs.str(
+        "path",
+        required=True,
+        label="Checkpoint",
+        description="A file to write on the machine that runs FiftyOne, such as edited.pt or edited.safetensors",
+    )
+    if not ctx.params.get("path"):
+        return
+    path = _path(ctx)
+    if path.is_dir():
+        refuse(prop, f"{path} is a folder. Add the name of a file")
+    elif not path.parent.is_dir():
+        refuse(prop, f"There is no folder {path.parent}. Choose one that exists")
+    elif path.exists():
+        inputs.bool("overwrite", default=False, label="Replace the file", view=types.CheckboxView())
+        if not ctx.params.get("overwrite"):
+            refuse(prop, f"There is a file {path} already. Replace it, or choose another name")
+
+
+def _path(ctx: Any) -> Path:
+    return Path(ctx.params["path"]).expanduser().absolute()
+
+
+def _edit(ctx: Any) -> Iterator[Any]:
+    from fiftyone_ecif.editing import edit_steps
+
+    key, remove = ctx.params.get("brain_key", _KEY), ctx.params["remove"]
+    removed = _removed(ctx, remove).exists(f"{key}_influence").values("id")
+    results = ctx.dataset.load_brain_results(key, cache=False)  # another process may have renewed the run
+    work = edit_steps(results, removed, str(_path(ctx)), overwrite=ctx.params.get("overwrite", False))
+    edit = yield from with_progress(ctx, work, f"Model edit {key}")
+    results.diagnostics["edit"] = {**edit._asdict(), "pairs": remove}
+    results.save()
+    said = (
+        f"Removed {edit.removed:,} pairs in {edit.seconds:.1f} s, which changed the parameters by "
+        f"{edit.relative_change:.1%}. Target loss {edit.target_loss_before:.4f} before, "
+        f"{edit.target_loss_predicted:.4f} predicted, {edit.target_loss_after:.4f} measured after. "
+        f"Mistakes {edit.mistakes_before:.1%} before, {edit.mistakes_after:.1%} after. Written to {edit.checkpoint}"
+    )
+    yield report(ctx, said, 1.0)
+    if not ctx.delegated:
+        yield ctx.ops.notify(said, variant="success")

@@ -1,0 +1,197 @@
+"""The panel without a browser: what its buttons do, and what it says. The App itself is in test_app.py."""
+
+import json
+
+import fiftyone as fo
+import fiftyone.operators as foo
+import pytest
+from fiftyone.operators.executor import ExecutionContext, Executor
+
+from fiftyone_ecif import compute_misalignment
+from fiftyone_ecif.training import MODEL
+
+URI = "@ecif/fiftyone-ecif/influence_panel"
+
+
+class Panel:
+    """A panel that is open on a dataset, and remembers its state as the App does."""
+
+    def __init__(self, dataset):
+        self.dataset, self.state = dataset, {}
+        self.send("on_load")
+
+    def send(self, method, selected=(), **params):
+        """Fires an event; what is asked of the App and what is drawn is kept."""
+        asked = {
+            "dataset_name": self.dataset.name,
+            "view": [],
+            "selected": list(selected),
+            "params": {"panel_id": "p", "__method__": method, "panel_state": self.state, **params},
+        }
+        context = ExecutionContext(request_params=asked, executor=Executor(), operator_uri=URI)
+        foo.get_operator(URI).execute(context)
+        requests = [request.to_json() for request in context.executor._requests]
+        self.asked = [(request["operator_uri"], request["params"]) for request in requests]
+        drawn = [params for uri, params in self.asked if uri == "show_panel_output"]
+        self.text = json.dumps(drawn[-1], ensure_ascii=False) if drawn else ""
+        return self
+
+    def data(self, name):
+        """The newest data of a plot."""
+        found = [
+            params["data"][name] for uri, params in self.asked if uri == "patch_panel_data" and name in params["data"]
+        ]
+        return found[-1]
+
+    def shown(self):
+        """The samples that the grid was told to show, in order."""
+        stages = [params["view"] for uri, params in self.asked if uri == "set_view"][-1]
+        return fo.DatasetView._build(self.dataset, stages).values("id")
+
+    def notices(self):
+        return [params["message"] for uri, params in self.asked if uri == "notify"]
+
+
+@pytest.fixture
+def both(dataset, score, made):
+    """A dataset with a run of influence and one of misalignment."""
+    train = dataset.match_tags("train")
+    score(train, dataset.match_tags("val"), fit=True)
+    compute_misalignment(train, model=MODEL, pretrained=made[1], num_workers=0, batch_size=24)
+    return dataset
+
+
+def test_without_scores_it_offers_to_compute_them(dataset):
+    panel = Panel(dataset)
+    assert "No scores yet" in panel.text
+    panel.send("prompt", operator="compute_influence")
+    prompts = [params for uri, params in panel.asked if uri == "prompt_user_for_operation"]
+    assert [params["operator_uri"] for params in prompts] == ["@ecif/fiftyone-ecif/compute_influence"]
+
+
+def test_the_overview(both):
+    panel = Panel(both)
+    panel.send("choose_run", value="ecif")
+    assert "positive = valuable, negative = harmful" in panel.text
+    train = len(both.match_tags("train"))
+    (bars,) = panel.data("histogram")
+    assert sum(bars["y"]) == train
+    traces = panel.data("scatter")
+    assert sum(len(trace["x"]) for trace in traces) == train
+    assert panel.state["other"] == "audit_misalignment"
+    panel.send("choose_run", value="audit")
+    assert panel.state["direction"] == "suspicious"
+    assert "Review" in panel.text
+
+
+def test_the_cut_is_counted_shown_tagged_and_untagged(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    panel.send("choose_share", value=25)
+    lowest = both.exists("ecif_influence").sort_by("ecif_influence").values("id")
+    count = -(-len(lowest) // 4)
+    assert f"**{count} pairs**" in panel.text
+    assert panel.send("show_cut").shown() == lowest[:count]
+    panel.send("tag_cut")
+    assert set(both.match_tags("harmful").values("id")) == set(lowest[:count])
+    assert panel.notices() == [f"Tagged {count} pairs 'harmful'"]
+    assert any(trace["name"] == f"harmful ({count})" for trace in panel.data("scatter"))
+    panel.send("untag_cut")
+    assert len(both.match_tags("harmful")) == 0
+    panel.send("choose_direction", direction="valuable")
+    assert panel.send("show_cut").shown() == lowest[::-1][:count]
+
+
+def test_a_verdict_is_no_tag_for_a_cut(both):
+    panel = Panel(both).send("choose_run", value="audit")
+    panel.send("choose_tag", value="misaligned")
+    panel.send("tag_cut")
+    assert "reserved for what a person says" in panel.notices()[0]
+    assert len(both.match_tags("misaligned")) == 0
+
+
+def test_plots_drive_the_grid(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    (bars,) = panel.send("choose_share", value=0).data("histogram")
+    first = next(place for place, count in enumerate(bars["y"]) if count)
+    panel.send("click_bar", idx=first)
+    lowest = both.exists("ecif_influence").sort_by("ecif_influence").values("id")
+    assert panel.shown() == lowest[: bars["y"][first]]
+    panel.send("select_bars", data=[{"idx": 0}, {"idx": len(bars["y"]) - 1}])
+    assert panel.shown() == lowest
+    panel.send("select_points", data=[{"id": lowest[4]}, {"id": lowest[2]}, {"id": lowest[4]}])
+    assert panel.shown() == [lowest[2], lowest[4]]
+    panel.send("select_points", data=[])
+    assert "set_view" not in [uri for uri, _ in panel.asked]
+
+
+def test_the_ranking_is_turned(both):
+    panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="ranking")
+    captions = both.exists("ecif_influence").sort_by("ecif_influence").values("caption")
+    assert all(caption in panel.text for caption in captions[:7])
+    panel.send("turn", by=7)
+    assert "**8 to 14**" in panel.text
+    assert all(caption in panel.text for caption in captions[7:14])
+
+
+def test_a_selected_pair_is_looked_at(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    worst = both.exists("ecif_influence").sort_by("ecif_influence").first()
+    panel.send("on_change_selected", selected=[worst.id])
+    assert panel.data("scatter")[-1]["ids"] == [worst.id]
+    panel.send("choose_page", value="pair")
+    assert worst.caption in panel.text
+    assert "no. 1 from the lowest" in panel.text
+    assert "Validation pairs it harms most" in panel.text
+    val = both.match_tags("val").first()
+    panel.send("on_change_selected", selected=[val.id])
+    assert "Select one scored sample" in panel.text
+
+
+def test_review(both):
+    panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review")
+    assert "So far **0** pairs" in panel.text
+    panel.send("start_review")
+    queue = panel.state["queue"]
+    assert "Pair 1 of 20" in panel.text
+    assert both[queue[0]].caption in panel.text
+    panel.send("say_aligned").send("say_misaligned")
+    assert both[queue[0]].tags == ["train", "aligned"]
+    assert both[queue[1]].tags == ["train", "misaligned"]
+    panel.send("back")
+    assert both[queue[1]].tags == ["train"]
+    panel.send("skip").send("say_misaligned").send("say_misaligned").send("say_aligned")
+    assert "So far **2** pairs are tagged `aligned` and **2** `misaligned`" in panel.text
+    panel.send("learn")
+    assert "Learned from 2 aligned and 2 misaligned pairs" in panel.text
+    both.reload()
+    assert both[queue[2]]["audit_misalignment"] == 1.0
+    assert not set(panel.state["queue"]) & {queue[0], *queue[2:5]}
+    scores = both.select(panel.shown(), ordered=True).values("audit_misalignment")
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_run_in_plain_words(both):
+    panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="run")
+    assert "✓ The model is at a minimum of these pairs' loss" in panel.text
+    assert "validation pairs that were kept apart" in panel.text
+    panel.send("choose_run", value="audit")
+    assert "of the captions are wrong" in panel.text
+
+
+def test_a_run_that_is_gone_is_not_shown(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    both.delete_brain_run("ecif")
+    panel.send("on_load")
+    assert panel.state["key"] == "audit"
+    both.delete_brain_run("audit")
+    panel.send("on_load")
+    assert "No scores yet" in panel.text
+
+
+def test_captions_cannot_write_markdown(both):
+    sample = both.exists("ecif_influence").sort_by("ecif_influence").first()
+    sample["caption"] = "![x](http://evil) **bold**\n# title <b>"
+    sample.save()
+    panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="ranking")
+    escaped = r"\!\[x\]\(http://evil\) \*\*bold\*\* \# title \<b\>"
+    assert escaped in json.loads(json.dumps(panel.text)).replace("\\\\", "\\")
