@@ -17,7 +17,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.ready: pyproject.toml | $(BIN)/pip
+$(VENV)/.ready: pyproject.toml requirements.txt | $(BIN)/pip
 	$(BIN)/pip install -q -e .
 	$(BIN)/python -m fiftyone_ecif.database
 	touch $@

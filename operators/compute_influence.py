@@ -28,7 +28,8 @@ from .forms import (
     target_view,
     unusable,
 )
-from .jobs import call, report, run_job, show, with_progress
+from .jobs import Job, call, report, run_job, show, with_progress
+from .pace import estimate, remember
 
 _DEFAULTS: dict[str, Any] = {
     "caption_field": "caption",
@@ -102,7 +103,8 @@ class ComputeInfluence(foo.Operator):
         aims = ask_target(inputs, ctx, samples)
         if aims is not None:
             counts = f"{len(samples):,} pairs will be scored towards {len(aims):,} validation pairs"
-            inputs.view("counts", types.Notice(label=counts))
+            takes = estimate(_kind(_DEFAULTS | ctx.params), len(samples) + len(aims))
+            inputs.view("counts", types.Notice(label=counts, description=takes))
         ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_influence, KEY_positive, KEY_negative"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, InfluenceConfig())
@@ -115,7 +117,7 @@ class ComputeInfluence(foo.Operator):
 
     def execute(self, ctx: Any) -> Iterator[Any]:
         """Runs the job, reporting progress and failures in a way that the App shows."""
-        yield from run_job(ctx, _score)
+        yield from run_job(ctx, self.resolve_run_name(ctx), _score)
 
     def __call__(self, samples: Any, target: str, delegate: bool = False, **options: Any) -> Any:
         """Scores a dataset or view; ``target`` is ``"tag: NAME"`` or ``"saved view: NAME"``.
@@ -124,6 +126,11 @@ class ComputeInfluence(foo.Operator):
         so are the errors.
         """
         return call(self.uri, samples, delegate, {"target": target, **_DEFAULTS, **options})
+
+
+def _kind(params: dict[str, Any]) -> str:
+    """All that a run's pace depends on."""
+    return " ".join(map(str, ("influence", *(params.get(name) for name in ("model", "scope", "fit", "n_partitions")))))
 
 
 def _how(inputs: Any, ctx: Any) -> None:
@@ -180,7 +187,7 @@ def _what_loss(inputs: Any, ctx: Any) -> None:
         dropdown(inputs, "label_field", labels, label="Classes", description="The field of the classes to tell apart")
 
 
-def _score(ctx: Any) -> Iterator[Any]:
+def _score(ctx: Any, job: Job) -> Iterator[Any]:
     from fiftyone_ecif.api import influence_steps
     from fiftyone_ecif.runs import InfluenceConfig
 
@@ -205,7 +212,8 @@ def _score(ctx: Any) -> Iterator[Any]:
         skip_failures=params["skip_failures"],
         overwrite=params["overwrite"],
     )
-    results = yield from with_progress(ctx, work, f"Influence {params['brain_key']}")
+    results = yield from with_progress(ctx, job, work)
+    remember(_kind(params), len(results.ids) + results.diagnostics["target_pairs"], job.watch)
 
     key = params["brain_key"]
     done = f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}"

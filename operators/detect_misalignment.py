@@ -28,7 +28,8 @@ from .forms import (
     unusable,
     warning,
 )
-from .jobs import call, report, run_job, show, with_progress
+from .jobs import Job, call, report, run_job, show, with_progress
+from .pace import estimate, remember
 
 _LABEL, _ICON = "Detect misaligned pairs", "link_off"
 _DEFAULTS: dict[str, Any] = {
@@ -105,7 +106,8 @@ class DetectMisalignment(foo.Operator):
         samples = ask_pairs(inputs, ctx)
         if samples is None:
             return form
-        inputs.view("counts", types.Notice(label=f"{len(samples):,} pairs will be scored"))
+        takes = estimate(_kind(_DEFAULTS | ctx.params), len(samples))
+        inputs.view("counts", types.Notice(label=f"{len(samples):,} pairs will be scored", description=takes))
         ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_misalignment, KEY_reason, KEY_duplicate"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, MisalignmentConfig())
@@ -122,7 +124,7 @@ class DetectMisalignment(foo.Operator):
 
     def execute(self, ctx: Any) -> Iterator[Any]:
         """Runs the job, reporting progress and failures in a way that the App shows."""
-        yield from run_job(ctx, _detect)
+        yield from run_job(ctx, self.resolve_run_name(ctx), _detect)
 
     def __call__(self, samples: Any, delegate: bool = False, **options: Any) -> Any:
         """Looks for misaligned pairs in a dataset or view.
@@ -131,6 +133,11 @@ class DetectMisalignment(foo.Operator):
         are the errors; ``target`` is ``"tag: NAME"`` or ``"saved view: NAME"``.
         """
         return call(self.uri, samples, delegate, {**_DEFAULTS, **options})
+
+
+def _kind(params: dict[str, Any]) -> str:
+    """All that a run's pace depends on."""
+    return " ".join(map(str, ("misalignment", *(params.get(name) for name in ("model", "detector", "fit")))))
 
 
 def _ask_trained(inputs: Any, ctx: Any) -> None:
@@ -206,7 +213,7 @@ def _ask_detector(inputs: Any, ctx: Any, samples: Any) -> None:
         ask_target(inputs, ctx, samples)
 
 
-def _detect(ctx: Any) -> Iterator[Any]:
+def _detect(ctx: Any, job: Job) -> Iterator[Any]:
     from fiftyone_ecif.audits import MisalignmentConfig
     from fiftyone_ecif.misalignment import misalignment_steps
 
@@ -228,7 +235,8 @@ def _detect(ctx: Any) -> Iterator[Any]:
         num_workers=params["num_workers"] if ctx.delegated else 0,  # the App's server must not fork
         **{name: params[name] for name in ("tag", "share", "threshold", "skip_failures", "overwrite")},
     )
-    results = yield from with_progress(ctx, work, f"Misalignment {params['brain_key']}")
+    results = yield from with_progress(ctx, job, work)
+    remember(_kind(params), len(results.ids), job.watch)
 
     key = params["brain_key"]
     yield report(ctx, f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}", 1.0)

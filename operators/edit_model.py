@@ -9,8 +9,8 @@ from typing import Any
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
-from .forms import blocked, dropdown, menu_button, refuse, target_names, target_view, unusable, warning
-from .jobs import call, report, run_job, with_progress
+from .forms import ask_background, blocked, dropdown, menu_button, refuse, target_names, target_view, unusable, warning
+from .jobs import Job, call, report, run_job, with_progress
 
 _LABEL, _ICON = "Edit model", "auto_fix_high"
 _KEY, _SELECTION = "ecif", "selection"
@@ -50,6 +50,7 @@ class EditModel(foo.Operator):
         key = ctx.params.get("brain_key") or default
         _ask_removed(inputs, ctx, key if key in runs else default)
         _ask_path(inputs, ctx)
+        ask_background(inputs)
         return form
 
     def resolve_run_name(self, ctx: Any) -> str:
@@ -57,7 +58,7 @@ class EditModel(foo.Operator):
 
     def execute(self, ctx: Any) -> Iterator[Any]:
         """Runs the job, reporting progress and failures in a way that the App shows."""
-        yield from run_job(ctx, _edit)
+        yield from run_job(ctx, self.resolve_run_name(ctx), _edit)
 
     def __call__(
         self,
@@ -139,14 +140,14 @@ def _path(ctx: Any) -> Path:
     return Path(ctx.params["path"]).expanduser().absolute()
 
 
-def _edit(ctx: Any) -> Iterator[Any]:
+def _edit(ctx: Any, job: Job) -> Iterator[Any]:
     from fiftyone_ecif.editing import edit_steps
 
     key, remove = ctx.params.get("brain_key", _KEY), ctx.params["remove"]
     removed = _removed(ctx, remove).exists(f"{key}_influence").values("id")
     results = ctx.dataset.load_brain_results(key, cache=False)  # another process may have renewed the run
     work = edit_steps(results, removed, str(_path(ctx)), overwrite=ctx.params.get("overwrite", False))
-    edit = yield from with_progress(ctx, work, f"Model edit {key}")
+    edit = yield from with_progress(ctx, job, work)
     results.diagnostics["edit"] = {**edit._asdict(), "pairs": remove}
     results.save()
     said = (

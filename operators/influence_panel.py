@@ -12,13 +12,14 @@ import fiftyone.operators.types as types
 from fiftyone_ecif.errors import EcifError
 
 from .forms import MISSING
-from .jobs import running_jobs, show_finished_jobs, stop_job
+from .jobs import has_jobs, running_jobs, show_finished_jobs, stop_job
 
 _PAGES = {"overview": "Overview", "ranking": "Ranking", "pair": "Pair", "review": "Review", "run": "Run"}
 _ROWS = 7  # pairs of the ranking on one screen
 _LINKS = 4  # pairs in a strip
 _GROUPS = 5  # tags with a colour of their own
 _PROPOSALS = 20
+_PATIENCE = 2500  # milliseconds between two looks at jobs
 _MARGIN = {"componentsProps": {"container": {"sx": {"px": 2, "pt": 1, "pb": 4}}}}
 _URI = "@ecif/fiftyone-ecif/"
 _HELP = """**Overview**: how a score is distributed. Drag over a plot to see those pairs in the grid; move the slider to
@@ -48,6 +49,9 @@ class InfluencePanel(foo.Panel):
 
     def execute(self, ctx: Any) -> Any:
         """Runs an event and draws the panel anew; a failure is shown as a notice."""
+        idle = not (_get(ctx, "busy") or has_jobs(ctx))
+        if ctx.params.get("__method__") == "look_for_jobs" and idle:
+            return None
         try:
             return super().execute(ctx)
         except EcifError as error:
@@ -58,7 +62,7 @@ class InfluencePanel(foo.Panel):
 
     def on_load(self, ctx: Any) -> None:
         """Opens the run that was shown last, or the newest one."""
-        show_finished_jobs(ctx)
+        show_finished_jobs(ctx, moving=False)
         keys = _keys(ctx)
         _choose_run(ctx, _get(ctx, "key") if _get(ctx, "key") in keys else keys[-1] if keys else None)
 
@@ -256,11 +260,11 @@ class InfluencePanel(foo.Panel):
             row = panel.h_stack(f"job_{number}", gap=1, align_y="center")
             row.md(f"**{job['name']}** {job['progress']:.0%} · {job['label']}", name="label")
             row.btn("stop", "Stop", icon="stop", variant="outlined", on_click=self.stop, params={"job": key})
-        if jobs:
-            panel.view("timer", types.TimerView(interval=2000, on_interval=self.refresh_jobs))
+        ctx.panel.set_state("busy", bool(jobs))
+        panel.view("timer", types.TimerView(interval=_PATIENCE, on_interval=self.look_for_jobs))
 
-    def refresh_jobs(self, ctx: Any) -> None:
-        """Another look at the jobs; once one has ended, the scores are read anew."""
+    def look_for_jobs(self, ctx: Any) -> None:
+        """Looks what jobs do, every few seconds; once one has ended, the scores are read anew."""
         if show_finished_jobs(ctx) or not running_jobs(ctx):
             self.refresh(ctx)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from threading import Thread
@@ -11,15 +13,19 @@ from typing import Any
 from uuid import uuid4
 
 import fiftyone.operators as foo
+import psutil
 from fiftyone.operators.executor import ExecutionError
 
 from fiftyone_ecif.errors import EcifError
+
+from .pace import Watch
 
 logger = logging.getLogger(__name__)
 
 _STORE = "fiftyone_ecif_jobs"  # of FiftyOne's execution stores, which all processes on a dataset share
 _STOP = "stop "  # what the key of a request starts with
 _FORGET = 900  # seconds after which a job that said nothing is taken for dead
+_FRESH = 60  # seconds in which who started a job still expects the grid to change
 _REMEMBER = 86400  # seconds that the end of a job waits for someone to see it
 KEPT = "Stopped. What was computed so far is kept: run it again to go on from there"
 
@@ -28,9 +34,19 @@ class StoppedError(Exception):
     """The user stopped the job."""
 
 
+def has_jobs(ctx: Any) -> bool:
+    """Whether there is a job on the dataset that runs, or has ended unseen."""
+    return ctx.dataset is not None and bool(_entries(ctx))
+
+
 def running_jobs(ctx: Any) -> dict[str, dict[str, Any]]:
     """Jobs on the dataset by their id: ``name``, ``label`` and ``progress`` in [0, 1] as last reported."""
-    return {key: job for key, job in _entries(ctx).items() if "progress" in job}
+    return {key: job for key, job in _entries(ctx).items() if "progress" in job and not _is_dead(job)}
+
+
+def _is_dead(job: dict[str, Any]) -> bool:
+    """Whether the process that ran it is gone, as far as this machine can tell."""
+    return bool(job["host"] == socket.gethostname() and not psutil.pid_exists(job["process"]))
 
 
 def stop_job(ctx: Any, job: str) -> None:
@@ -38,13 +54,20 @@ def stop_job(ctx: Any, job: str) -> None:
     ctx.store(_STORE).set(_STOP + job, True, ttl=_FORGET)
 
 
-def show_finished_jobs(ctx: Any) -> bool:
-    """Does in the App what jobs in the background wanted done at their end; whether there were any."""
-    finished = {key: job["asked"] for key, job in _entries(ctx).items() if "asked" in job}
-    for key, asked in finished.items():
+def show_finished_jobs(ctx: Any, moving: bool = True) -> bool:
+    """Does in the App what jobs in the background wanted done at their end; whether there were any.
+
+    Args:
+        ctx: of the panel.
+        moving (True): whether also to bring something to the grid long after the end.
+    """
+    finished = {key: job for key, job in _entries(ctx).items() if "asked" in job}
+    for key, job in finished.items():
         ctx.store(_STORE).delete(key)
-        for request in asked:
-            ctx.trigger(request["operator"], request["params"])
+        fresh = moving or time.time() - job["ended"] < _FRESH
+        for request in job["asked"]:
+            if fresh or request["operator"] == "notify":
+                ctx.trigger(request["operator"], request["params"])
     return bool(finished)
 
 
@@ -54,40 +77,80 @@ def _entries(ctx: Any) -> dict[str, dict[str, Any]]:
     return {key: entry for key, entry in found.items() if entry}  # one can go meanwhile
 
 
-def run_job(ctx: Any, job: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+class Job:
+    """A job that others can see and stop.
+
+    Args:
+        ctx: of the operator.
+        name: what it is called.
+
+    Attributes:
+        watch: what its stages take.
+    """
+
+    def __init__(self, ctx: Any, name: str) -> None:
+        self._store, self._key, self._name = ctx.store(_STORE), uuid4().hex, name
+        self.watch = Watch()
+        self.tell("Starting", 0.0)
+
+    def tell(self, label: str, progress: float) -> None:
+        """Says how far it is, in [0, 1]."""
+        told = {"name": self._name, "label": label, "progress": progress}
+        self._store.set(self._key, {**told, "host": socket.gethostname(), "process": os.getpid()}, ttl=_FORGET)
+
+    @property
+    def is_to_stop(self) -> bool:
+        """Whether someone asked for that."""
+        return bool(self._store.has(_STOP + self._key))
+
+    def end(self, asked: list[dict[str, Any]] | None = None) -> None:
+        """Takes it from the list.
+
+        Args:
+            asked (None): what the App is to do when somebody looks next.
+        """
+        if asked is None:
+            self._store.delete(self._key)
+        else:
+            self._store.set(self._key, {"asked": asked, "ended": time.time()}, ttl=_REMEMBER)
+        self._store.delete(_STOP + self._key)
+
+
+def run_job(ctx: Any, name: str, work: Callable[[Any, Job], Iterator[Any]]) -> Iterator[Any]:
     """Runs a job: at once with a progress bar, or in the background, where the panel shows it.
 
     The progress bar of the App covers everything until the job ends, and cannot be
-    stopped.
+    stopped from there.
+
+    Args:
+        ctx: of the operator, whose parameter ``background`` says which.
+        name: of the job.
+        work: does it, given the context and the job.
     """
+    job = Job(ctx, name)
     if ctx.delegated or not ctx.params.get("background"):
-        yield from _run(ctx, job)
+        try:
+            yield from _run(ctx, job, work)
+        finally:
+            job.end()
         return
-    before = set(_entries(ctx))
-    Thread(target=_run_in_background, args=(ctx, job), daemon=True).start()
-    patience = time.monotonic() + 5  # until there is something for the panel to show
-    while not set(_entries(ctx)) - before and time.monotonic() < patience:
-        time.sleep(0.1)
+    Thread(target=_run_in_background, args=(ctx, job, work), daemon=True).start()
     yield ctx.ops.open_panel("influence_panel", layout="horizontal")
     yield ctx.ops.notify("Running in the background. The Influence panel shows how far it is", variant="info")
 
 
-def _run_in_background(ctx: Any, job: Callable[[Any], Iterator[Any]]) -> None:
+def _run_in_background(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> None:
     """Runs a job and leaves what it asks of the App to the panel."""
-    requests = [message.body for message in _run(ctx, job) if message is not None]
-    asked = [
-        {"operator": request.operator_uri, "params": request.params}
-        for request in requests
-        if request.operator_uri != "set_progress"
-    ]
-    ctx.store(_STORE).set(uuid4().hex, {"asked": asked}, ttl=_REMEMBER)
+    requests = [message.body for message in _run(ctx, job, work)]
+    asked = [{"operator": request.operator_uri, "params": request.params} for request in requests]
+    job.end([request for request in asked if request["operator"] != "set_progress"])
 
 
-def _run(ctx: Any, job: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+def _run(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> Iterator[Any]:
     """Runs a job, and shows a failure: an exception inside a generator would never reach the user."""
     try:
         yield report(ctx, "Starting", 0.0)
-        yield from job(ctx)
+        yield from work(ctx, job)
     except StoppedError:
         if ctx.delegated:
             raise
@@ -98,31 +161,31 @@ def _run(ctx: Any, job: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
             raise
         message = str(error)
         if not isinstance(error, EcifError):
-            logger.exception("%s failed", job.__module__.rpartition(".")[2])
+            logger.exception("%s failed", work.__module__.rpartition(".")[2])
             message = f"{type(error).__name__}: {error}"
         yield ctx.ops.set_progress(label=f"Failed: {message}", progress=1)
         yield ctx.ops.notify(message, variant="error")
 
 
-def with_progress(ctx: Any, work: Any, name: str) -> Generator[Any, None, Any]:
+def with_progress(ctx: Any, job: Job, steps: Any) -> Generator[Any, None, Any]:
     """Shows the job's progress, at most twice a second, with rate and remaining time.
 
     Args:
         ctx: of the operator.
-        work: a generator of :class:`fiftyone_ecif.progress.Progress`.
-        name: of the job, for who wants to stop it.
+        job: that it is.
+        steps: a generator of :class:`fiftyone_ecif.progress.Progress`.
 
     Returns:
-        what ``work`` returns
+        what ``steps`` returns
 
     Raises:
         StoppedError: if the user stops it
     """
-    store, job = ctx.store(_STORE), uuid4().hex
     stage, since, last, overall = None, 0.0, 0.0, 0.0
     try:
         while True:
-            step = next(work)
+            step = next(steps)
+            job.watch.see(step)
             now = time.monotonic()
             if step.stage != stage:
                 stage, since = step.stage, now
@@ -134,16 +197,14 @@ def with_progress(ctx: Any, work: Any, name: str) -> Generator[Any, None, Any]:
                 rate = step.done / (now - since)
                 label += f" ({rate:,.0f} a second, {(step.total - step.done) / rate:,.0f} s left)"
             overall = max(overall, step.overall)  # a solve can start again
-            store.set(job, {"name": name, "label": label, "progress": overall}, ttl=_FORGET)
+            job.tell(label, overall)
             yield report(ctx, label, overall)
-            if store.has(_STOP + job):
+            if job.is_to_stop:
                 raise StoppedError(KEPT)
     except StopIteration as end:
         return end.value
     finally:
-        work.close()
-        store.delete(job)
-        store.delete(_STOP + job)
+        steps.close()
 
 
 def report(ctx: Any, label: str, progress: float) -> Any:
