@@ -79,13 +79,6 @@ class CachedGradients:
         solved = self._half_solve(self._half_solve(targets.T), transposed=True).T / len(self.positive)
         return solved @ self.positive.T, solved @ self.negative.T
 
-    def influence_of(self, row: int, targets: np.ndarray) -> np.ndarray:
-        """The influence of one pair on many targets, shape ``(M,)``; arguments and unit as :meth:`influence`."""
-        gradient = (self.positive[row] + self.negative[row])[:, None]
-        solved = self._half_solve(self._half_solve(gradient), transposed=True)[:, 0]
-        influence: np.ndarray = targets @ solved / len(self.positive)
-        return influence
-
     def relative_influence(self, targets: np.ndarray) -> np.ndarray:
         """Influence over the length of what the pair does to the model, shape ``(M, N)``.
 
@@ -186,3 +179,13 @@ def stored_products(store: Store, vectors: np.ndarray, *columns: str) -> np.ndar
         rows.append(found["row"])
         products.append(np.sum([vectors @ found[name].T for name in columns], axis=0))
     return np.concatenate(products, axis=1)[:, np.argsort(np.concatenate(rows))]
+
+
+def stored_pair(store: Store, row: int, *columns: str) -> dict[str, np.ndarray] | None:
+    """What the store holds of one pair, without reading the others; None if there is nothing."""
+    table = store.table("gradients")
+    for part in table.parts():
+        (found,) = np.nonzero(table.read(part, "row")["row"] == row)
+        if len(found):
+            return {name: values[found[0]] for name, values in table.read(part, *columns).items()}
+    return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.linalg import cho_solve, cholesky
 
+from .cached import read_curvature, stored_pair, stored_products
 from .runs import InfluenceResults
 from .store import Store
 
@@ -50,26 +52,22 @@ def look_at(results: Any, sample: str, count: int = 5) -> Portrait:
         what there is: a run that kept no gradients leaves all lists empty
     """
     row = results.ids.index(sample)
-    table = Store(*results.config.store).table("gradients")
-    found = table.read_all("row", "image") if table.parts() else {"row": np.empty(0)}
-    neighbours: list[Link] = []
-    if len(found["row"]) == len(results.ids):
-        images = np.empty_like(found["image"])
-        images[found["row"]] = found["image"]
-        similarity = images @ images[row]
-        similarity[row] = -np.inf
-        neighbours = _links(results.ids, similarity, count)
-    harms, helps = [], []
-    if neighbours and isinstance(results, InfluenceResults) and results.config.keep_gradients:
-        influences, names = [], list[str]()
-        cached = results.cached()
-        for name in results.slices:
-            aims = results.target_pairs(name)
-            influences.append(cached.influence_of(row, aims.gradients))
-            names += aims.ids
-        influence = np.concatenate(influences)
-        helps = [link for link in _links(names, influence, count) if link.value > 0]
-        harms = [Link(link.id, -link.value) for link in _links(names, -influence, count) if link.value > 0]
+    store = Store(*results.config.store)
+    pair = stored_pair(store, row, "image", "positive", "negative")
+    if pair is None:
+        return Portrait([], [], [])
+    similarity = stored_products(store, pair["image"][None], "image")[0]
+    similarity[row] = -np.inf
+    neighbours = _links(results.ids, similarity, count)
+    if not isinstance(results, InfluenceResults):
+        return Portrait([], [], neighbours)
+    curvature = read_curvature(store, results.config.solver, results.config.damping)
+    change = cho_solve((cholesky(curvature, lower=True), True), pair["positive"] + pair["negative"])
+    aims = [results.target_pairs(name) for name in results.slices]
+    influence = np.concatenate([slice_.gradients @ change for slice_ in aims]) / len(results.ids)
+    names = [name for slice_ in aims for name in slice_.ids]
+    helps = [link for link in _links(names, influence, count) if link.value > 0]
+    harms = [Link(link.id, -link.value) for link in _links(names, -influence, count) if link.value > 0]
     return Portrait(harms, helps, neighbours)
 
 
