@@ -66,9 +66,11 @@ class Scoreboard:
         value = math.nan if row is None else float(self.columns[field][row])
         return value if math.isfinite(value) else None
 
-    def rank(self, field: str, sample: str) -> int:
-        """The place of a scored sample, 1 = the highest score."""
-        return int((self.columns[field] > self.columns[field][self.places[sample]]).sum()) + 1
+    def place(self, field: str, sample: str) -> tuple[int, str]:
+        """The place of a scored sample from the nearer end, 1 = the first; and ``"highest"`` or ``"lowest"``."""
+        values, value = self.columns[field], self.columns[field][self.places[sample]]
+        above, below = int((values > value).sum()), int((values < value).sum())
+        return (above + 1, "highest") if above < below else (below + 1, "lowest")
 
     def histogram(self, field: str, bins: int = 60) -> Histogram:
         """How the scores are distributed.

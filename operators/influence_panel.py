@@ -68,14 +68,13 @@ class InfluencePanel(foo.Panel):
 
     def on_change_dataset(self, ctx: Any) -> None:
         """Starts anew on another dataset."""
-        for name in ("pair", "queue"):
+        for name in ("pair", "queue", "selected"):
             ctx.panel.set_state(name, None)
         self.on_load(ctx)
 
     def on_change_selected(self, ctx: Any) -> None:
         """Marks what is selected in the grid; a single pair is looked at."""
-        if len(ctx.selected) == 1:
-            ctx.panel.set_state("pair", ctx.selected[0])
+        _take_selected(ctx)
         _draw_scatter(ctx)
 
     # choices
@@ -86,6 +85,7 @@ class InfluencePanel(foo.Panel):
 
     def choose_page(self, ctx: Any) -> None:
         """Another page."""
+        _take_selected(ctx)
         _turn_to(ctx, ctx.params["value"])
 
     def choose_field(self, ctx: Any) -> None:
@@ -385,7 +385,7 @@ class InfluencePanel(foo.Panel):
     def _pair(self, ctx: Any, panel: Any) -> None:
         sample, board = _get(ctx, "pair"), _board(ctx)
         if sample is None or board.value(_get(ctx, "field"), sample) is None:
-            panel.md("Select one scored sample in the grid, or press **Look** in a list of the overview", name="none")
+            panel.md("Select one scored sample in the grid, or press **Look** in the ranking", name="none")
             return
         from fiftyone_ecif.portrait import look_at
 
@@ -397,9 +397,7 @@ class InfluencePanel(foo.Panel):
         for field in _fields(ctx):
             value = board.value(field, sample)
             if value is not None:
-                place, end = board.rank(field, sample), "highest"
-                if place > len(board.ids) / 2:
-                    place, end = len(board.ids) + 1 - place, "lowest"
+                place, end = board.place(field, sample)
                 lines.append(f"- `{field}` **{value:.4g}**, no. {place:,} from the {end}")
         reason = _value(ctx, sample, f"{_get(ctx, 'key')}_reason")
         if reason:
@@ -467,29 +465,32 @@ class InfluencePanel(foo.Panel):
             panel.md(learned, name="learned")
 
     def _run(self, ctx: Any, panel: Any) -> None:
+        from fiftyone_ecif.catalogue import staleness
         from fiftyone_ecif.diagnosis import diagnose
 
         key, results = _get(ctx, "key"), _results(ctx)
         lines = [f"**How far to trust it**: {len(results.ids):,} pairs scored, {len(results.skipped):,} skipped", ""]
         for remark in diagnose(results.config, results.diagnostics):
             lines.append(f"- {'✓' if remark.fine else '⚠'} {remark.text}.")
+        stale = staleness(ctx.dataset, key)
+        if any(stale):
+            lines.append(f"- ⚠ Since it was made: {stale}. Run it again for scores of the pairs as they are now.")
         for reason, count in Counter(results.skipped.values()).most_common(3):
             lines.append(f"- {count:,} skipped: {_plain(reason)}")
         panel.md("\n".join(lines), name="trust")
         panel.md("**What to do next**", name="next_title")
         next_steps = panel.h_stack("next", gap=1)
-        offers = {"tag_by_influence": "Tag", "export_pairs": "Export"}
+        run = {"brain_key": key}
+        offers = [
+            ("tag_by_influence", "Tag", {"field": _get(ctx, "field"), "direction": _get(ctx, "direction")}),
+            ("export_pairs", "Export", {"caption_field": results.config.caption_field}),
+            ("manage_influence_runs", "Manage runs", run),
+        ]
         if not _is_audit(ctx):
-            offers |= {"trace_predictions": "Trace mistakes", "edit_model": "Edit model"}
-        offers |= {"manage_influence_runs": "Manage runs"}
-        for name, label in offers.items():
-            next_steps.btn(
-                name,
-                label,
-                variant="outlined",
-                on_click=self.prompt,
-                params={"operator": name, "prefill": {"brain_key": key}},
-            )
+            offers[2:2] = [("trace_predictions", "Trace mistakes", run), ("edit_model", "Edit model", run)]
+        for name, label, prefill in offers:
+            params = {"operator": name, "prefill": prefill}
+            next_steps.btn(name, label, variant="outlined", on_click=self.prompt, params=params)
 
 
 # state and data
@@ -638,6 +639,14 @@ def _ordered(ctx: Any, ids: list[str]) -> list[str]:
     """Scored samples, those first that lie furthest at the chosen end."""
     lowest_first: list[str] = _board(ctx).ordered(_get(ctx, "field"), ids)
     return lowest_first if _get(ctx, "direction") == "harmful" else lowest_first[::-1]
+
+
+def _take_selected(ctx: Any) -> None:
+    """Looks at a pair newly selected in the grid; who then turns the page at once is not told of it in between."""
+    if ctx.selected != (_get(ctx, "selected") or []):
+        ctx.panel.set_state("selected", ctx.selected)
+        if len(ctx.selected) == 1:
+            ctx.panel.set_state("pair", ctx.selected[0])
 
 
 def _look(ctx: Any, sample: str) -> None:

@@ -174,6 +174,11 @@ def test_the_run_in_plain_words(both):
     panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="run")
     assert "✓ The model is at a minimum of these pairs' loss" in panel.text
     assert "validation pairs that were kept apart" in panel.text
+    assert "Since it was made" not in panel.text
+    sample = both.match_tags("train").first()
+    sample["caption"] = "another one"
+    sample.save()
+    assert "⚠ Since it was made: 1 changed" in panel.send("choose_page", value="run").text
     panel.send("choose_run", value="audit")
     assert "of the captions are wrong" in panel.text
 

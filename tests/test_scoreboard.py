@@ -41,7 +41,10 @@ def test_few_points_keep_the_extremes():
 
 def test_ranks_and_values():
     small = Scoreboard(["x", "y", "z"], {"a": np.array([0.5, 2.0, math.nan])})
-    assert [small.rank("a", sample) for sample in "yx"] == [1, 2]
+    assert small.place("a", "y") == (1, "highest")
+    assert small.place("a", "x") == (1, "lowest")
+    many = Scoreboard(list("abcdef"), {"a": np.array([0.0, 1.0, 2.0, 3.0, 4.0, math.nan])})
+    assert [many.place("a", sample)[0] for sample in "abcde"] == [1, 2, 3, 2, 1]
     assert small.value("a", "x") == 0.5
     assert small.value("a", "z") is None
     assert small.value("a", "unknown") is None
