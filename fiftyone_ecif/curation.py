@@ -65,7 +65,7 @@ def select_by_influence(
     given = {name: value for name, value in limits.items() if value is not None}
     if len(given) != 1:
         raise EcifError(f"Give one of count, share and threshold, got {', '.join(given) or 'none'}")
-    scored = samples.exists(field)
+    scored = samples.exists(field).match(ViewField(field) > -math.inf)  # NaN exists, and sorts below all numbers
     lowest = DIRECTIONS[direction] == "lowest"
     ordered = scored.sort_by(field, reverse=not lowest)
     if threshold is not None:

@@ -25,7 +25,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from .errors import EcifError
@@ -161,6 +160,8 @@ class Table:
             part: its name. Parts are read in the order of their names.
             columns: arrays of equal length.
         """
+        import h5py
+
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
         os.close(handle)
@@ -185,6 +186,8 @@ class Table:
         Raises:
             EcifError: if it is damaged or was written in another format
         """
+        import h5py  # not above: the plugin must be able to say that it is missing
+
         path = self.folder / f"{part}.h5"
         try:
             with h5py.File(path, "r") as file:

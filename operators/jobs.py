@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 from typing import Any
 from uuid import uuid4
@@ -231,7 +232,8 @@ def call(uri: str, samples: Any, delegate: bool, params: dict[str, Any]) -> Any:
     params = {name: value for name, value in params.items() if value is not None}
     place = {"view": samples.view(), "dataset": samples._dataset}
     try:
-        result = foo.execute_operator(uri, place, params=params, request_delegation=delegate)
+        with ThreadPoolExecutor(1) as alone:  # in a notebook's event loop FiftyOne would return before it is done
+            result = alone.submit(foo.execute_operator, uri, place, params=params, request_delegation=delegate).result()
     except ExecutionError as error:
         found = re.fullmatch(r"Validation error\. Path: (.*?)\. Reason: (.*)", str(error), re.DOTALL)
         if not found:

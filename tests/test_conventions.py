@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,14 @@ from fiftyone.operators.executor import ExecutionContext, Executor
 from PIL import Image
 from test_panel import Panel
 
-from fiftyone_ecif import EcifError, compute_influence, compute_misalignment, export_pairs, training
+from fiftyone_ecif import (
+    EcifError,
+    compute_influence,
+    compute_misalignment,
+    export_pairs,
+    select_by_influence,
+    training,
+)
 from fiftyone_ecif.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,11 +36,12 @@ PLUGIN = "@ecif/fiftyone-ecif"
 
 WITHOUT_DEPENDENCIES = """
 import sys, time
-for name in ("torch", "open_clip", "h5py"):
-    sys.modules[name] = None  # importing it fails, and so does looking for it
 import fiftyone.operators as foo, fiftyone.operators.registry as registry, fiftyone.plugins as fop
 from fiftyone.operators.executor import ExecutionContext, Executor
 from fiftyone.plugins.context import PluginContext
+for name in ("torch", "open_clip", "h5py"):
+    assert name not in sys.modules, name
+    sys.modules[name] = None  # importing it fails, and so does looking for it
 definition = fop.get_plugin(sys.argv[1])
 start = time.process_time()
 PluginContext(definition).register_all()
@@ -110,22 +119,19 @@ def test_all_ways_to_run_give_identical_scores(made):
     assert all(scores == found["function"] for scores in found.values()), found
 
 
-def test_a_run_on_a_view_touches_no_other_sample(dataset, score):
+def test_a_run_on_a_view_touches_no_other_sample(dataset, score, made):
     train = dataset.match_tags("train")
     score(train, dataset.match_tags("val"), brain_key="before")
     part = train.limit(40)
     others = dataset.exclude(part)
-    kept = [sample.to_dict(include_private=True) for sample in others]
+    kept = {sample.id: sample.to_dict(include_private=True) for sample in others}
     score(part, dataset.match_tags("val"))
-    compute_misalignment(part, model=training.MODEL, pretrained=part_weights(dataset), num_workers=0, batch_size=24)
-    for before, sample in zip(kept, dataset.select([str(one["_id"]) for one in kept]), strict=True):
-        after = sample.to_dict(include_private=True)
-        assert {name: after[name] for name in before} == before
+    compute_misalignment(part, model=training.MODEL, pretrained=made[1], num_workers=0, batch_size=24)
+    assert part.count("ecif_influence") == part.count("audit_misalignment") == 40
+    for sample_id, before in kept.items():
+        after = dataset[sample_id].to_dict(include_private=True)
+        assert {name: after[name] for name in before} == before  # when it was last changed, too
         assert not [name for name in after.keys() - before.keys() if after[name] is not None]
-
-
-def part_weights(dataset):
-    return dataset.get_brain_info("before").config.pretrained
 
 
 def test_progress_can_be_a_function(dataset, made):
@@ -144,7 +150,9 @@ def test_progress_can_be_a_function(dataset, made):
 
 def test_what_is_no_set_of_images_is_refused_clearly(dataset, score):
     video = fo.Dataset()
-    video.add_sample(fo.Sample("film.mp4", caption="a film", frames={1: fo.Frame(filepath=dataset.first().filepath)}))
+    film = fo.Sample("film.mp4", caption="a film")
+    film.frames[1] = fo.Frame(filepath=dataset.first().filepath)
+    video.add_sample(film)
     dataset.add_sample_field("things", fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections)
     first = dataset.first()
     first["things"] = fo.Detections(detections=[fo.Detection(label="digit", bounding_box=[0, 0, 0.5, 0.5])])
@@ -195,12 +203,12 @@ def test_exports_can_be_read_again(dataset, score, tmp_path):
         progress=False,
     )
     fields = ["filepath", "caption", "ecif_influence"]
-    assert from_csv.values(fields) == wanted.values(fields)
+    assert from_csv.sort_by("filepath").values(fields) == wanted.sort_by("filepath").values(fields)
     from_csv.delete()
 
     rows = json.loads((tmp_path / "pairs.json").read_text())
     score_fields = ["ecif_influence", "ecif_positive", "ecif_negative"]
-    assert [[row[name] for row in rows] for name in score_fields] == wanted.values(score_fields)
+    assert [[row[name] for row in rows] for name in score_fields] == list(wanted.values(score_fields))
     copy = dataset.clone()
     copy.delete_brain_run("ecif")
     copy.set_values("ecif_influence", {row["id"]: row["ecif_influence"] for row in rows}, key_field="id")
@@ -210,8 +218,6 @@ def test_exports_can_be_read_again(dataset, score, tmp_path):
 
 
 def test_nan_is_never_selected(dataset):
-    from fiftyone_ecif import select_by_influence
-
     dataset.add_sample_field("mine", fo.FloatField)
     ids = dataset.values("id")
     dataset.set_values("mine", {ids[0]: math.nan, ids[1]: -1.0, ids[2]: 1.0}, key_field="id")
@@ -230,8 +236,59 @@ def test_the_panel_leaves_the_view_alone_when_it_opens(dataset, score):
     assert not hasattr(listens, "on_change_extended_selection")
 
 
+def test_the_skill_works_as_it_is_written(made, tmp_path, monkeypatch, capsys):
+    (skill,) = fop.list_skills(plugin=PLUGIN)
+    assert fop.get_plugin(PLUGIN).skills == [skill.name] == ["curate-pairs"]
+    assert skill.category
+    assert "CLIP" in skill.description
+    names = set(fop.get_plugin(PLUGIN).operators) - {"influence_panel"}
+    assert set(re.findall(r"^\| .* \| `(\w+)` \|", skill.content, re.M)) == names
+    assert set(re.findall(PLUGIN + r"/(\w+)", skill.content)) == names
+
+    dataset = made[0].clone()
+    values = {"your-dataset": dataset.name, "ViT-B-32": training.MODEL, "laion2b_s34b_b79k": made[1]}
+    called = []
+
+    def spy(uri, ctx=None, **options):
+        called.append((uri, options["params"]))
+        return original(uri, ctx, **options)
+
+    original = foo.execute_operator
+    monkeypatch.setattr(foo, "execute_operator", spy)
+    monkeypatch.chdir(tmp_path)
+    variables = {}
+    for block in re.findall(r"```python\n(.*?)```", skill.content, re.S):
+        for name, value in values.items():
+            block = block.replace(f'"{name}"', repr(value))
+        exec(compile(block, "SKILL.md", "exec"), variables)
+    assert "error " not in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} >= {"edited.pt", "suspects.csv", "edited2.pt", "pairs.json"}
+    assert {"audit", "ecif", "audit2", "ecif2"} == set(dataset.list_brain_runs())
+    assert len(dataset.match_tags("worst")) == 10
+    for uri, params in called[-len(variables["calls"]) :]:
+        assert params == variables["calls"][uri]
+        ctx = ExecutionContext(
+            request_params={"dataset_name": dataset.name, "params": params | {"advanced": True}}, executor=Executor()
+        )
+        form = foo.get_operator(uri).resolve_input(ctx).to_json()["type"]["properties"]
+        assert set(params) <= set(form), uri
+    fields = re.findall(r"`\{key\}_(\w+)`", skill.content)
+    written = {name.partition("_")[2] for name in dataset.get_field_schema() if name.startswith(("ecif_", "audit_"))}
+    assert set(fields) == written
+    dataset.delete()
+
+
+def test_the_list_of_conventions_names_tests_that_exist():
+    listed = (ROOT / "docs" / "conventions.md").read_text()
+    for file, name in re.findall(r"`(test_\w+\.py)::(\w+)`", listed):
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
+
+
 #: Influence of eight pairs of noise on a model of noise; both are drawn by NumPy, whose streams do not change.
-GOLDEN = []
+GOLDEN = [
+    *(-0.05439513, -0.06797783, -0.01225549, -0.01887384),
+    *(-0.08498937, -0.03396668, -0.00555904, -0.05336747),
+]
 
 
 @pytest.fixture
@@ -270,10 +327,12 @@ def test_golden_scores_of_random_weights(noise):
             model="ecif-tiny",
             pretrained=weights,
             batch_size=8,
+            fit=True,
             device="cpu",
             num_workers=0,
         )
         found.append(train.values("ecif_influence"))
     copy.delete()
     assert found[0] == found[1]  # bit for bit on one machine
-    np.testing.assert_allclose(found[0], GOLDEN, rtol=1e-3, atol=1e-6)
+    # Features are float32, so BLAS libraries differ by about 1e-6 of them; that moves a score by up to 2e-4 of itself.
+    np.testing.assert_allclose(found[0], GOLDEN, rtol=2e-3, atol=1e-6)

@@ -602,6 +602,7 @@ def list_in_a_fresh_process(plugins, path=""):
     return ran.stdout.splitlines()[-2:]
 
 
+SHIPPED = ("fiftyone.yml", "requirements.txt", "operators/__init__.py", "skills/curate-pairs/SKILL.md")
 OPERATORS = str(sorted(LISTED["operators"] + LISTED["panels"]))  # FiftyOne counts panels among the operators
 
 
@@ -624,6 +625,7 @@ def test_the_plugin_works_from_the_wheel(tmp_path):
             "fiftyone_ecif",
             wheel.name.split("-py3")[0] + ".dist-info",
         }
+    assert all((site / "fiftyone_ecif/plugin" / name).is_file() for name in SHIPPED)
     plugins = tmp_path / "plugins"
     plugins.mkdir()
     installed = subprocess.run(

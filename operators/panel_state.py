@@ -1,0 +1,70 @@
+"""What the Influence panel remembers, and what it reads of the dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+#: The pages by name, with their titles.
+PAGES = {"overview": "Overview", "ranking": "Ranking", "pair": "Pair", "review": "Review", "run": "Run"}
+
+
+def get(ctx: Any, name: str) -> Any:
+    return ctx.panel.get_state(name)
+
+
+def current_page(ctx: Any) -> str:
+    page = get(ctx, "page")
+    return page if page in PAGES and (page != "review" or is_audit(ctx)) else "overview"
+
+
+def run_keys(ctx: Any) -> list[str]:
+    return list(ctx.dataset.list_brain_runs(method="ecif")) if ctx.dataset is not None else []
+
+
+def run_config(ctx: Any) -> Any:
+    return ctx.dataset.get_brain_info(get(ctx, "key")).config
+
+
+def is_audit(ctx: Any) -> bool:
+    return bool(run_config(ctx).type == "misalignment")
+
+
+def run_results(ctx: Any) -> Any:
+    return ctx.dataset.load_brain_results(get(ctx, "key"))
+
+
+def scoreboard(ctx: Any) -> Any:
+    from fiftyone_ecif.scoreboard import read_scoreboard
+
+    return read_scoreboard(ctx.dataset)
+
+
+def run_fields(ctx: Any) -> list[str]:
+    from fiftyone_ecif.scoreboard import score_fields
+
+    return score_fields(ctx.dataset, get(ctx, "key"), run_config(ctx))
+
+
+def current_cut(ctx: Any) -> Any:
+    return scoreboard(ctx).cut(get(ctx, "field"), get(ctx, "direction"), (get(ctx, "share") or 0) / 100)
+
+
+def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:
+    """Address of the image and caption of some samples, in their order; without those that are gone."""
+    media = ctx.dataset.app_config.grid_media_field or "filepath"
+    view = ctx.dataset.select(list(dict.fromkeys(ids)), ordered=True)
+    rows = zip(*view.values(["id", media, run_config(ctx).caption_field]), strict=True)
+    return {sample: (f"/media?filepath={quote(path)}", caption or "") for sample, path, caption in rows}
+
+
+def value_of(ctx: Any, sample: str, field: str) -> Any:
+    if not ctx.dataset.has_sample_field(field):
+        return None
+    return next(iter(ctx.dataset.select(sample).values(field)), None)
+
+
+def plain(text: str) -> str:
+    """Text that markdown shows as it is, on one line."""
+    kept = " ".join(text.split())
+    return "".join(f"\\{letter}" if letter in r"\`*_{}[]<>()#+-!|~" else letter for letter in kept)
