@@ -13,6 +13,7 @@ from fiftyone.core.odm import get_db_conn
 from .errors import EcifError
 from .keys import pair_key
 from .runs import METHOD, check_key, database_id, stores_in_use, unshared_store
+from .samples import every_sample
 from .store import Store, outermost_stores
 
 #: What a run was told, in plain words.
@@ -358,7 +359,7 @@ def _results(dataset: Any, key: str) -> Any:
 
 def _pairs(dataset: Any, caption_field: str) -> dict[str, tuple[str, Any]]:
     """Paths and captions by sample id, of all slices of a grouped dataset."""
-    samples = dataset.select_group_slices(_allow_mixed=True) if dataset.media_type == "group" else dataset
+    samples = every_sample(dataset)
     there = samples.get_field(caption_field) is not None
     ids, paths, *captions = samples.values(["id", "filepath"] + [caption_field] * there)
     return dict(zip(ids, zip(paths, *(captions or [[None] * len(ids)]), strict=True), strict=True))

@@ -15,7 +15,7 @@ from sklearn.model_selection import StratifiedKFold
 from .audits import MisalignmentResults
 from .detectors import ranked
 from .errors import EcifError
-from .samples import write_scores
+from .samples import every_sample, write_scores
 from .verdicts import ALIGNED, LEAST, MISALIGNED
 
 _SLOPE = 2.0  # of the first guess, in log odds for a standard deviation of the score
@@ -112,7 +112,7 @@ def propose_pairs(results: MisalignmentResults, count: int = 20, seed: int = 0) 
         seed (0): of those from everywhere.
     """
     scores = results.detector_scores()[results.config.detector]
-    said = set(results.samples._dataset.match_tags([ALIGNED, MISALIGNED]).values("id"))
+    said = set(every_sample(results.samples._dataset).match_tags([ALIGNED, MISALIGNED]).values("id"))
     known = np.array([sample in said for sample in results.ids])
     return [results.ids[row] for row in propose(first_guess(scores, results.noise_rate.rate), known, count, seed)]
 
@@ -130,7 +130,7 @@ def read_labels(results: MisalignmentResults) -> np.ndarray:
     Raises:
         EcifError: as :func:`review_misalignment`
     """
-    tags = dict(zip(*results.samples._dataset.select(results.ids).values(["id", "tags"]), strict=True))
+    tags = dict(zip(*every_sample(results.samples._dataset).select(results.ids).values(["id", "tags"]), strict=True))
     labels = np.full(len(results.ids), -1)
     for row, sample in enumerate(results.ids):
         said = {ALIGNED, MISALIGNED} & set(tags.get(sample) or ())

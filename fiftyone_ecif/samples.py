@@ -56,6 +56,11 @@ def caption_fields(samples: Any) -> list[str]:
     return [name for name in schema if name not in ("filepath", "metadata.mime_type") and not name.startswith("_")]
 
 
+def every_sample(dataset: Any) -> Any:
+    """All samples of a dataset, of every slice if it is grouped."""
+    return dataset.select_group_slices(_allow_mixed=True) if dataset.media_type == "group" else dataset
+
+
 def check_collection(samples: Any, caption_field: str | None) -> None:
     """Checks that a collection can hold image-caption pairs.
 

@@ -17,6 +17,7 @@ import numpy as np
 from fiftyone import ViewField
 
 from .curation import DIRECTIONS
+from .samples import every_sample
 
 
 class Histogram(NamedTuple):
@@ -143,7 +144,7 @@ def read_scoreboard(dataset: Any) -> Scoreboard:
     runs = {key: dataset.get_brain_info(key) for key in dataset.list_brain_runs(method="ecif")}
     version = (
         str(dataset._doc.id),
-        dataset.count(),
+        every_sample(dataset).count(),
         *(f"{key} {info.timestamp} {info.config.serialize()}" for key, info in runs.items()),
     )
     found = _latest.get(version)
@@ -167,7 +168,7 @@ def score_fields(dataset: Any, key: str, config: Any) -> list[str]:
 def _read(dataset: Any, fields: Sequence[str]) -> Scoreboard:
     if not fields:
         return Scoreboard([], {})
-    scored = dataset.match(reduce(or_, (ViewField(name) != None for name in fields)))  # noqa: E711
+    scored = every_sample(dataset).match(reduce(or_, (ViewField(name) != None for name in fields)))  # noqa: E711
     ids, *columns = scored.values(["id", *fields])
     arrays = [np.array([math.nan if value is None else value for value in column], dtype=float) for column in columns]
     return Scoreboard(ids, dict(zip(fields, arrays, strict=True)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import EcifError
+from .samples import every_sample
 
 if TYPE_CHECKING:
     from .audits import MisalignmentResults
@@ -35,7 +36,7 @@ class Verdicts(NamedTuple):
 
 def count_verdicts(dataset: Any, key: str) -> Verdicts:
     """What was said so far of the pairs that run ``key`` scored."""
-    scored = dataset.exists(f"{key}_misalignment")
+    scored = every_sample(dataset).exists(f"{key}_misalignment")
     counts = scored.count_sample_tags()
     both = scored.match_tags([ALIGNED, MISALIGNED], all=True)
     return Verdicts(counts.get(ALIGNED, 0), counts.get(MISALIGNED, 0), len(both))
@@ -49,7 +50,7 @@ def say(dataset: Any, sample: str, verdict: str | None) -> None:
         sample: its id.
         verdict: ``"aligned"``, ``"misaligned"``, or None for neither.
     """
-    view = dataset.select(sample)
+    view = every_sample(dataset).select(sample)
     view.untag_samples([ALIGNED, MISALIGNED])
     if verdict is not None:
         view.tag_samples(verdict)

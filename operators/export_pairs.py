@@ -9,6 +9,7 @@ import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from .forms import blocked, dropdown, menu_button, refuse, unusable
+from .jobs import call
 
 
 class ExportPairs(foo.Operator):
@@ -76,4 +77,4 @@ class ExportPairs(foo.Operator):
     def __call__(self, samples: Any, path: str, **params: Any) -> Any:
         """Exports a dataset or view; the options are those of :func:`fiftyone_ecif.export_pairs`."""
         params = {"caption_field": "caption", "path": str(path), **params}
-        return foo.execute_operator(self.uri, {"view": samples.view(), "dataset": samples._dataset}, params=params)
+        return call(self.uri, samples, False, params)

@@ -8,6 +8,7 @@ import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.samples import every_sample
 
 from .forms import MISSING
 from .jobs import has_jobs, running_jobs, show_finished_jobs, stop_job
@@ -282,15 +283,15 @@ def _draw_scatter(ctx: Any) -> None:
     if other is None or get(ctx, "key") not in run_keys(ctx):
         return
     board = scoreboard(ctx)
-    counts = ctx.dataset.select(board.ids.tolist()).count_sample_tags()
+    counts = every_sample(ctx.dataset).select(board.ids.tolist()).count_sample_tags()
     rarest = sorted((tag for tag in counts if counts[tag] < len(board.ids)), key=counts.__getitem__)[:_GROUPS]
-    groups = {tag: set(ctx.dataset.match_tags(tag).values("id")) for tag in rarest}
+    groups = {tag: set(every_sample(ctx.dataset).match_tags(tag).values("id")) for tag in rarest}
     points = scatter_points(board, get(ctx, "field"), other, groups, ctx.selected or [])
     ctx.panel.set_data("scatter", points)
 
 
 def _show(ctx: Any, ids: list[str]) -> None:
-    ctx.ops.set_view(view=ctx.dataset.select(ids, ordered=True))
+    ctx.ops.set_view(view=every_sample(ctx.dataset).select(ids, ordered=True))
 
 
 def _show_bins(ctx: Any, bins: list[int]) -> None:
@@ -327,7 +328,7 @@ def _tag(ctx: Any, untag: bool) -> None:
     check_mark(tag)
     if not tag or not ids:
         raise EcifError("Give the tag a name" if not tag else "The cut takes no pairs. Move the slider")
-    view = ctx.dataset.select(ids, ordered=True)
+    view = every_sample(ctx.dataset).select(ids, ordered=True)
     if untag:
         view.untag_samples(tag)
     else:
@@ -368,4 +369,4 @@ def _learn(ctx: Any) -> None:
     ctx.panel.set_state("place", 0)
     field = f"{get(ctx, 'key')}_misalignment"
     ctx.ops.reload_dataset()
-    ctx.ops.set_view(view=ctx.dataset.exists(field).sort_by(field, reverse=True))
+    ctx.ops.set_view(view=every_sample(ctx.dataset).exists(field).sort_by(field, reverse=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
+from fiftyone_ecif.samples import every_sample
+
 #: The pages by name, with their titles.
 PAGES = {"overview": "Overview", "ranking": "Ranking", "pair": "Pair", "review": "Review", "run": "Run"}
 
@@ -53,7 +55,7 @@ def current_cut(ctx: Any) -> Any:
 def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:
     """Address of the image and caption of some samples, in their order; without those that are gone."""
     media = ctx.dataset.app_config.grid_media_field or "filepath"
-    view = ctx.dataset.select(list(dict.fromkeys(ids)), ordered=True)
+    view = every_sample(ctx.dataset).select(list(dict.fromkeys(ids)), ordered=True)
     rows = zip(*view.values(["id", media, run_config(ctx).caption_field]), strict=True)
     return {sample: (f"/media?filepath={quote(path)}", caption or "") for sample, path, caption in rows}
 
@@ -61,7 +63,7 @@ def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:
 def value_of(ctx: Any, sample: str, field: str) -> Any:
     if not ctx.dataset.has_sample_field(field):
         return None
-    return next(iter(ctx.dataset.select(sample).values(field)), None)
+    return next(iter(every_sample(ctx.dataset).select(sample).values(field)), None)
 
 
 def plain(text: str) -> str:

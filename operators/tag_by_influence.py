@@ -10,6 +10,7 @@ import fiftyone.operators.types as types
 from fiftyone_ecif.errors import EcifError
 
 from .forms import blocked, dropdown, menu_button, refuse, unusable
+from .jobs import call
 
 _LIMITS = {"count": "A number of pairs", "share": "A share of the pairs", "threshold": "All beyond a score"}
 
@@ -94,4 +95,4 @@ class TagByInfluence(foo.Operator):
         given = [name for name in _LIMITS if params.get(name) is not None]
         defaults = {"field": "ecif_influence", "direction": "harmful", "limit": given[0] if given else "count"}
         params = {**defaults, "tag": params.get("direction", "harmful"), **params}
-        return foo.execute_operator(self.uri, {"view": samples.view(), "dataset": samples._dataset}, params=params)
+        return call(self.uri, samples, False, params)

@@ -1,5 +1,6 @@
 """The operators through FiftyOne's own registry and executor, and the plugin as it is installed."""
 
+import asyncio
 import math
 import os
 import shutil
@@ -648,3 +649,14 @@ def test_a_missing_dependency_is_an_install_hint(dataset, monkeypatch):
     monkeypatch.setattr(sys.modules[f"{package}.forms"], "MISSING", ["open_clip"])
     for name in LISTED["operators"]:
         assert "pip install" in resolve(dataset, name, {})["missing"]["error_message"]
+
+
+def test_an_operator_called_in_an_event_loop_is_done_when_it_returns(dataset, made):
+    """As in a notebook, where FiftyOne would hand out a task."""
+
+    async def cell():
+        operator = foo.get_operator("@ecif/fiftyone-ecif/detect_misalignment")
+        return operator(dataset.match_tags("train"), model=training.MODEL, pretrained=made[1], batch_size=24)
+
+    asyncio.run(cell())
+    assert dataset.count("audit_misalignment") == len(dataset.match_tags("train"))

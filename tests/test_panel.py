@@ -200,3 +200,28 @@ def test_captions_cannot_write_markdown(both):
     panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="ranking")
     escaped = r"\!\[x\]\(http://evil\) \*\*bold\*\* \# title \<b\>"
     assert escaped in json.loads(json.dumps(panel.text)).replace("\\\\", "\\")
+
+
+def test_a_slice_of_groups(made, score):
+    grouped = fo.Dataset()
+    grouped.add_group_field("group", default="text")
+    samples = []
+    for sample in made[0]:
+        group = fo.Group()
+        element = {"tags": sample.tags, "caption": sample.caption}
+        samples.append(fo.Sample(sample.filepath, group=group.element("image"), **element))
+        samples.append(fo.Sample("/none.pcd", group=group.element("text"), **element))
+    grouped.add_samples(samples, progress=False)
+    images = grouped.select_group_slices("image")
+    score(images.match_tags("train"), images.match_tags("val"))
+    panel = Panel(grouped)
+    worst = images.exists("ecif_influence").sort_by("ecif_influence")
+    panel.send("choose_share", value=10)
+    ids = [
+        stage["kwargs"] for uri, params in panel.send("show_cut").asked if uri == "set_view" for stage in params["view"]
+    ]
+    assert dict(ids[-1])["sample_ids"] == worst.limit(-(-len(worst) // 10)).values("id")
+    panel.send("tag_cut")
+    assert len(images.match_tags("harmful")) == -(-len(worst) // 10)
+    assert worst.first().caption in panel.send("choose_page", value="ranking").text
+    grouped.delete()
