@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import EcifError
-from .samples import every_sample
 
 if TYPE_CHECKING:
     from .audits import MisalignmentResults
@@ -36,6 +35,8 @@ class Verdicts(NamedTuple):
 
 def count_verdicts(dataset: Any, key: str) -> Verdicts:
     """What was said so far of the pairs that run ``key`` scored."""
+    from .samples import every_sample
+
     scored = every_sample(dataset).exists(f"{key}_misalignment")
     counts = scored.count_sample_tags()
     both = scored.match_tags([ALIGNED, MISALIGNED], all=True)
@@ -50,6 +51,8 @@ def say(dataset: Any, sample: str, verdict: str | None) -> None:
         sample: its id.
         verdict: ``"aligned"``, ``"misaligned"``, or None for neither.
     """
+    from .samples import every_sample
+
     view = every_sample(dataset).select(sample)
     view.untag_samples([ALIGNED, MISALIGNED])
     if verdict is not None:
