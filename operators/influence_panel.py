@@ -45,7 +45,7 @@ class InfluencePanel(foo.Panel):
 
     def execute(self, ctx: Any) -> Any:
         """Runs an event and draws the panel anew; a failure is shown as a notice."""
-        idle = not (get(ctx, "busy") or has_jobs(ctx))
+        idle = not (get(ctx, "busy") or has_jobs(ctx)) and (get(ctx, "runs") or []) == run_keys(ctx)
         if ctx.params.get("__method__") == "look_for_jobs" and idle:
             return None
         try:
@@ -211,6 +211,7 @@ class InfluencePanel(foo.Panel):
     def render(self, ctx: Any) -> types.Property:
         """The page."""
         panel = types.Object()
+        ctx.panel.set_state("runs", run_keys(ctx))
         if MISSING:
             panel.md(f"{', '.join(MISSING)} cannot be imported. Run `pip install fiftyone-ecif`", name="missing")
         elif ctx.dataset is None:

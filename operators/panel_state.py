@@ -21,7 +21,11 @@ def current_page(ctx: Any) -> str:
 
 
 def run_keys(ctx: Any) -> list[str]:
-    return list(ctx.dataset.list_brain_runs(method="ecif")) if ctx.dataset is not None else []
+    """The runs on the dataset, the newest last."""
+    if ctx.dataset is None:
+        return []
+    keys = ctx.dataset.list_brain_runs(method="ecif")
+    return sorted(keys, key=lambda key: ctx.dataset.get_brain_info(key).timestamp)
 
 
 def run_config(ctx: Any) -> Any:

@@ -1,0 +1,196 @@
+"""The real App in a real browser, as a person uses it; shared by the journeys and the guide's pictures."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 60_000  # milliseconds
+_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+_SERVE = """
+import sys, fiftyone as fo
+fo.launch_app(port=int(sys.argv[1]), address="127.0.0.1", remote=True).wait(-1)
+"""
+# what the thumbnails on screen say of some fields, in reading order
+_READ_GRID = """fields => [...document.querySelectorAll("[data-cy=looker]")]
+    .map(tile => ({tile, at: tile.getBoundingClientRect()}))
+    .filter(({at}) => at.width && at.top > 0 && at.bottom < innerHeight)
+    .sort((a, b) => Math.round((a.at.top - b.at.top) / 20) || a.at.left - b.at.left)
+    .map(({tile}) => fields.map(name => tile.querySelector(`[data-cy="tag-${name}"]`)?.textContent ?? null))"""
+
+
+class App:
+    """A page of the App on one dataset."""
+
+    def __init__(self, page, port):
+        self.page, self.port = page, port
+
+    def open(self, dataset, shown="train"):
+        """Opens a dataset, on the samples with a tag."""
+        if not dataset.has_saved_view(shown):
+            dataset.save_view(shown, dataset.match_tags(shown))
+        self.page.goto(f"http://127.0.0.1:{self.port}/datasets/{dataset.name}?view={shown}")
+        self.wait_for_count(len(dataset.match_tags(shown)))
+        self.page.keyboard.press("Escape")  # an offer can lie over the App
+        return self
+
+    # the grid
+
+    def wait_for_count(self, count):
+        """Waits until the grid says how many samples it shows."""
+        said = re.compile(rf"^{count:,} samples?$")
+        expect(self.page.locator("[data-cy=entry-counts]").first).to_have_text(said, timeout=PATIENCE)
+
+    def thumbnails(self, expected, *fields):
+        """Waits until the first thumbnails on screen say this of their fields, and says what they say."""
+        for _ in range(120):
+            shown = [row[0] if len(fields) == 1 else tuple(row) for row in self.page.evaluate(_READ_GRID, list(fields))]
+            count = min(len(shown), len(expected))
+            if count and shown[:count] == list(expected)[:count]:
+                break
+            self.page.wait_for_timeout(500)
+        return shown[:count]
+
+    def tick(self, number):
+        """Selects a thumbnail, or takes the selection back."""
+        tile = self.page.locator("[data-cy=looker]").nth(number)
+        tile.hover(position={"x": 20, "y": 20})
+        tile.click(position={"x": 12, "y": 12})
+
+    def sidebar(self, field):
+        """The field in the sidebar."""
+        return self.page.locator(f"[data-cy=sidebar-field-container-{field}]")
+
+    # forms
+
+    def form(self, label):
+        """Opens the form of an operator."""
+        self.page.keyboard.press("`")
+        self.page.get_by_placeholder("Search operations").fill(label)
+        self.page.get_by_text(label, exact=True).last.click()
+        return Form(self.page)
+
+    def said(self, text):
+        """Waits for a text that starts like that, and returns the whole of it."""
+        found = self.page.get_by_text(text).first
+        found.wait_for(timeout=PATIENCE)
+        return found.inner_text()
+
+    # the panel
+
+    def panel(self):
+        """Opens the panel, or turns to it where it is open."""
+        tab = self.page.locator("[data-cy=panel-tab-influence_panel]")
+        if not tab.count():
+            self.page.locator("[data-cy=new-panel-btn]").first.click()
+            self.page.get_by_text("Influence", exact=True).last.click()
+        tab.wait_for()
+        return self.page.locator("[data-cy=panel-content-influence_panel]")
+
+    def turn_to(self, name):
+        """Another page of the panel."""
+        self.page.get_by_role("tab", name=name, exact=True).click()
+        expect(self.page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
+
+    def choose(self, label, option):
+        """Chooses in a dropdown of the panel."""
+        _choose(self.page, self.page, label, option)
+
+
+class Form:
+    """The form of an operator."""
+
+    def __init__(self, page):
+        self._page, self.body = page, page.get_by_role("dialog")
+        self.body.wait_for()
+
+    def fill(self, **values):
+        """Types into the inputs with these labels, whose spaces are underscores."""
+        for label, value in values.items():
+            box = self.body.locator(f"xpath=.//p[.='{label.replace('_', ' ')}']/following::input[1]")
+            box.fill(str(value))
+        return self
+
+    def choose(self, label, option):
+        _choose(self._page, self.body, label, option)
+        return self
+
+    def tick(self, label):
+        """Turns a box, a switch or a radio button on."""
+        box = self.body.locator("label", has=self._page.get_by_text(label)).last
+        box.locator("input").check(force=True)
+        return self
+
+    def untick(self, label):
+        """Turns a box off."""
+        self.body.locator("label", has=self._page.get_by_text(label)).last.locator("input").uncheck(force=True)
+        return self
+
+    def says(self, text):
+        self.body.get_by_text(text).first.wait_for()
+        return self
+
+    @property
+    def button(self):
+        return self.body.get_by_role("button", name="Execute").first
+
+    def run(self):
+        expect(self.button).to_be_enabled(timeout=PATIENCE)
+        self.button.click()
+
+
+def _choose(page, place, label, option):
+    place.locator(f"xpath=.//p[.='{label}']/following::*[@role='combobox'][1]").first.click()
+    page.get_by_role("option", name=option).click()
+
+
+@contextmanager
+def open_app(**page_options):
+    """A browser, and a function that opens a page of it."""
+    if BROWSER is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-c", _SERVE, str(port)], stdout=subprocess.DEVNULL, env=os.environ)
+    try:
+        _wait_for(port)
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=BROWSER, args=_FLAGS)
+
+            def new_page(**options):
+                page = browser.new_page(**{"viewport": {"width": 1280, "height": 800}, **page_options, **options})
+                page.set_default_timeout(PATIENCE)
+                return App(page, port)
+
+            yield new_page
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait_for(port):
+    for _ in range(240):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(f"the App did not open port {port}")
