@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .cached import read_cached
+from .cached import read_effects
 from .diagnosis import diagnose
 from .errors import EcifError
 from .problem import Problem, describe, prepare
 from .progress import Progress, follow
+from .ranks import Ranks
 from .runs import (
     InfluenceConfig,
     InfluenceResults,
@@ -218,11 +219,12 @@ def influence_steps(
     store = problem.store.inside(problem.run_name(config, config.seed))
     config.store = store.names
     found: list[Scores] = []
+    ranks = Ranks.here()
     for number in range(config.n_partitions):
         if number:  # in the first one's folder, so that they are deleted with it
             store = Store(*config.store).inside(f"partition-{number}")
         scores = yield from score_pairs(
-            store, problem.scope, problem.batches(config.seed + number), problem.targets, method
+            store, problem.scope, problem.batches(config.seed + number), problem.targets, method, ranks
         )
         _check_scores(problem.pairs, scores)
         found.append(scores)
@@ -243,6 +245,10 @@ def influence_steps(
         "attributed": attributed,
         "held_fixed": [name for name in names if name not in set(attributed)],
     }
+    if not ranks.first:
+        ranks.wait()  # for the first one to write
+        samples._dataset.reload()
+        return samples._dataset.load_brain_results(brain_key)  # type: ignore[no-any-return]
     columns = _columns(found, config, problem)
     results = write_run(
         samples,
@@ -261,6 +267,7 @@ def influence_steps(
             backend=run,
         ),
     )
+    ranks.wait()
     yield Progress("Writing fields", 1, 1)
     fields = ", ".join(influence_fields(brain_key, config))
     logger.info("Influence of %d pairs written to %s", len(problem.pairs.ids), fields)
@@ -282,15 +289,14 @@ def _columns(found: Sequence[Scores], config: InfluenceConfig, problem: Problem)
         columns[f"influence_on_{name}"] = row
     if config.scores:
         store = Store(*(config.store or ()))
-        cached = read_cached(store, config.solver, config.damping)
+        effects = read_effects(store, config.solver, config.damping, len(influence))
         if "relative_influence" in config.scores:
-            columns["relative_influence"] = influence / cached.lengths
-        own = cached.self_influence()
+            columns["relative_influence"] = influence / effects["length"]
         if "self_influence" in config.scores:
-            columns["self_influence"] = own
+            columns["self_influence"] = effects["own"]
         if "leave_one_out_loss" in config.scores:
             table = store.table("gradients").read_all("row", "loss")
-            columns["leave_one_out_loss"] = own + table["loss"][np.argsort(table["row"])]
+            columns["leave_one_out_loss"] = effects["own"] + table["loss"][np.argsort(table["row"])]
     return columns
 
 

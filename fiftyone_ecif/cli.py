@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -22,6 +22,9 @@ from . import __version__
 from .choices import DETECTORS, ROLES, SOLVERS, TARGET_LOSSES
 from .errors import EcifError
 from .verdicts import ALIGNED, LEAST, MISALIGNED, review_or_propose
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -37,12 +40,18 @@ def _messages() -> TextIO:
 
 
 @contextlib.contextmanager
-def _job() -> Iterator[None]:
-    """Keeps stdout for results and turns the library's errors into one line and exit code 1."""
+def _job(shared: bool = False) -> Iterator[None]:
+    """Keeps stdout for results and turns the library's errors into one line and exit code 1.
+
+    Args:
+        shared: whether several processes can share the job.
+    """
     logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
     logging.getLogger("fiftyone_ecif").setLevel(logging.INFO)
     with contextlib.redirect_stdout(_messages()):
         try:
+            if not shared and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise EcifError("Only score can be shared between processes. Run this command without torchrun")
             yield
         except EcifError as error:
             raise click.ClickException(str(error)) from error
@@ -137,18 +146,24 @@ def score(
     """Compute the influence of every pair of DATASET on validation pairs.
 
     Example: fiftyone-ecif score my-pairs --tag train --target-tag val --model ViT-B-32 --pretrained laion2b_s34b_b79k
-    """
-    with _job():
-        from .api import compute_influence
 
-        if not (target_tags or target_view):
-            raise click.UsageError("Say what to measure influence on: --target-tag or --target-view")
-        found = _load(dataset)
+    Several processes share the work: torchrun --nproc-per-node 4 -m fiftyone_ecif score ...
+    """
+    if not (target_tags or target_view):
+        raise click.UsageError("Say what to measure influence on: --target-tag or --target-view")
+    with _job(shared=True):
+        from .ranks import join
+
+        ranks = join()
+        found = _load_in_turn(dataset, ranks)
+        from .api import compute_influence  # brings FiftyOne
+
         results = compute_influence(
             _narrow(found, tags, view),
             target=_narrow(found, target_tags, target_view),
             brain_key=key,
             skip_failures=not strict,
+            progress=None if ranks.first else False,
             **options,
         )
         result = {
@@ -158,11 +173,13 @@ def score(
             "skipped": results.skipped,
             "diagnostics": results.diagnostics,
         }
-    _print(
-        result,
-        as_json,
-        lambda r: f"Scored {r['scored']} pairs of {dataset!r}, skipped {len(r['skipped'])}. Field: {key}_influence",
-    )
+        ranks.wait()  # FiftyOne's database can go when the process that started it ends
+    if ranks.first:
+        _print(
+            result,
+            as_json,
+            lambda r: f"Scored {r['scored']} pairs of {dataset!r}, skipped {len(r['skipped'])}. Field: {key}_influence",
+        )
 
 
 @main.command()
@@ -677,6 +694,17 @@ def _load(name: str) -> Any:
         known = ", ".join(fo.list_datasets()) or "none"
         raise EcifError(f"There is no dataset {name!r}. Datasets here: {known}")
     return fo.load_dataset(name)
+
+
+def _load_in_turn(name: str, ranks: Ranks) -> Any:
+    """As :func:`_load`, in the first process first: it starts FiftyOne's database, which the others join."""
+    if not ranks.first:
+        logging.getLogger("fiftyone_ecif").setLevel(logging.ERROR)
+        ranks.wait()
+    found = _load(name)
+    if ranks.first:
+        ranks.wait()
+    return found
 
 
 def _load_run(dataset: Any, key: str, kind: str = "influence") -> Any:

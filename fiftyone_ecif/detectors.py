@@ -123,8 +123,11 @@ class Audit:
         """Unit embeddings of images and captions, float32, shape ``(N, d)`` each."""
         scope, batches = self.objective.scope, self.batches
         parts = [
-            (scope.embed_images(theta, images.double()), scope.embed_captions(theta, texts.double()))
-            for images, texts in zip(torch.split(batches.images, _ROWS), torch.split(batches.texts, _ROWS), strict=True)
+            (
+                scope.embed_images(theta, batches.images[start : start + _ROWS].double()),
+                scope.embed_captions(theta, batches.texts[start : start + _ROWS].double()),
+            )
+            for start in range(0, len(batches.images), _ROWS)
         ]
         images, texts = (normalize(torch.cat(side), dim=1).float() for side in zip(*parts, strict=True))
         return images, texts

@@ -17,6 +17,8 @@ from .encoder import Encoder
 from .errors import EcifError
 from .keys import PairKey, digest
 from .progress import Progress
+from .ranks import Ranks
+from .rows import Rows
 from .store import Store, Table
 
 _PART = 1024  # rows computed between two writes to the store
@@ -31,8 +33,8 @@ def cached_features(
     captions: Sequence[str],
     num_workers: int,
     skip_failures: bool = True,
-) -> Generator[Progress, None, tuple[Tensor, Tensor, dict[int, str]]]:
-    """Features of image-caption pairs.
+) -> Generator[Progress, None, tuple[Rows, Rows, dict[int, str]]]:
+    """Features of image-caption pairs; several processes each encode a share.
 
     Args:
         store: the encoder's store.
@@ -44,8 +46,8 @@ def cached_features(
         skip_failures (True): whether to go on after an image that cannot be read.
 
     Returns:
-        image features ``(N, w_image)``, caption features ``(N, w_text)``, both
-        float32, and ``{index: reason}`` of pairs whose image cannot be read;
+        image features ``(N, w_image)``, caption features ``(N, w_text)``, and
+        ``{index: reason}`` of pairs whose image cannot be read;
         their image features are zero
 
     Raises:
@@ -69,6 +71,8 @@ def _encode_images(
     failures: dict[str, str] = {}
     done = 0
     for start in range(0, len(missing), _PART):
+        if failures and not skip_failures:
+            break
         keys = missing[start : start + _PART]
         found: list[str] = []
         features: list[Tensor] = []
@@ -77,13 +81,14 @@ def _encode_images(
             features += [rows] if indices else []
             failures |= {keys[index]: reason for index, reason in reasons.items()}
             if failures and not skip_failures:
-                key, reason = next(iter(failures.items()))
-                raise EcifError(
-                    f"The image {wanted[key]} cannot be read ({reason}). Mend it, or set skip_failures=True"
-                )
+                break
             done += len(indices) + len(reasons)
             yield Progress("Encoding images", done, len(missing))
         _write(table, found, features)
+    failures = dict(Ranks.here().gather(list(failures.items())))
+    if failures and not skip_failures:
+        key, reason = next(iter(failures.items()))
+        raise EcifError(f"The image {wanted[key]} cannot be read ({reason}). Mend it, or set skip_failures=True")
     return failures
 
 
@@ -98,15 +103,16 @@ def _encode_captions(table: Table, encoder: Encoder, wanted: dict[str, str]) -> 
             done += len(rows)
             yield Progress("Encoding captions", done, len(missing))
         _write(table, keys, features)
+    Ranks.here().wait()
 
 
 def _missing(table: Table, wanted: dict[str, str]) -> list[str]:
-    known = {key for part in table.parts() for key in _keys(table, part)}
-    return [key for key in wanted if key not in known]
-
-
-def _keys(table: Table, part: str) -> list[str]:
-    return [key.decode() for key in table.read(part, "key")["key"]]
+    """Of this process's share, what is not in the store."""
+    missing = dict.fromkeys(Ranks.here().share(list(wanted)))
+    for part in table.parts():
+        for key in table.read(part, "key")["key"]:
+            missing.pop(key.decode(), None)
+    return list(missing)
 
 
 def _write(table: Table, keys: list[str], features: list[Tensor]) -> None:
@@ -115,20 +121,28 @@ def _write(table: Table, keys: list[str], features: list[Tensor]) -> None:
         table.write(part, {"key": np.array(keys, dtype="S32"), "features": torch.cat(features).numpy()})
 
 
-def _gather(table: Table, keys: Sequence[str], failures: Mapping[str, str]) -> Tensor:
+def _gather(table: Table, keys: Sequence[str], failures: Mapping[str, str]) -> Rows:
     """The features of each key, zero for failures."""
-    rows: dict[str, np.ndarray] = {}
-    wanted = set(keys)
+    wanted = np.array(keys, dtype="S32")
+    order = np.argsort(wanted, kind="stable")
+    wanted = wanted[order]
+    lacking = np.array([key not in failures for key in keys])
+    table.folder.mkdir(parents=True, exist_ok=True)
+    rows = Rows(len(keys), 0, table.folder)
     for part in table.parts():
-        found = _keys(table, part)
-        if not wanted.isdisjoint(found):
-            features = table.read(part, "features")["features"]
-            rows |= {key: row for key, row in zip(found, features, strict=True) if key in wanted}
-    if not wanted <= rows.keys() | failures.keys():
-        raise EcifError(f"Features went away from {table.folder} while they were used. Run again")
-    width = len(next(iter(rows.values()))) if rows else 0
-    gathered = np.zeros((len(keys), width), dtype=np.float32)
-    for index, key in enumerate(keys):
-        if key in rows:
-            gathered[index] = rows[key]
-    return torch.from_numpy(gathered)
+        found = table.read(part, "key")["key"]
+        first, last = (np.searchsorted(wanted, found, side) for side in ("left", "right"))
+        if (first == last).all():
+            continue
+        features = table.read(part, "features")["features"]
+        if not rows.shape[1]:
+            rows = Rows(len(keys), features.shape[1], table.folder)
+        places = [order[a:b] for a, b in zip(first, last, strict=True)]  # a key can be that of several pairs
+        rows.write(np.concatenate(places), np.repeat(features, last - first, axis=0))
+        lacking[np.concatenate(places)] = False
+    if lacking.any():
+        raise EcifError(
+            f"Features went away from {table.folder} while they were used, or processes that share a job do not "
+            "share this folder. Run again"
+        )
+    return rows

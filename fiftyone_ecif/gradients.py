@@ -16,7 +16,7 @@ kept as its coordinates in a subspace of orthonormal directions:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.nn.functional import normalize
 from .contrastive import Pull
 from .heads import Batch, HeadScope
 from .objective import ContrastiveLoss
+from .ranks import ALONE, Ranks
 from .scope import Scope
 from .truncation import truncated_gradients
 
@@ -198,7 +199,7 @@ class KroneckerProjection(Projection):
 
 
 def principal_projection(
-    scope: HeadScope, theta: Tensor, images: Tensor, texts: Tensor, rank: int = 16
+    scope: HeadScope, theta: Tensor, batches: Iterable[Batch], rank: int = 16, ranks: Ranks = ALONE
 ) -> KroneckerProjection:
     """The directions of the heads in which the pairs vary most.
 
@@ -209,21 +210,23 @@ def principal_projection(
     Args:
         scope: the head scope.
         theta: its parameters, shape ``(p,)``.
-        images: image features, shape ``(N, w_image)``.
-        texts: caption features, shape ``(N, w_text)``.
+        batches: image and caption features, ``(n, w_image)`` and ``(n, w_text)``; those that this process takes.
         rank (16): directions to keep on either side of each head, at most.
+        ranks (ALONE): the processes that share the batches.
     """
-    inputs = [_principal_directions(features.double(), rank) for features in (images, texts)]
-    image_output, text_output = (
-        _principal_directions(normalize(features.double() @ head, dim=1), rank)
-        for features, head in zip((images, texts), scope.split(theta), strict=True)
+    heads = scope.split(theta)
+    second_moments = [theta.new_zeros(size, size) for head in heads for size in head.shape]
+    for batch in batches:
+        sides = [side for features, head in zip(batch, heads, strict=True) for side in (features, features @ head)]
+        for place, rows in enumerate(sides):
+            rows = normalize(rows, dim=1) if place % 2 else rows
+            second_moments[place] += rows.T @ rows
+    image_input, image_output, text_input, text_output = (
+        torch.linalg.eigh(ranks.total(moment)).eigenvectors[:, -rank:] for moment in second_moments
     )
-    return KroneckerProjection(scope, HeadProjection(inputs[0], text_output), HeadProjection(inputs[1], image_output))
-
-
-def _principal_directions(rows: Tensor, rank: int) -> Tensor:
-    directions: Tensor = torch.linalg.eigh(rows.T @ rows).eigenvectors
-    return directions[:, -rank:]
+    return KroneckerProjection(
+        scope, HeadProjection(image_input, text_output), HeadProjection(text_input, image_output)
+    )
 
 
 def projection_from_state(scope: Scope, state: Mapping[str, Tensor]) -> Projection:

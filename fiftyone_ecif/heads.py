@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .contrastive import BatchLoss, SoftmaxLoss
+from .rows import Rows
 from .scope import Scope
 
 Batch = tuple[Tensor, Tensor]
@@ -79,15 +80,15 @@ class HeadScope(Scope):
 
 
 class FeatureBatches(Sequence[Batch]):
-    """Batches of cached features, cut from the whole when they are asked for.
+    """Batches of cached features, in float64, read when they are asked for.
 
     Args:
-        images: image features, shape ``(N, w_image)``.
-        texts: caption features, shape ``(N, w_text)``.
+        images: image features, shape ``(N, w_image)``, in memory or not.
+        texts: caption features, shape ``(N, w_text)``, likewise.
         partition: the row indices of each batch.
     """
 
-    def __init__(self, images: Tensor, texts: Tensor, partition: Sequence[Tensor]) -> None:
+    def __init__(self, images: Tensor | Rows, texts: Tensor | Rows, partition: Sequence[Tensor]) -> None:
         self.images, self.texts, self.partition = images, texts, partition
 
     def regrouped(self, partition: Sequence[Tensor]) -> FeatureBatches:

@@ -297,7 +297,7 @@ def _open_audit(
     """The pairs and the model as detectors take them, and how far from a minimum the model is."""
     objective = ContrastiveLoss(problem.scope, problem.batches(config.seed), len(problem.pairs.ids), config.proximal)
     theta, norm = yield from stationary_point(store, objective, config.fit)
-    duplicates = find_duplicates(problem.features[0], problem.pairs.captions)
+    duplicates = find_duplicates(problem.features[0][:], problem.pairs.captions)
     gradients = influence = None
     if config.fit or config.trained:
         method = Method(fit=config.fit, proximal=config.proximal)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp
 
+from .ranks import ALONE, Ranks
 from .scope import Scope
 
 
@@ -71,34 +72,39 @@ class ContrastiveLoss:
         batches: the pairs.
         pairs: what the sum of the pair losses is divided by.
         proximal (0.0): the strength of the pull to ``scope.start``.
+        ranks (ALONE): the processes that share the batches; all must then call
+            the same methods, and all get the same results.
     """
 
-    def __init__(self, scope: Scope, batches: Batches, pairs: int, proximal: float = 0.0) -> None:
+    def __init__(self, scope: Scope, batches: Batches, pairs: int, proximal: float = 0.0, ranks: Ranks = ALONE) -> None:
         self.scope = scope
         self.batches = batches
         self.pairs = pairs
         self.proximal = proximal
+        self.ranks = ranks
 
     def without(self, rows: Tensor) -> ContrastiveLoss:
         """The objective as if some pairs had never been in it; the others keep their batch and their weight."""
         left = self.batches.regrouped(partition_without(self.batches.partition, rows))
-        return ContrastiveLoss(self.scope, left, self.pairs, self.proximal)
+        return ContrastiveLoss(self.scope, left, self.pairs, self.proximal, self.ranks)
 
     def loss(self, theta: Tensor) -> Tensor:
         """The value, a scalar, in nats."""
+        value, offset = theta.new_zeros(()), theta - self.scope.start
         with torch.no_grad():
-            parts = [self._batch_mean(theta, batch) for batch in self.batches]
-        offset = theta - self.scope.start
-        return torch.stack(parts).sum() + self.proximal / 2 * offset.dot(offset)
+            for batch in self._own():
+                value = value + self._batch_mean(theta, batch)
+        return self.ranks.total(value) + self.proximal / 2 * offset.dot(offset)
 
     def gradient_and_value(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, shape ``(p,)``, and the value, a scalar."""
         offset = theta - self.scope.start
-        gradient, value = self.proximal * offset, self.proximal / 2 * offset.dot(offset)
-        for batch in self.batches:
+        gradient, value = torch.zeros_like(theta), theta.new_zeros(())
+        for batch in self._own():
             part, loss = grad_and_value(self._batch_mean)(theta, batch)
             gradient, value = gradient + part, value + loss
-        return gradient, value
+        gradient, value = self.ranks.total(gradient), self.ranks.total(value)
+        return gradient + self.proximal * offset, value + self.proximal / 2 * offset.dot(offset)
 
     def random_gradients(self, theta: Tensor, count: int, seed: int = 0) -> Iterator[Tensor]:
         """Sums of the pair gradients with random signs, each of shape ``(p,)``, at the cost of a gradient.
@@ -109,10 +115,10 @@ class ContrastiveLoss:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count):
             total = torch.zeros_like(theta)
-            for batch in self.batches:
-                signs = 2.0 * torch.randint(2, (len(batch[0]),), generator=generator).to(theta) - 1
-                total = total + grad(self._weighted_loss)(theta, batch, signs)
-            yield total
+            signs = [self._signs(rows, generator).to(theta) for rows in self.batches.partition]
+            for index in self._shared():
+                total = total + grad(self._weighted_loss)(theta, self.batches[index], signs[index])
+            yield self.ranks.total(total)
 
     def gradient_scale(self, theta: Tensor) -> Tensor:
         """The root mean square norm of a pair's loss gradient: the unit for the norm of the mean gradient.
@@ -121,21 +127,19 @@ class ContrastiveLoss:
         the squared norm of ``sum_i sign_i grad l_i`` is on average the sum of the
         squared norms (Hutchinson's estimator).
         """
-        squares = [
-            next(ContrastiveLoss(self.scope, self.batches.regrouped([rows]), 1).random_gradients(theta, 1, seed))
-            .square()
-            .sum()
-            for seed, rows in enumerate(self.batches.partition)
-        ]
-        return (torch.stack(squares).sum() / self.pairs).sqrt()
+        total = theta.new_zeros(())
+        for index in self._shared():
+            signs = self._signs(self.batches.partition[index], torch.Generator().manual_seed(index)).to(theta)
+            total = total + grad(self._weighted_loss)(theta, self.batches[index], signs).square().sum()
+        return (self.ranks.total(total) / self.pairs).sqrt()
 
     def hessian_product(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The exact Hessian at ``theta`` times ``vector``, forward over reverse, shape ``(p,)``."""
-        product = self.proximal * vector
-        for batch in self.batches:
+        product = torch.zeros_like(vector)
+        for batch in self._own():
             gradient = partial(grad(self._batch_mean), batch=batch)
             product = product + jvp(gradient, (theta,), (vector,))[1]
-        return product
+        return self.ranks.total(product) + self.proximal * vector
 
     def gauss_newton_product(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The generalised Gauss-Newton matrix times ``vector``, shape ``(p,)``.
@@ -143,17 +147,28 @@ class ContrastiveLoss:
         ``J^T H_S J`` with ``J`` the Jacobian of a batch's similarity matrix and
         ``H_S`` the Hessian of its loss with respect to that: never negative.
         """
-        product = self.proximal * vector
+        product = torch.zeros_like(vector)
 
         def batch_loss(similarity: Tensor) -> Tensor:
             return self.scope.loss.pair_losses(similarity).sum() / self.pairs
 
-        for batch in self.batches:
+        for batch in self._own():
             similarity = partial(self.scope.similarity, batch=batch)
             value, direction = jvp(similarity, (theta,), (vector,))[:2]
             curved = jvp(grad(batch_loss), (value,), (direction,))[1]
             product = product + vjp(similarity, theta)[1](curved)[0]
-        return product
+        return self.ranks.total(product) + self.proximal * vector
+
+    def _shared(self) -> Sequence[int]:
+        """The numbers of the batches that this process takes."""
+        return self.ranks.share(range(len(self.batches)))
+
+    def _own(self) -> Iterator[Any]:
+        return (self.batches[index] for index in self._shared())
+
+    @staticmethod
+    def _signs(rows: Tensor, generator: torch.Generator) -> Tensor:
+        return 2 * torch.randint(2, (len(rows),), generator=generator) - 1
 
     def _batch_mean(self, theta: Tensor, batch: Any) -> Tensor:
         return self.scope.loss.pair_losses(self.scope.similarity(theta, batch)).sum() / self.pairs

@@ -56,7 +56,7 @@ def look_at(results: Any, sample: str, count: int = 5) -> Portrait:
     pair = stored_pair(store, row, "image", "positive", "negative")
     if pair is None:
         return Portrait([], [], [])
-    similarity = stored_products(store, pair["image"][None], "image")[0]
+    similarity = stored_products(store, pair["image"][None], len(results.ids), "image")[0]
     similarity[row] = -np.inf
     neighbours = _links(results.ids, similarity, count)
     if not isinstance(results, InfluenceResults):

@@ -25,6 +25,8 @@ from .inputs import ImageTextBatches
 from .keys import PairKey, pair_key
 from .objective import Batches, ContrastiveLoss, random_partition
 from .progress import Progress
+from .ranks import Ranks
+from .rows import Rows
 from .runs import InfluenceConfig, InfluenceResults, database_id
 from .samples import Pairs, check_collection, read_pairs, warn_skipped
 from .scope import Scope
@@ -49,7 +51,7 @@ class Problem:
         pairs: the training pairs.
         keys: what they are known by.
         aims: the target's pairs, by the name of the slice.
-        features: of images and captions of the training pairs, float32.
+        features: of images and captions of the training pairs.
         targets: by the name of their table in a run's store, in the order of ``aims``.
         batch_size: pairs that compete in one softmax, at most.
         shared: how many target pairs are also training pairs.
@@ -62,7 +64,7 @@ class Problem:
     pairs: Pairs
     keys: list[PairKey]
     aims: dict[str, Pairs]
-    features: tuple[Tensor, Tensor]
+    features: tuple[Rows, Rows]
     targets: dict[str, Target]
     batch_size: int
     shared: int
@@ -77,7 +79,9 @@ class Problem:
         settings = [config.scope, config.fit, config.proximal, self.batch_size, seed, config.role]
         if config.keep_gradients and not self.choice.heads:  # they are kept in directions that suit the target
             settings += list(self.targets)
-        digest = hashlib.blake2b(json.dumps([self.keys, settings]).encode(), digest_size=16)
+        digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
+        for key in self.keys:
+            digest.update("".join(key).encode())
         digest.update(self.scope.start.cpu().numpy().tobytes())  # adapters are not part of the encoder
         return "run-" + digest.hexdigest()
 
@@ -154,11 +158,13 @@ def prepare(
         raise EcifError(f"The target has one class only, {classes[0]!r}. Zero-shot classification needs at least 2")
     for (label, group), chosen in zip(aims.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, config.seed)
-        batches = _batches(encoder, choice, group, (images[chosen], texts[chosen]), partition)
+        features = images.select(chosen), texts.select(chosen)
+        batches = _batches(encoder, choice, group, features, partition)
         measured = config.target_loss + config._target_token, config.templates, classes, config.seed
         made_of = label, [keys[row] for row in chosen], measured
         name = "target-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
         targets[name] = _make_target(encoder, choice, scope, batches, group, config, classes)
+        targets[name].ranks = Ranks.here()
     return Problem(
         encoder,
         store,
@@ -167,7 +173,7 @@ def prepare(
         pairs,
         [keys[row] for row in rows[0]],
         aims,
-        (images[rows[0]], texts[rows[0]]),
+        (images.select(rows[0]), texts.select(rows[0])),
         targets,
         batch_size,
         shared,
@@ -259,7 +265,7 @@ def _make_target(
 
 
 def _batches(
-    encoder: Encoder, choice: ScopeChoice, pairs: Pairs, features: tuple[Tensor, Tensor], partition: list[Tensor]
+    encoder: Encoder, choice: ScopeChoice, pairs: Pairs, features: tuple[Rows, Rows], partition: list[Tensor]
 ) -> Batches:
     if choice.heads:
         return FeatureBatches(*features, partition)

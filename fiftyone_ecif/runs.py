@@ -18,7 +18,7 @@ import numpy as np
 from fiftyone.core.odm import get_db_conn
 
 from .appearance import forget_fields, show_fields
-from .cached import CachedGradients, read_cached
+from .cached import CachedGradients, read_cached, read_effects
 from .choices import ROLES, SOLVERS, TARGET_LOSSES, parse_scope
 from .errors import EcifError
 from .store import Store
@@ -389,7 +389,8 @@ class InfluenceResults(fob.BrainResults):
 
     def self_influence(self) -> np.ndarray:
         """Change of each pair's own loss if it had not been trained on, in nats, shape ``(N,)``."""
-        return self.cached().self_influence()
+        self._stored("row")
+        return read_effects(Store(*self.config.store), self.config.solver, self.config.damping, len(self.ids))["own"]
 
     def leave_one_out_loss(self) -> np.ndarray:
         """Predicted loss of each pair had it not been trained on, in nats, shape ``(N,)``."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .cached import read_cached, read_lengths
+from .cached import read_effects, stored_influence
 from .curvature import Solution, solve
 from .errors import EcifError
 from .fitting import minimise
@@ -30,10 +31,11 @@ from .gradients import (
     principal_projection,
     projection_from_state,
 )
-from .heads import FeatureBatches, HeadScope
+from .heads import HeadScope
 from .influence import batch_influence
 from .objective import Batches, ContrastiveLoss
 from .progress import Progress
+from .ranks import ALONE, Ranks
 from .scope import Scope
 from .store import Store, Table
 from .targets import Target
@@ -83,7 +85,7 @@ class Scores:
 
 
 def score_pairs(
-    store: Store, scope: Scope, batches: Batches, targets: Mapping[str, Target], method: Method
+    store: Store, scope: Scope, batches: Batches, targets: Mapping[str, Target], method: Method, ranks: Ranks = ALONE
 ) -> Generator[Progress, None, Scores]:
     """Influence of training pairs on the mean losses of targets.
 
@@ -93,15 +95,17 @@ def score_pairs(
         batches: the training pairs.
         targets: name -> target; the name is a table's in the store.
         method: how.
+        ranks (ALONE): the processes that share the batches; each calls this and
+            gets all scores.
 
     Raises:
         EcifError: if the fit or a solve does not converge, or an embedding has
             collapsed
     """
     pairs = sum(len(rows) for rows in batches.partition)
-    objective = ContrastiveLoss(scope, batches, pairs, method.proximal)
+    objective = ContrastiveLoss(scope, batches, pairs, method.proximal, ranks)
     theta, relative_gradient_norm = yield from stationary_point(store, objective, method.fit)
-    smallest_norm = _smallest_norm(scope, theta, batches)
+    smallest_norm = _smallest_norm(objective, theta)
     product = {"ggn": objective.gauss_newton_product}.get(method.solver, objective.hessian_product)
 
     solutions: list[Solution] = []
@@ -132,17 +136,18 @@ def score_pairs(
     projection: Projection | None = None
     if method.keep_gradients or method.solver == "logra":
         projection = yield from keep_gradients(store, objective, theta, targets, method)
-        cached = read_cached(store, method.solver, method.damping)
         projected = np.stack([projection.project(gradient).cpu().double().numpy() for gradient in gradients])
-        from_store = cached.influence(projected)
-        read_lengths(store, method.solver, method.damping)  # which writes them: tracing is then quick
+        from_store = partial(stored_influence, store, method.solver, method.damping, projected, pairs)
+        if objective.ranks.first:
+            read_effects(store, method.solver, method.damping, pairs)  # which writes them: tracing is then quick
+        objective.ranks.wait()
     if method.solver == "logra":
-        positive, negative = from_store
+        positive, negative = (from_store(columns=[part]).astype(np.float64) for part in ("positive", "negative"))
     else:
         vectors = [solution.vector for solution in solutions] or gradients
         positive, negative = yield from direct_influence(objective, theta, vectors, method.role)
         if projection is not None:
-            diagnostics["cached_correlation"] = _correlation(from_store[0] + from_store[1], positive + negative)
+            diagnostics["cached_correlation"] = _correlation(from_store(), positive + negative)
     return Scores(positive, negative, diagnostics)
 
 
@@ -152,7 +157,9 @@ def stationary_point(
     """The parameters to score at and their relative gradient norm, from the store where they are."""
     table = store.table("parameters")
     start = objective.scope.start
-    if table.parts():
+    known = bool(table.parts())
+    objective.ranks.wait()  # before one writes what another looks for
+    if known:
         found = table.read("0", "theta", "relative_gradient_norm")
         return torch.from_numpy(found["theta"][0]).to(start), float(found["relative_gradient_norm"][0])
     theta = start
@@ -163,7 +170,8 @@ def stationary_point(
             yield Progress("Fitting", _percent(relative, tolerance), 100)
     else:
         relative = (objective.gradient_and_value(theta)[0].norm() / objective.gradient_scale(theta)).item()
-    table.write("0", {"theta": theta.cpu().numpy()[None], "relative_gradient_norm": np.array([relative])})
+    if objective.ranks.first:
+        table.write("0", {"theta": theta.cpu().numpy()[None], "relative_gradient_norm": np.array([relative])})
     return theta, relative
 
 
@@ -181,22 +189,27 @@ def direct_influence(
     Returns:
         the positive and the negative part, ``(len(vectors), N)`` each; positive = valuable
     """
-    positive, negative = np.empty((len(vectors), objective.pairs)), np.empty((len(vectors), objective.pairs))
+    scores = torch.zeros(2, len(vectors), objective.pairs, dtype=torch.float64)
     batches = objective.batches
-    for done, (rows, batch) in enumerate(zip(batches.partition, batches, strict=True), start=1):
+    own = objective.ranks.share(range(len(batches)))
+    for done, index in enumerate(own, start=1):
+        batch, rows = batches[index], batches.partition[index]
         for number, vector in enumerate(vectors):
             parts = batch_influence(objective.scope, theta, batch, vector, objective.pairs, role)
-            positive[number, rows], negative[number, rows] = (part.cpu().numpy() for part in parts)
-        yield Progress("Scoring", done, len(batches))
+            scores[:, number, rows] = torch.stack(parts).detach().cpu().double()
+        yield Progress("Scoring", done, len(own))
+    positive, negative = objective.ranks.total(scores).numpy()
     return positive, negative
 
 
-def _smallest_norm(scope: Scope, theta: Tensor, batches: Batches) -> float:
+def _smallest_norm(objective: ContrastiveLoss, theta: Tensor) -> float:
     """The shortest embedding over the median, before normalisation; the smaller of both towers."""
     with torch.no_grad():
-        norms = torch.cat(
-            [torch.stack([part.norm(dim=1) for part in scope.embed(theta, batch)], dim=1) for batch in batches]
-        )
+        own = [
+            torch.stack([part.norm(dim=1) for part in objective.scope.embed(theta, objective.batches[index])], dim=1)
+            for index in objective.ranks.share(range(len(objective.batches)))
+        ]
+    norms = torch.cat(objective.ranks.gather([part.cpu() for part in own]))
     smallest = (norms.min(0).values / norms.median(0).values).min().item()
     if not smallest >= _COLLAPSED:
         raise EcifError(
@@ -231,17 +244,23 @@ def keep_gradients(
     store: Store, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target], method: Method
 ) -> Generator[Progress, None, Projection]:
     """Writes projected gradients and their curvature to the store, as far as they are not there."""
-    scope, batches = objective.scope, objective.batches
-    projection = _projection(store, objective, theta, targets)
+    scope, batches, ranks = objective.scope, objective.batches, objective.ranks
+    projection = yield from _projection(store, objective, theta, targets)
     tables: dict[str, Target | None] = {"gradients": None, **targets}
+    there = {name: set(store.table(name).parts()) for name in tables}
     work = [
-        (store.table(name), target, start)
+        (name, target, start)
         for name, target in tables.items()
         for start in range(0, len(target.batches if target else batches), _BATCHES_A_PART)
     ]
-    missing = [(table, target, start) for table, target, start in work if f"{start:09d}" not in table.parts()]
+    missing = [
+        (store.table(name), target, start)
+        for name, target, start in ranks.share(work)
+        if f"{start:09d}" not in there[name]
+    ]
     curvature = store.table("projected-curvature")
-    lacks_curvature = method.solver in ("hessian", "ggn") and method.solver not in curvature.parts()
+    wanted = ranks.first and method.solver in ("hessian", "ggn")
+    lacks_curvature = wanted and method.solver not in curvature.parts()
     total = len(missing) + lacks_curvature
     for done, (table, target, start) in enumerate(missing, start=1):
         if target is None:
@@ -255,6 +274,7 @@ def keep_gradients(
         matrix = projection.curvature(lambda v: product(theta, v), theta)
         curvature.write(method.solver, {"matrix": matrix.cpu().double().numpy()})
         yield Progress("Computing gradients", total, total)
+    ranks.wait()
     return projection
 
 
@@ -303,21 +323,28 @@ def _arrays(columns: Mapping[str, list[Tensor]]) -> dict[str, np.ndarray]:
     return {name: torch.cat(values).detach().cpu().numpy() for name, values in columns.items()}
 
 
-def _projection(store: Store, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target]) -> Projection:
+def _projection(
+    store: Store, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target]
+) -> Generator[Progress, None, Projection]:
     """The directions that gradients are kept in, chosen once: all parts of the gradients must share them."""
-    table, scope, batches = store.table("projection"), objective.scope, objective.batches
-    if "whole" not in table.parts():
+    table, scope, batches, ranks = store.table("projection"), objective.scope, objective.batches, objective.ranks
+    known = "whole" in table.parts()
+    ranks.wait()
+    if not known:
+        yield Progress("Computing gradients", 0, 1)
         if isinstance(scope, HeadScope):
-            assert isinstance(batches, FeatureBatches)
-            chosen: Projection = principal_projection(scope, theta, batches.images, batches.texts)
+            own = (batches[index] for index in ranks.share(range(len(batches))))
+            chosen: Projection = principal_projection(scope, theta, own, ranks=ranks)
         else:
             share = max(_DIRECTIONS // 2 // len(targets), 1)
             sources = [(_sample(scope, batches), _DIRECTIONS // 2)]
             sources += [(_sample(scope, target.batches), share) for target in targets.values()]
             chosen = BasisProjection(scope, gradient_basis(theta, sources))
-        for name, value in chosen.state().items():
+        for name, value in chosen.state().items() if ranks.first else ():
             table.write(name, {"matrix": value.cpu().numpy()})
-        table.write("whole", {"matrix": np.ones(1)})  # the last: all that belongs to it is there
+        if ranks.first:
+            table.write("whole", {"matrix": np.ones(1)})  # the last: all that belongs to it is there
+        ranks.wait()
     names = [name for name in table.parts() if name != "whole"]
     state = {name: torch.from_numpy(table.read(name, "matrix")["matrix"]) for name in names}
     return projection_from_state(scope, state)

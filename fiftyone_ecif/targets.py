@@ -26,6 +26,7 @@ from typing_extensions import Self
 
 from .errors import EcifError
 from .objective import Batches
+from .ranks import ALONE, Ranks
 from .scope import Scope
 
 PairFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,7 +38,12 @@ class Target(ABC):
     Args:
         scope: what varies.
         batches: the target pairs.
+
+    Attributes:
+        ranks: the processes that share the batches.
     """
+
+    ranks: Ranks = ALONE
 
     def __init__(self, scope: Scope, batches: Batches) -> None:
         self.scope, self.batches = scope, batches
@@ -73,18 +79,20 @@ class Target(ABC):
     def gradient_and_value(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of the mean loss, shape ``(p,)``, and its value."""
         gradient, value = torch.zeros_like(theta), theta.new_zeros(())
-        for rows, batch in self._numbered():
+        for rows, batch in self._own():
             part, loss = grad_and_value(lambda at, r=rows, b=batch: self.batch_losses(at, r, b).sum())(theta)
             gradient, value = gradient + part / self.pairs, value + loss / self.pairs
-        return gradient, value
+        return self.ranks.total(gradient), self.ranks.total(value)
 
-    def _numbered(self) -> Any:
-        return zip(self.batches.partition, self.batches, strict=True)
+    def _own(self) -> Any:
+        """The rows and the inputs of the batches that this process takes."""
+        return ((self.batches.partition[n], self.batches[n]) for n in self.ranks.share(range(len(self.batches))))
 
     def _each(self, function: Callable[[Tensor, Tensor, Any], Tensor], theta: Tensor) -> Tensor:
         with torch.no_grad():
-            found = torch.cat([function(theta, rows, batch).cpu() for rows, batch in self._numbered()])
-        return found[torch.cat(list(self.batches.partition)).argsort()]
+            own = [(rows, function(theta, rows, batch).cpu()) for rows, batch in self._own()]
+        places, values = (torch.cat(parts) for parts in zip(*self.ranks.gather(own), strict=True))
+        return values[places.argsort()]
 
 
 class PairTarget(Target):

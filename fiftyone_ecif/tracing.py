@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .cached import read_lengths, stored_influence, stored_products
+from .cached import read_effects, stored_influence, stored_products
 from .errors import EcifError
 from .progress import Progress, follow
 from .runs import TRACE, InfluenceConfig, InfluenceResults
@@ -134,7 +134,8 @@ def trace_steps(
     ]
     chosen = sorted(chosen, key=lambda place: -targets[place[0]].losses[place[1]])[:limit]
     store, config = Store(*results.config.store), results.config
-    lengths = read_lengths(store, config.solver, config.damping)
+    pairs = len(results.ids)
+    lengths = read_effects(store, config.solver, config.damping, pairs)["length"]
     yield Progress("Reading pairs", 1, 1)
 
     traces = []
@@ -145,8 +146,8 @@ def trace_steps(
             if exact:
                 influence = yield from _exact_influence(results, name, block, device)
             else:
-                influence = stored_influence(store, config.solver, config.damping, aims.gradients[block])
-            similarity = stored_products(store, aims.images[block], "image")
+                influence = stored_influence(store, config.solver, config.damping, aims.gradients[block], pairs)
+            similarity = stored_products(store, aims.images[block], pairs, "image")
             for place, row in enumerate(block):
                 relative = influence[place] / lengths
                 harms, helps = (

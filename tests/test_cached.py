@@ -4,12 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from fiftyone_ecif.cached import CachedGradients, gradient_covariance, mended
+from fiftyone_ecif.cached import (
+    CachedGradients,
+    gradient_covariance,
+    mended,
+    read_cached,
+    read_curvature,
+    read_effects,
+    stored_influence,
+    stored_pair,
+    stored_products,
+)
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.gradients import BasisProjection
 from fiftyone_ecif.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence import batch_influence
 from fiftyone_ecif.objective import ContrastiveLoss, random_partition
+from fiftyone_ecif.store import Store
 
 each_shape = pytest.mark.parametrize(
     ("pairs", "rank", "targets", "dtype"), [(9, 4, 3, float), (5, 7, 1, float), (1, 1, 2, float), (9, 4, 3, np.float32)]
@@ -20,7 +31,7 @@ def make_cached(pairs=9, rank=4, dtype=float, seed=0):
     random = np.random.default_rng(seed)
     root = random.normal(size=(rank, rank + 2))
     positive, negative = random.normal(size=(2, pairs, rank)).astype(dtype)
-    return CachedGradients(positive, negative, root @ root.T + 0.1 * np.eye(rank)), random
+    return CachedGradients(positive, negative, root @ root.T + 0.1 * np.eye(rank), pairs), random
 
 
 @each_shape
@@ -84,7 +95,7 @@ def test_a_full_space_gives_what_direct_mode_gives():
     positive, negative = (torch.cat(role).numpy() for role in zip(*parts, strict=True))
     curvature = projection.curvature(lambda v: objective.gauss_newton_product(theta, v), theta).numpy()
     targets = draw(2, size)
-    found = CachedGradients(positive, negative, curvature).influence(projection.project(targets).numpy())
+    found = CachedGradients(positive, negative, curvature, len(positive)).influence(projection.project(targets).numpy())
 
     matrix = torch.stack([objective.gauss_newton_product(theta, row) for row in torch.eye(size).double()])
     for number, target in enumerate(targets):
@@ -101,11 +112,12 @@ def test_the_covariance_is_damped_by_a_tenth_of_its_mean_eigenvalue(pairs, rank)
     for n in range(pairs):
         gradient = cached.positive[n] + cached.negative[n]
         covariance += np.outer(gradient, gradient) / pairs
-    found = gradient_covariance(cached.positive, cached.negative)
+    gradients = cached.positive + cached.negative
+    found = gradient_covariance([gradients[:1], gradients[1:]])
     mean = np.linalg.eigvalsh(covariance).mean()
     np.testing.assert_allclose(found, covariance + 0.1 * mean * np.eye(rank))
     assert np.linalg.eigvalsh(found)[0] > 0.09 * mean
-    half = gradient_covariance(cached.positive.astype(np.float16), cached.negative.astype(np.float16))
+    half = gradient_covariance([gradients.astype(np.float16)])
     assert half.dtype == np.float64
     np.testing.assert_allclose(half, found, rtol=1e-2, atol=1e-2 * mean)
 
@@ -143,3 +155,50 @@ def test_damping_is_added_before_anything_is_mended():
     matrix = np.diag([1.0, 2.0, 3.0])
     np.testing.assert_allclose(mended(matrix, 0.5), matrix + 0.5 * 2.0 * np.eye(3))
     np.testing.assert_allclose(mended(matrix), matrix)
+
+
+@pytest.fixture
+def stored():
+    """Gradients in a store, in three parts and shuffled, and the same in memory."""
+    cached, random = make_cached(11, 4, np.float32)
+    store = Store("cached-test")
+    order = random.permutation(11)
+    for part in (slice(0, 4), slice(4, 9), slice(9, 11)):
+        rows = order[part]
+        columns = {"row": rows, "positive": cached.positive[rows], "negative": cached.negative[rows]}
+        store.table("gradients").write(str(part.start), columns)
+    store.table("projected-curvature").write("hessian", {"matrix": cached.curvature})
+    yield store, cached, random.normal(size=(3, 4))
+    store.delete()
+
+
+def test_part_by_part_is_as_all_at_once(stored):
+    store, cached, targets = stored
+    whole = read_cached(store, "hessian")
+    np.testing.assert_array_equal(whole.positive, cached.positive)
+    positive, negative = cached.influence(targets)
+    np.testing.assert_allclose(stored_influence(store, "hessian", 0, targets, 11), positive + negative, rtol=1e-4)
+    np.testing.assert_allclose(stored_influence(store, "hessian", 0, targets, 11, ["positive"]), positive, rtol=1e-4)
+    effects = read_effects(store, "hessian", 0, 11)
+    np.testing.assert_allclose(effects["length"], cached.lengths)
+    np.testing.assert_allclose(effects["own"], cached.self_influence())
+    np.testing.assert_allclose(stored_products(store, targets, 11, "negative"), targets @ cached.negative.T, rtol=1e-5)
+    np.testing.assert_array_equal(stored_pair(store, 7, "negative")["negative"], cached.negative[7])
+
+
+def test_the_covariance_of_a_store_is_that_of_its_gradients(stored):
+    store, cached, _ = stored
+    expected = gradient_covariance([cached.positive + cached.negative])
+    np.testing.assert_allclose(read_curvature(store, "logra"), expected, rtol=1e-6)
+    np.testing.assert_array_equal(read_curvature(store, "identity"), np.eye(4))
+
+
+def test_a_store_that_lacks_some_pairs_gives_no_numbers(stored):
+    store, _, targets = stored
+    (store.table("gradients").folder / "4.h5").unlink()
+    for read in (
+        lambda: stored_influence(store, "hessian", 0, targets, 11),
+        lambda: read_effects(store, "hessian", 0, 11),
+    ):
+        with pytest.raises(EcifError, match="lacks the gradients of 5 of 11 pairs"):
+            read()

@@ -73,7 +73,7 @@ def audit(kind="softmax", **options):
     for rows, batch in zip(objective.batches.partition, objective.batches, strict=True):
         positive[rows], negative[rows] = (part.numpy() for part in projection.removal_gradients(theta, batch))
     curvature = projection.curvature(lambda v: objective.hessian_product(theta, v), theta).numpy()
-    return Audit(objective, theta, duplicates, CachedGradients(positive, negative, curvature), seed=3)
+    return Audit(objective, theta, duplicates, CachedGradients(positive, negative, curvature, len(positive)), seed=3)
 
 
 @cache

@@ -233,11 +233,11 @@ def test_a_gradient_basis_spans_the_pairs_gradients():
 
 def test_a_principal_projection_of_full_rank_loses_nothing():
     scope, batch, draw = _problem(n=30)
-    full = principal_projection(scope, scope.start, *batch)
+    full = principal_projection(scope, scope.start, [batch])
     assert full.rank == 9 * 5 + 6 * 5
     vector = draw(len(scope.start))
     torch.testing.assert_close(full.lift(full.project(vector)), vector)
-    small = principal_projection(scope, scope.start, *batch, rank=2)
+    small = principal_projection(scope, scope.start, [batch], rank=2)
     assert small.rank == 2 * 2 * 2
     for head, features, other in zip(small.heads, batch, batch[::-1], strict=True):
         torch.testing.assert_close(head.input.T @ head.input, torch.eye(2, dtype=torch.float64))

@@ -130,10 +130,10 @@ def test_a_trace_reads_every_part_once_and_computes_nothing_again(dataset, score
         assert [place[1] for place in seen if place[::2] == ("gradients", column)] == parts
 
 
-def test_a_run_without_lengths_gets_them(run):
+def test_a_run_without_effects_gets_them(run):
     results, _, _ = run
     store = Store(*results.config.store)
-    before, table = trace(results), store.table("lengths")
+    before, table = trace(results), store.table("effects")
     shutil.rmtree(table.folder)
     assert trace(results) == before
     assert table.parts()

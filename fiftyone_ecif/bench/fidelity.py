@@ -418,14 +418,14 @@ def _projection_sensitivity(study: Study, gradient: Tensor, base: np.ndarray) ->
     assert isinstance(scope, HeadScope)
     assert isinstance(objective.batches, FeatureBatches)
     for rank in (8, 16, 32):
-        projection = principal_projection(scope, theta, objective.batches.images, objective.batches.texts, rank)
+        projection = principal_projection(scope, theta, objective.batches, rank)
         positive, negative = _stored(projection, objective, theta)
         target = projection.project(gradient).numpy()[None]
         for name, matrix in (
-            ("logra", gradient_covariance(positive, negative)),
+            ("logra", gradient_covariance([positive + negative])),
             ("hessian", mended(projection.curvature(lambda v: objective.hessian_product(theta, v), theta).numpy())),
         ):
-            scores = np.sum(CachedGradients(positive, negative, matrix).influence(target), axis=0)[0]
+            scores = np.sum(CachedGradients(positive, negative, matrix, len(positive)).influence(target), axis=0)[0]
             yield {"what": f"projection_rank_{name}", "value": rank, "pearson": _pearson(scores, base)}
 
 
@@ -454,7 +454,7 @@ def cached(world: World, sizes: Sizes) -> list[Row]:
         parts = [gradients_of(batch, basis) for batch in objective.batches]
         seconds = time.perf_counter() - start
         positive, negative = (torch.cat([part[side] for part in parts])[order].numpy() for side in (0, 1))
-        store = CachedGradients(positive, negative, mended(curvature[columns][:, columns].numpy()))
+        store = CachedGradients(positive, negative, mended(curvature[columns][:, columns].numpy()), len(positive))
         scores = np.sum(store.influence((gradients @ basis).numpy()), axis=0)
         return {"way": way, "size": size, "seconds": seconds, "pearson": _mean_pearson(scores, direct)}
 
@@ -556,7 +556,7 @@ def _full_logra(study: Study, gradient: Tensor, role: str) -> np.ndarray:
     heads = [HeadProjection(*(torch.eye(size, dtype=torch.float64) for size in shape)) for shape in scope.shapes]
     projection = KroneckerProjection(scope, *heads)
     positive, negative = _stored(projection, study.objective, study.theta, role)
-    cached = CachedGradients(positive, negative, gradient_covariance(positive, negative))
+    cached = CachedGradients(positive, negative, gradient_covariance([positive + negative]), len(positive))
     scores: np.ndarray = np.sum(cached.influence(gradient.numpy()[None]), axis=0)[0]
     return scores
 
