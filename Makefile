@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/fiftyone-ecif demo
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

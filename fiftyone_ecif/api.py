@@ -204,6 +204,7 @@ def influence_steps(
     if target is None or target == {}:
         raise EcifError("target is needed: a view of validation pairs, such as dataset.match_tags('val')")
     config.slices = slice_names(target)
+    ranks = Ranks.here()
     problem = yield from prepare(
         samples,
         target,
@@ -212,6 +213,7 @@ def influence_steps(
         num_workers=num_workers,
         skip_failures=skip_failures,
         check=lambda: check_key(samples._dataset, brain_key, overwrite, config),
+        ranks=ranks,
     )
     config.batch_size = problem.batch_size
     config.encoder = problem.encoder.fingerprint
@@ -219,7 +221,6 @@ def influence_steps(
     store = problem.store.inside(problem.run_name(config, config.seed))
     config.store = store.names
     found: list[Scores] = []
-    ranks = Ranks.here()
     for number in range(config.n_partitions):
         if number:  # in the first one's folder, so that they are deleted with it
             store = Store(*config.store).inside(f"partition-{number}")

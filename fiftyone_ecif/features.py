@@ -17,7 +17,7 @@ from .encoder import Encoder
 from .errors import EcifError
 from .keys import PairKey, digest
 from .progress import Progress
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 from .rows import Rows
 from .store import Store, Table
 
@@ -33,8 +33,9 @@ def cached_features(
     captions: Sequence[str],
     num_workers: int,
     skip_failures: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Generator[Progress, None, tuple[Rows, Rows, dict[int, str]]]:
-    """Features of image-caption pairs; several processes each encode a share.
+    """Features of image-caption pairs.
 
     Args:
         store: the encoder's store.
@@ -44,6 +45,7 @@ def cached_features(
         captions: the caption of each pair.
         num_workers: processes that load images.
         skip_failures (True): whether to go on after an image that cannot be read.
+        ranks (ALONE): the processes that share the encoding.
 
     Returns:
         image features ``(N, w_image)``, caption features ``(N, w_text)``, and
@@ -55,8 +57,8 @@ def cached_features(
     """
     images = {key.image: path for key, path in zip(keys, paths, strict=True)}
     texts = {key.caption: caption for key, caption in zip(keys, captions, strict=True)}
-    reasons = yield from _encode_images(store.table("images"), encoder, images, num_workers, skip_failures)
-    yield from _encode_captions(store.table("captions"), encoder, texts)
+    reasons = yield from _encode_images(store.table("images"), encoder, images, num_workers, skip_failures, ranks)
+    yield from _encode_captions(store.table("captions"), encoder, texts, ranks)
     return (
         _gather(store.table("images"), [key.image for key in keys], reasons),
         _gather(store.table("captions"), [key.caption for key in keys], {}),
@@ -65,9 +67,9 @@ def cached_features(
 
 
 def _encode_images(
-    table: Table, encoder: Encoder, wanted: dict[str, str], num_workers: int, skip_failures: bool
+    table: Table, encoder: Encoder, wanted: dict[str, str], num_workers: int, skip_failures: bool, ranks: Ranks
 ) -> Generator[Progress, None, dict[str, str]]:
-    missing = _missing(table, wanted)
+    missing = _missing(table, wanted, ranks)
     failures: dict[str, str] = {}
     done = 0
     for start in range(0, len(missing), _PART):
@@ -85,15 +87,17 @@ def _encode_images(
             done += len(indices) + len(reasons)
             yield Progress("Encoding images", done, len(missing))
         _write(table, found, features)
-    failures = dict(Ranks.here().gather(list(failures.items())))
+    failures = dict(ranks.gather(list(failures.items())))
     if failures and not skip_failures:
         key, reason = next(iter(failures.items()))
         raise EcifError(f"The image {wanted[key]} cannot be read ({reason}). Mend it, or set skip_failures=True")
     return failures
 
 
-def _encode_captions(table: Table, encoder: Encoder, wanted: dict[str, str]) -> Generator[Progress, None, None]:
-    missing = _missing(table, wanted)
+def _encode_captions(
+    table: Table, encoder: Encoder, wanted: dict[str, str], ranks: Ranks
+) -> Generator[Progress, None, None]:
+    missing = _missing(table, wanted, ranks)
     done = 0
     for start in range(0, len(missing), _PART):
         keys = missing[start : start + _PART]
@@ -103,12 +107,12 @@ def _encode_captions(table: Table, encoder: Encoder, wanted: dict[str, str]) -> 
             done += len(rows)
             yield Progress("Encoding captions", done, len(missing))
         _write(table, keys, features)
-    Ranks.here().wait()
+    ranks.wait()
 
 
-def _missing(table: Table, wanted: dict[str, str]) -> list[str]:
+def _missing(table: Table, wanted: dict[str, str], ranks: Ranks) -> list[str]:
     """Of this process's share, what is not in the store."""
-    missing = dict.fromkeys(Ranks.here().share(list(wanted)))
+    missing = dict.fromkeys(ranks.share(list(wanted)))
     for part in table.parts():
         for key in table.read(part, "key")["key"]:
             missing.pop(key.decode(), None)

@@ -25,7 +25,7 @@ from .inputs import ImageTextBatches
 from .keys import PairKey, pair_key
 from .objective import Batches, ContrastiveLoss, random_partition
 from .progress import Progress
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 from .rows import Rows
 from .runs import InfluenceConfig, InfluenceResults, database_id
 from .samples import Pairs, check_collection, read_pairs, warn_skipped
@@ -95,6 +95,7 @@ def prepare(
     num_workers: int | None = None,
     skip_failures: bool = True,
     check: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Generator[Progress, None, Problem]:
     """Reads pairs, loads the model and encodes what is not cached.
 
@@ -106,6 +107,7 @@ def prepare(
         num_workers (None): processes that load images.
         skip_failures (True): whether to skip what cannot be used.
         check: called when the collections are known to be usable.
+        ranks (ALONE): the processes that share the encoding and the target's batches.
 
     Raises:
         EcifError: for bad input, before the model is loaded where that is possible
@@ -143,7 +145,9 @@ def prepare(
     captions = [caption for group in groups for caption in group.captions]
     keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
     workers = fout.recommend_num_workers() if num_workers is None else num_workers
-    images, texts, failures = yield from cached_features(store, encoder, keys, paths, captions, workers, skip_failures)
+    images, texts, failures = yield from cached_features(
+        store, encoder, keys, paths, captions, workers, skip_failures, ranks
+    )
     kept, rows = _drop_failures(groups, failures)
     pairs, aims = kept[0], dict(zip(aims, kept[1:], strict=True))
     warn_skipped(pairs.skipped, "training")
@@ -164,7 +168,7 @@ def prepare(
         made_of = label, [keys[row] for row in chosen], measured
         name = "target-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
         targets[name] = _make_target(encoder, choice, scope, batches, group, config, classes)
-        targets[name].ranks = Ranks.here()
+        targets[name].ranks = ranks
     return Problem(
         encoder,
         store,

@@ -23,6 +23,8 @@ os.environ |= {
     "FIFTYONE_DO_NOT_TRACK": "1",
     "FIFTYONE_SHOW_PROGRESS_BARS": "false",
 }
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the other cores are the other workers'
 for folder in ("database", "plugins/@ecif"):
     (HOME / folder).mkdir(parents=True)
 ROOT = Path(__file__).resolve().parent.parent
