@@ -23,9 +23,10 @@ from .runs import (
     influence_fields,
     slice_names,
 )
-from .samples import Pairs, write_run
+from .samples import Pairs, check_collection
 from .scoring import Method, Scores, score_pairs
 from .store import Store
+from .writing import finish_writing, write_run
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +206,9 @@ def influence_steps(
         raise EcifError("target is needed: a view of validation pairs, such as dataset.match_tags('val')")
     config.slices = slice_names(target)
     ranks = Ranks.here()
+    check_collection(samples, config.caption_field)
+    finished = ranks.gather(finish_writing(samples._dataset) if ranks.first else [])
+    overwrite = overwrite or brain_key in finished  # its job was killed, and is run again
     problem = yield from prepare(
         samples,
         target,
@@ -251,23 +255,16 @@ def influence_steps(
         samples._dataset.reload()
         return samples._dataset.load_brain_results(brain_key)  # type: ignore[no-any-return]
     columns = _columns(found, config, problem)
-    results = write_run(
+    results = InfluenceResults(
         samples,
-        brain_key,
         config,
+        brain_key,
         problem.pairs.ids,
-        columns,
-        lambda run: InfluenceResults(
-            samples,
-            config,
-            brain_key,
-            problem.pairs.ids,
-            problem.pairs.skipped,
-            diagnostics,
-            [pair.digest for pair in problem.keys],
-            backend=run,
-        ),
+        problem.pairs.skipped,
+        diagnostics,
+        [pair.digest for pair in problem.keys],
     )
+    write_run(results, columns, overwrite)
     ranks.wait()
     yield Progress("Writing fields", 1, 1)
     fields = ", ".join(influence_fields(brain_key, config))

@@ -11,10 +11,10 @@ import eta.core.utils as etau
 from fiftyone.core.odm import get_db_conn
 
 from .errors import EcifError
-from .keys import pair_key
 from .runs import METHOD, check_key, database_id, stores_in_use, unshared_store
-from .samples import every_sample
+from .samples import digest_now, pairs_now
 from .store import Store, outermost_stores
+from .writing import finish_writing
 
 #: What a run was told, in plain words.
 _SETTINGS = {
@@ -123,9 +123,12 @@ class Removal(NamedTuple):
 def list_runs(dataset: Any) -> list[RunEntry]:
     """The influence and misalignment runs of a dataset, by key.
 
+    What a killed job had begun to write is written to its end first.
+
     Args:
         dataset: a FiftyOne dataset.
     """
+    finish_writing(dataset)
     return [_entry(dataset, key) for key in dataset.list_brain_runs(method=METHOD)]
 
 
@@ -146,12 +149,12 @@ def staleness(dataset: Any, key: str) -> Stale:
     results = _results(dataset, key)
     if results is None:
         return Stale(None, 0, 0)
-    pairs = _pairs(dataset, config.caption_field)
+    pairs = pairs_now(dataset, config.caption_field)
     deleted = sum(sample not in pairs for sample in results.ids)
     changed = None
     if results.digests is not None:
         before = zip(results.ids, results.digests, strict=True)
-        changed = sum(_digest(*pairs[sample]) != digest for sample, digest in before if sample in pairs)
+        changed = sum(digest_now(*pairs[sample]) != digest for sample, digest in before if sample in pairs)
     try:
         unscored = len(set(dataset.load_brain_view(key).values("id")) - set(results.ids) - set(results.skipped))
     except ValueError:
@@ -306,6 +309,8 @@ def free_disk() -> int:
     freed = _size(unused)
     for store in unused:
         store.delete()
+    for home in outermost_stores():
+        home.sweep(_ABANDONED)
     return freed
 
 
@@ -339,7 +344,7 @@ def _entry(dataset: Any, key: str) -> RunEntry:
         info.timestamp,
         config.model,
         config.pretrained,
-        None if results is None else len(results.ids),
+        None if results is None else len(set(results.ids).difference(results.skipped)),
         None if results is None else len(results.skipped),
         Store(*config.store).size(),
         config.build().own_fields(dataset, key),
@@ -347,6 +352,7 @@ def _entry(dataset: Any, key: str) -> RunEntry:
 
 
 def _config(dataset: Any, key: str) -> Any:
+    finish_writing(dataset)
     known = dataset.list_brain_runs(method=METHOD)
     if key not in known:
         raise EcifError(f"{dataset.name!r} has no run {key!r}. Runs: {', '.join(known) or 'none'}")
@@ -357,25 +363,7 @@ def _results(dataset: Any, key: str) -> Any:
     return dataset.load_brain_results(key, cache=False, load_view=False)  # its view may name a field that is gone
 
 
-def _pairs(dataset: Any, caption_field: str) -> dict[str, tuple[str, Any]]:
-    """Paths and captions by sample id, of all slices of a grouped dataset."""
-    samples = every_sample(dataset)
-    there = samples.get_field(caption_field) is not None
-    ids, paths, *captions = samples.values(["id", "filepath"] + [caption_field] * there)
-    return dict(zip(ids, zip(paths, *(captions or [[None] * len(ids)]), strict=True), strict=True))
-
-
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _digest(path: str, caption: Any) -> str | None:
-    """Of a pair as it is now, None if it is none."""
-    if not isinstance(caption, str):
-        return None
-    try:
-        return pair_key(path, caption).digest
-    except EcifError:
-        return None

@@ -22,10 +22,11 @@ from .objective import ContrastiveLoss
 from .problem import Problem, prepare
 from .progress import Progress, follow
 from .runs import check_key
-from .samples import write_run
+from .samples import check_collection
 from .scoring import Method, keep_gradients, score_pairs, stationary_point
 from .store import Store
 from .verdicts import check_mark
+from .writing import finish_writing, write_run
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +168,8 @@ def misalignment_steps(
     _check_tag(tag, share, threshold)
     if (target is not None) != (config.detector == "global_influence"):
         raise EcifError("target, a view of validation pairs, and detector='global_influence' belong together")
+    check_collection(samples, config.caption_field)
+    overwrite = overwrite or brain_key in finish_writing(samples._dataset)  # its job was killed, and is run again
     problem = yield from prepare(
         samples,
         {} if target is None else target,
@@ -205,23 +208,16 @@ def misalignment_steps(
         "reason": reasons(findings.scores),
         "duplicate": audit.duplicates.kinds(),
     }
-    results = write_run(
+    results = MisalignmentResults(
         samples,
-        brain_key,
         config,
+        brain_key,
         problem.pairs.ids,
-        columns,
-        lambda run: MisalignmentResults(
-            samples,
-            config,
-            brain_key,
-            problem.pairs.ids,
-            problem.pairs.skipped,
-            diagnostics,
-            [pair.digest for pair in problem.keys],
-            backend=run,
-        ),
+        problem.pairs.skipped,
+        diagnostics,
+        [pair.digest for pair in problem.keys],
     )
+    write_run(results, columns, overwrite)
     if tag:
         diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold)
         results.save()

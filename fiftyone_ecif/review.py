@@ -15,8 +15,9 @@ from sklearn.model_selection import StratifiedKFold
 from .audits import MisalignmentResults
 from .detectors import ranked
 from .errors import EcifError
-from .samples import every_sample, write_scores
+from .samples import every_sample
 from .verdicts import ALIGNED, LEAST, MISALIGNED
+from .writing import write_scores
 
 _SLOPE = 2.0  # of the first guess, in log odds for a standard deviation of the score
 _RIDGE = 30.0  # what a weight costs: with less, few labels do harm (docs/misalignment.md)
@@ -87,16 +88,9 @@ def review_misalignment(
         [results.ids[row] for row in proposals],
     )
     results.config.reviewed = datetime.now(timezone.utc).isoformat()
-    field = f"{results.key}_misalignment"
-    described = results.config.fields(results.key)[field]
-    dataset = results.samples._dataset
-    write_scores(dataset, {field: dict(zip(results.ids, probability.tolist(), strict=True))}, {field: described})
-    written = dataset.get_field(field)
-    written.description = described.description
-    written.save()
     results.diagnostics["review"] = {**review._asdict(), "proposals": len(review.proposals)}
-    results.save_config()
-    results.save()
+    values = zip(results.ids, probability.tolist(), strict=True)
+    write_scores(results, {f"{results.key}_misalignment": dict(values)})
     return review
 
 

@@ -1,26 +1,22 @@
-"""FiftyOne samples to image-caption pairs, and scores back onto samples."""
+"""FiftyOne samples to image-caption pairs."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import fiftyone as fo
 import fiftyone.core.fields as fof
 import fiftyone.core.validation as fov
-import numpy as np
 from PIL import Image
 
-from .appearance import forget_fields, show_fields
 from .errors import EcifError
-from .runs import EcifRun, ScoreField, release_store
+from .keys import pair_key
 
 logger = logging.getLogger(__name__)
-
-Results = TypeVar("Results")
 
 
 @dataclass(frozen=True)
@@ -151,61 +147,19 @@ def _what_is_wrong(path: str, caption: Any, open_image: bool) -> str | None:
     return None
 
 
-def write_scores(dataset: Any, scores: Mapping[str, Mapping[str, Any]], fields: Mapping[str, ScoreField]) -> None:
-    """Writes score fields by sample id, described and indexed for sorting.
-
-    Args:
-        dataset: a FiftyOne dataset.
-        scores: ``{field: {sample id: value}}``; samples that are not named lose
-            the value they had.
-        fields: what the fields are.
-    """
-    for name, values in scores.items():
-        if not dataset.has_sample_field(name):
-            dataset.add_sample_field(name, fields[name].type, description=fields[name].description)
-        stale = dict.fromkeys(dataset.exists(name).values("id"))
-        dataset.set_values(name, stale | dict(values), key_field="id")
-        dataset.create_index(name)
+def pairs_now(dataset: Any, caption_field: str) -> dict[str, tuple[str, Any]]:
+    """Path and caption by sample id, of all slices of a grouped dataset; None where there is no such field."""
+    samples = every_sample(dataset)
+    there = samples.get_field(caption_field) is not None
+    ids, paths, *captions = samples.values(["id", "filepath"] + [caption_field] * there)
+    return dict(zip(ids, zip(paths, *(captions or [[None] * len(ids)]), strict=True), strict=True))
 
 
-def write_run(
-    samples: Any,
-    key: str,
-    config: Any,
-    ids: Sequence[str],
-    columns: Mapping[str, Any],
-    make_results: Callable[[EcifRun], Results],
-) -> Results:
-    """Writes the fields of a run and registers it, in place of a run that it overwrites.
-
-    Args:
-        samples: what was scored.
-        key: the brain key.
-        config: of the run, which knows its fields.
-        ids: of the scored samples.
-        columns: a value for each, by the end of the field's name.
-        make_results: given the run.
-    """
-    dataset, fields = samples._dataset, config.fields(key)
-    values = {
-        f"{key}_{name}": dict(zip(ids, np.asarray(column).tolist(), strict=True)) for name, column in columns.items()
-    }
-    old = dataset.get_brain_info(key).config if dataset.has_brain_run(key) else None
-    run = config.build()
-    run.register_run(samples, key, cleanup=False)
-    write_scores(dataset, values, fields)
-    for name, field in fields.items():  # a run that is overwritten may have described its fields otherwise
-        written = dataset.get_field(name)
-        if written.description != field.description:
-            written.description = field.description
-            written.save()
-    show_fields(dataset, key, fields)
-    results = make_results(run)
-    run.save_run_results(samples, key, results)
-    if old is not None:
-        gone = [name for name in old.fields(key) if name not in fields]
-        dataset.delete_sample_fields([name for name in gone if dataset.has_sample_field(name)])
-        forget_fields(dataset, gone)
-        if old.store != config.store:
-            release_store(dataset, "", old.store)
-    return results
+def digest_now(path: str, caption: Any) -> str | None:
+    """Of a pair as it is now, as :attr:`fiftyone_ecif.keys.PairKey.digest`; None if it is none."""
+    if not isinstance(caption, str):
+        return None
+    try:
+        return pair_key(path, caption).digest
+    except EcifError:
+        return None

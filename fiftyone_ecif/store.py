@@ -3,11 +3,14 @@
 A :class:`Table` is a folder of HDF5 files ("parts"), each holding some rows of
 the same columns. A part is written to a temporary file and then renamed, and
 never changed afterwards: a run that is killed leaves whole parts behind, never
-half of one, and two processes can fill the same table.
+half of one, and two processes can fill the same table. What is read may have been
+damaged or made by others: a part is read only if it looks as :meth:`Table.write`
+makes them, all of it is in the file, and its checksums hold.
 
 The folders below :func:`cache_folder`::
 
     format-1/<dataset id>/.owner                           which database the dataset is in
+                         /writing/                          what is being written to samples
                          /<encoder fingerprint>/images      key, features of every image
                                                 /captions    key, features of every caption
                                                 /run-<key>/  what depends on a partition
@@ -18,20 +21,30 @@ Nothing in the store is needed for its own sake: deleting it costs time only.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import EcifError
 
+if TYPE_CHECKING:
+    import h5py
+
 FORMAT = 1
 _SAFE_NAME = re.compile(r"[0-9a-z-]{1,64}")
+_SAFE_PART = re.compile(r"\w[\w.+-]{0,127}")
+_LAYOUT = ("v110", "v110")  # the first with checksums of all but the data; those are fletcher32's
 _OWNER = ".owner"
+_TEMPORARY = ".tmp"
 
 
 def cache_folder() -> Path:
@@ -62,8 +75,12 @@ class Store:
         self.folder = _root().joinpath(*names)
 
     def table(self, name: str) -> Table:
-        """The table of this name, which may have no rows yet."""
-        return Table(self.folder / name)
+        """The table of this name, which may have no rows yet.
+
+        Raises:
+            EcifError: if it is not a name, as those of stores
+        """
+        return Table(self.inside(name).folder)
 
     def inside(self, name: str) -> Store:
         """The store in the folder ``name`` of this one."""
@@ -83,7 +100,19 @@ class Store:
 
     def claim(self, owner: str) -> None:
         """Notes whose it is, for :attr:`owner`."""
-        (self.folder / _OWNER).write_text(owner)
+        write_file(self.folder / _OWNER, owner.encode())
+
+    def lock(self) -> Path:
+        """The file that a process holds while it changes what all share."""
+        self.ensure_writable()
+        return self.folder / ".lock"
+
+    def sweep(self, seconds: float) -> None:
+        """Deletes what killed processes left half-written, if nothing was written to it for so long."""
+        for path in self.folder.rglob(f"*{_TEMPORARY}"):
+            with contextlib.suppress(OSError):  # another process may have renamed it
+                if time.time() - path.lstat().st_mtime > seconds:
+                    path.unlink()
 
     @property
     def owner(self) -> str | None:
@@ -112,10 +141,9 @@ class Store:
         """Deletes the folder with all it holds, and folders above that are then empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
         for parent in self.folder.parents:
-            if parent == _root() or not parent.is_dir() or any(path.name != _OWNER for path in parent.iterdir()):
+            if parent == _root() or not parent.is_dir() or any(path.name[0] != "." for path in parent.iterdir()):
                 return
-            (parent / _OWNER).unlink(missing_ok=True)
-            parent.rmdir()
+            shutil.rmtree(parent, ignore_errors=True)
 
 
 def outermost_stores() -> list[Store]:
@@ -159,22 +187,27 @@ class Table:
         Args:
             part: its name. Parts are read in the order of their names.
             columns: arrays of equal length.
+
+        Raises:
+            EcifError: if the disk is full, or the folder cannot be written
         """
         import h5py
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        os.close(handle)
+        image = io.BytesIO()  # HDF5 loses errors of a full disk, and crashes on them
+        with h5py.File(image, "w", libver=_LAYOUT) as file:
+            file.attrs["format"] = FORMAT
+            file.attrs["rows"] = len(next(iter(columns.values())))
+            for name, values in columns.items():
+                file.create_dataset(name, data=values, fletcher32=values.size > 0)
+        path = self._path(part)
         try:
-            with h5py.File(temporary, "w") as file:
-                file.attrs["format"] = FORMAT
-                file.attrs["rows"] = len(next(iter(columns.values())))
-                for name, values in columns.items():
-                    file.create_dataset(name, data=values, fletcher32=values.size > 0 and values.ndim > 0)
-            os.replace(temporary, self.folder / f"{part}.h5")
-        except BaseException:  # also when the user stops it: no litter, and the exception goes on
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(path, image.getbuffer())
+        except OSError as error:
+            raise EcifError(
+                f"The store cannot be written ({path}: {error.strerror}). Make room, for example by "
+                "fiftyone-ecif cache --free, or set FIFTYONE_ECIF_CACHE_DIR to another folder; then run again"
+            ) from error
 
     def parts(self) -> list[str]:
         """Names of the parts, in order."""
@@ -184,29 +217,105 @@ class Table:
         """The columns of one part.
 
         Raises:
-            EcifError: if it is damaged or was written in another format
+            EcifError: if it is damaged, was written in another format, or is
+                no file as :meth:`write` makes them
         """
         import h5py  # not above: the plugin must be able to say that it is missing
 
-        path = self.folder / f"{part}.h5"
+        path = self._path(part)
         try:
-            with h5py.File(path, "r") as file:
-                if file.attrs["format"] != FORMAT:
+            with h5py.File(_plain_file(path), "r") as file:
+                if _number(file, "format") != FORMAT:
                     raise EcifError(
-                        f"{path} was written in format {file.attrs['format']} of the store, this version reads "
+                        f"{path} was written in format {_number(file, 'format')} of the store, this version reads "
                         f"{FORMAT}. Delete {self.folder} and run again"
                     )
-                found = {name: file[name][()] for name in columns}
-                rows = file.attrs["rows"]
-        except (OSError, KeyError) as error:
-            raise EcifError(f"{path} is damaged ({error}). Delete {self.folder} and run again") from error
-        if any(len(values) != rows for values in found.values()):
-            raise EcifError(f"{path} is damaged (columns differ in length). Delete {self.folder} and run again")
-        return found
+                rows, size = _number(file, "rows"), path.stat().st_size
+                return {name: _column(file, name, rows, size)[()] for name in columns}
+        except EcifError:
+            raise
+        except Exception as error:  # h5py raises many kinds on damaged files
+            raise self._damaged(path, error) from error
 
     def read_all(self, *columns: str) -> dict[str, np.ndarray]:
         """The columns of all parts, one after another; empty arrays if there is none."""
         found = [self.read(part, *columns) for part in self.parts()]
         if not found:
             return {name: np.empty(0) for name in columns}
-        return {name: np.concatenate([part[name] for part in found]) for name in columns}
+        try:
+            return {name: np.concatenate([part[name] for part in found]) for name in columns}
+        except ValueError as error:
+            raise self._damaged(self.folder, error) from error
+
+    def _path(self, part: str) -> Path:
+        if not _SAFE_PART.fullmatch(part):
+            raise EcifError(f"{part!r} is not a name of a part of {self.folder}")
+        return self.folder / f"{part}.h5"
+
+    def _damaged(self, path: Path, error: Exception) -> EcifError:
+        return EcifError(f"{path} is damaged ({error}). Delete {self.folder} and run again")
+
+
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file, whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=_TEMPORARY)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:  # also when the user stops it: no litter, and the exception goes on
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _plain_file(path: Path) -> Path:
+    """The path, if it and all folders down to it are what they seem: no links, no pipes.
+
+    Raises:
+        ValueError: if not
+    """
+    root = _root()
+    if path.resolve() != root.resolve() / path.relative_to(root) or not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("it is no plain file, or in a folder that is a link")
+    return path
+
+
+def _number(file: h5py.File, name: str) -> int:
+    """A whole number among the attributes of a file."""
+    attribute = file.attrs.get_id(name)
+    if attribute.shape != () or attribute.dtype.kind not in "iu":
+        raise ValueError(f"{name} is no whole number")
+    return int(file.attrs[name])
+
+
+def _column(file: h5py.File, name: str, rows: int, size: int) -> Any:
+    """A column of a part, once it is known to be one; nothing of it is read or allocated before.
+
+    Args:
+        file: the open part.
+        name: of the column.
+        rows: of the part.
+        size: of the file in bytes.
+
+    Raises:
+        ValueError: if it is no array of so many numbers (or keys), which
+            lies in this file as it is, with checksums
+    """
+    import h5py
+
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+        raise ValueError(f"{name} is a link or a group")
+    column = file[name]
+    made = column.id.get_create_plist()
+    filters = [made.get_filter(number)[0] for number in range(made.get_nfilters())]
+    if column.is_virtual or made.get_external_count():
+        raise ValueError(f"{name} lies in another file")
+    if column.dtype.kind not in ("S" if name == "key" else "biuf"):
+        raise ValueError(f"{name} holds {column.dtype}")
+    if not column.shape or column.shape[0] != rows:
+        raise ValueError(f"{name} has shape {column.shape}, the part has {rows} rows")
+    if column.nbytes > size:
+        raise ValueError(f"{name} claims {column.nbytes} bytes in a file of {size}")
+    if filters != ([h5py.h5z.FILTER_FLETCHER32] if column.size else []):
+        raise ValueError(f"{name} is stored with filters {filters}, not with checksums")
+    return column

@@ -11,8 +11,8 @@ from .cached import read_effects, stored_influence, stored_products
 from .errors import EcifError
 from .progress import Progress, follow
 from .runs import TRACE, InfluenceConfig, InfluenceResults
-from .samples import write_scores
 from .store import Store
+from .writing import write_scores
 
 _AT_ONCE = 128  # queries: each takes a few numbers for every pair
 
@@ -220,8 +220,7 @@ def mark_traces(results: InfluenceResults, traces: Sequence[Trace]) -> Any:
     if dataset.has_sample_field(field) and dataset.get_field(field).description != TRACE.description:
         raise EcifError(f"There is a field {field!r} already, which no run wrote. Rename it, or the run")
     config.traced = True
-    write_scores(dataset, {field: {pair: "; ".join(said) for pair, said in says.items()}}, config.fields(results.key))
-    results.save_config()
+    write_scores(results, {field: {pair: "; ".join(said) for pair, said in says.items()}})
     return dataset.select(list(dict.fromkeys(order)), ordered=True)
 
 
