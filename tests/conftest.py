@@ -92,3 +92,7 @@ def score(made):
         return compute_influence(samples, target=target, **(defaults | options))
 
     return run
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=8, help="how often test_kills.py kills a job")
