@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,10 @@ from .errors import EcifError
 Adapters = dict[str, tuple[Tensor, Tensor]]
 #: How images are prepared, as arguments of ``open_clip.create_model_and_transforms``.
 PREPROCESSING = ("image_mean", "image_std", "image_interpolation", "image_resize_mode")
+_CHOICES = {
+    "image_interpolation": ("bicubic", "bilinear", "random"),
+    "image_resize_mode": ("shortest", "longest", "squash"),
+}
 
 
 def save_checkpoint(
@@ -64,19 +69,63 @@ def save_checkpoint(
 
 
 def load_adapters(pretrained: str | None) -> Adapters | None:
-    """The adapters that :func:`save_checkpoint` wrote beside a checkpoint, or None."""
+    """The adapters that :func:`save_checkpoint` wrote beside a checkpoint, or None.
+
+    Raises:
+        EcifError: if the file is no such adapters
+    """
     if pretrained is None or not Path(pretrained).is_file() or not _adapters(Path(pretrained)).is_file():
         return None
-    parts = load_file(_adapters(Path(pretrained)))
-    return {name[2:]: (value, parts[f"B.{name[2:]}"]) for name, value in parts.items() if name.startswith("A.")}
+    file = _adapters(Path(pretrained))
+    try:
+        parts = load_file(file)
+        names = sorted({name[2:] for name in parts})
+        adapters = {name: (parts.pop(f"A.{name}"), parts.pop(f"B.{name}")) for name in names}
+        whole = all(a.ndim == b.ndim == 2 and 0 < len(a) == b.shape[1] for a, b in adapters.values())
+        ranks = {len(a) for a, _ in adapters.values()}
+        if parts or not whole or len(ranks) != 1:
+            raise ValueError("it does not hold pairs of matrices of one rank")
+        if not all(part.is_floating_point() and part.isfinite().all() for pair in adapters.values() for part in pair):
+            raise ValueError("it holds NaN, infinity or whole numbers")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise EcifError(
+            f"The adapters {file} cannot be read ({error}). Delete that file to load the weights alone"
+        ) from error
+    return adapters
 
 
 def load_preprocessing(pretrained: str | None) -> dict[str, Any] | None:
-    """The preprocessing that :func:`save_checkpoint` wrote beside a checkpoint, or None."""
+    """The preprocessing that :func:`save_checkpoint` wrote beside a checkpoint, or None.
+
+    Raises:
+        EcifError: if the file says no such thing
+    """
     if pretrained is None or not Path(pretrained).is_file() or not _preprocessing(Path(pretrained)).is_file():
         return None
-    found = json.loads(_preprocessing(Path(pretrained)).read_text())
-    return {name: found[name] for name in PREPROCESSING if name in found}
+    file = _preprocessing(Path(pretrained))
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        known = {name: found[name] for name in PREPROCESSING if name in found}
+        wrong = next((name for name, value in known.items() if not _is_usable(name, value)), None)
+        if wrong:
+            raise ValueError(f"{wrong} is {str(known[wrong])[:100]!r}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise EcifError(
+            f"{file}, which says how images are prepared, cannot be used ({error}). Delete it to prepare them as "
+            "open_clip does by itself"
+        ) from error
+    return known
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    """Whether open_clip can prepare images by a value of :data:`PREPROCESSING`."""
+    if name in _CHOICES:
+        return value in _CHOICES[name]
+    numbers = value if isinstance(value, list) else [value]
+    least = 0.0 if name == "image_mean" else 1e-6
+    return len(numbers) in (1, 3) and all(
+        type(number) in (int, float) and math.isfinite(number) and number >= least for number in numbers
+    )
 
 
 def _adapters(path: Path) -> Path:

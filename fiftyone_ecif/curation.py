@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from .samples import check_collection
 #: Which end of a score each direction means: of influence, then of misalignment.
 DIRECTIONS = {"harmful": "lowest", "valuable": "highest", "suspicious": "highest"}
 EXPORT_FORMATS = (".csv", ".json")
+#: What a spreadsheet may take for the start of a formula, in full width too, also after blanks.
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n\0]")
 
 
 def score_fields(samples: Any) -> list[str]:
@@ -159,18 +162,18 @@ def export_pairs(
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", newline="", encoding="utf-8") as file:
             if path.suffix == ".csv":
-                writer = csv.writer(file)
-                writer.writerow(columns)
+                writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)  # some split cells at other characters too
+                writer.writerow(map(_csv_cell, columns))
                 writer.writerows([_csv_cell(value) for value in row] for row in rows)
             else:
                 json.dump(
                     [dict(zip(columns, map(_plain, row), strict=True)) for row in rows], file, indent=1, default=str
                 )
         os.replace(temporary, path)
-    except OSError as error:
-        raise EcifError(f"{path} cannot be written ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # the latter of a text that is no Unicode, or a path with a NUL
+        raise EcifError(f"{path} cannot be written ({error})") from error
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
     return len(samples)
 
@@ -183,6 +186,7 @@ def _plain(value: Any) -> Any:
 def _csv_cell(value: Any) -> Any:
     if isinstance(value, list | tuple):
         value = ";".join(map(str, value))
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return "'" + value
-    return _plain(value)
+    if value is None or isinstance(value, bool | int | float):
+        return _plain(value)
+    text = str(value)
+    return f"'{text}" if _FORMULA.match(text) else text

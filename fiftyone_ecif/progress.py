@@ -11,6 +11,9 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
 import fiftyone.core.utils as fou
+from pymongo.errors import PyMongoError
+
+from .errors import EcifError
 
 T = TypeVar("T")
 
@@ -54,6 +57,9 @@ def follow(work: Generator[Progress, None, T], progress: bool | Callable[..., No
 
     Returns:
         what the work returns
+
+    Raises:
+        EcifError: as the work does, or if the database is lost
     """
     stage = ""
     bar: Any = None
@@ -69,6 +75,11 @@ def follow(work: Generator[Progress, None, T], progress: bool | Callable[..., No
             bar.set_iteration(step.done)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
+    except PyMongoError as error:
+        raise EcifError(
+            f"FiftyOne's database does not answer any more ({str(error)[:200]}). Start it, and run again: what was "
+            "computed is kept, and what was begun to be written is finished then"
+        ) from error
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)

@@ -21,7 +21,7 @@ from .appearance import forget_fields, show_fields
 from .cached import CachedGradients, read_cached, read_effects
 from .choices import ROLES, SOLVERS, TARGET_LOSSES, parse_scope
 from .errors import EcifError
-from .store import Store
+from .store import Store, Table
 
 PairFunction = Callable[..., Any]
 METHOD = "ecif"  # of all runs of this package, whatever their type
@@ -422,17 +422,20 @@ class InfluenceResults(fob.BrainResults):
         self._stored("row")
         table = Store(*self.config.store).table(self.config.target["tables"][name])
         columns = ("loss", "mistake", "gradient", "image")
-        found = table.read_all("row", *columns)
-        order = np.argsort(found["row"])
-        return TargetPairs(self.config.target["ids"][name], *(found[column][order] for column in columns))
+        ids = self.config.target["ids"][name]
+        return TargetPairs(ids, *self._rows_of(table, len(ids), columns))
 
     def _stored(self, *columns: str) -> list[np.ndarray]:
         if not self.config.keep_gradients:
             raise EcifError(f"Run {self.key!r} kept no gradients. Run compute_influence with keep_gradients=True")
-        found = Store(*self.config.store).table("gradients").read_all("row", *columns)
-        if len(found["row"]) != len(self.ids):
-            raise EcifError(f"The store of run {self.key!r} is gone. Run compute_influence again with overwrite=True")
+        return self._rows_of(Store(*self.config.store).table("gradients"), len(self.ids), columns)
+
+    def _rows_of(self, table: Table, count: int, columns: Sequence[str]) -> list[np.ndarray]:
+        """Columns in the order of their rows, all of which must be there."""
+        found = table.read_all("row", *columns)
         order = np.argsort(found["row"])
+        if not np.array_equal(found["row"][order], np.arange(count)):
+            raise EcifError(f"The store of run {self.key!r} is gone. Run compute_influence again with overwrite=True")
         return [found[column][order] for column in columns]
 
     @classmethod

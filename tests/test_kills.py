@@ -1,4 +1,4 @@
-"""Jobs that are killed at random moments: what they leave is whole or nothing, and the next one ends as if never killed.
+"""Jobs that are killed at random moments leave whole results or none, and end alike when they are run again.
 
 ``pytest tests/test_kills.py --kills 60`` kills sixty times, by default it is eight.
 """
@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fiftyone as fo
 import pytest
 import torch
 
@@ -114,7 +113,7 @@ def trials(worker, made, tmp_path_factory):
         dataset.delete()
         return bool(told["signal"])
 
-    yield whole, trial
+    return whole, trial
 
 
 def test_the_events_cover_what_is_written(trials):
