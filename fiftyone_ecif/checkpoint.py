@@ -105,6 +105,8 @@ def load_preprocessing(pretrained: str | None) -> dict[str, Any] | None:
     file = _preprocessing(Path(pretrained))
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
         known = {name: found[name] for name in PREPROCESSING if name in found}
         wrong = next((name for name, value in known.items() if not _is_usable(name, value)), None)
         if wrong:
