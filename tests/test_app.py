@@ -213,6 +213,8 @@ def test_delete_a_run(app, dataset, scored, audited):
     for field in ("audit_misalignment", "audit_reason", "audit_duplicate"):
         expect(app.sidebar(field)).to_have_count(0, timeout=PATIENCE)
     expect(app.sidebar("ecif_influence")).to_be_visible()
+    app.page.get_by_role("button", name="Done").or_(app.page.get_by_role("button", name="Close")).first.click()
+    expect(panel.get_by_role("combobox").filter(has_text="ecif: influence")).to_be_visible(timeout=PATIENCE)
     dataset.reload()
     assert dataset.list_brain_runs() == ["ecif"]
 
