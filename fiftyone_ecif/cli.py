@@ -437,10 +437,13 @@ def fidelity(quick: bool, out: Path | None, as_json: bool) -> None:
 @bench.command("misalignment")
 @click.option("--data", required=True, help="digits, shapes, emoji, emoji-twitter, or a folder with pairs.csv.")
 @click.option("--frozen", is_flag=True, help="Train heads on frozen pretrained towers instead of a small model.")
+@click.option("--noise", "noises", multiple=True, help="Kind of noise, repeatable. Default: all that the pairs allow.")
 @click.option("--quick", is_flag=True, help="One seed and one ratio on at most 600 pairs.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md, result.json and plots.")
 @_AS_JSON
-def bench_misalignment(data: str, frozen: bool, quick: bool, out: Path | None, as_json: bool) -> None:
+def bench_misalignment(
+    data: str, frozen: bool, noises: tuple[str, ...], quick: bool, out: Path | None, as_json: bool
+) -> None:
     """Hold detectors of misaligned pairs against each other on clean pairs whose captions are permuted.
 
     Example: fiftyone-ecif bench misalignment --data digits --quick --out misalignment
@@ -456,7 +459,7 @@ def bench_misalignment(data: str, frozen: bool, quick: bool, out: Path | None, a
                 (out / "result.json").write_text(json.dumps(found))
 
         sizes = QUICK if quick else Sizes()
-        result = run(load_pairs(data), sizes, frozen, lambda text: click.echo(text, err=True), keep)
+        result = run(load_pairs(data), sizes, frozen, noises, lambda text: click.echo(text, err=True), keep)
         if out:
             plot(result, out)
             (out / "report.md").write_text(markdown(result))

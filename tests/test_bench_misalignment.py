@@ -37,12 +37,21 @@ def write(place, rows):
         writer.writerows(rows)
 
 
+KEPT = []  # what the command would leave if it were stopped, model by model
+
+
 @pytest.fixture(scope="module")
 def ran(folder, tmp_path_factory):
     """The command on that folder, and where it wrote."""
     out = tmp_path_factory.mktemp("out")
+    run = misalignment.run
+
+    def watched(*given):
+        return run(*given[:-1], lambda found: (given[-1](found), KEPT.append(json.loads(json.dumps(found)))))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(misalignment, "QUICK", SMALL)
+        patch.setattr(misalignment, "run", watched)
         arguments = ["bench", "misalignment", "--data", str(folder), "--quick", "--json", "--out", str(out)]
         return CliRunner().invoke(main, arguments), out
 
@@ -132,6 +141,23 @@ def test_a_run_has_a_row_for_each_detector_noise_and_seed(result):
 
 def cell(row):
     return row["noise"], row["ratio"], row["seed"]
+
+
+def test_what_a_stopped_run_leaves_is_summed_up_seed_by_seed(result):
+    assert [len(kept["review"]) > 0 for kept in KEPT] == [True] * 4  # after each model, and after each seed
+    assert [{row["seeds"] for row in kept["summary"]} for kept in KEPT] == [set(), {1}, {1}, {2}]
+    assert KEPT[-1] == result
+
+
+def test_only_the_noise_that_is_asked_for_and_possible(monkeypatch):
+    made = []
+    monkeypatch.setattr(misalignment, "_train", lambda data, noise, *rest: made.append(noise) or 1 / 0)
+    pairs = toy(["a cat", "a dog"] * 50, ["cat", "dog"] * 50)
+    with pytest.raises(ZeroDivisionError):
+        misalignment.run(pairs, SMALL, noises=("category",))
+    assert made == ["category"]
+    with pytest.raises(EcifError, match="noise='subcategory' cannot be made of toy, which allows random, category"):
+        misalignment.run(pairs, SMALL, noises=("subcategory",))
 
 
 def test_seeds_differ_in_noise_and_training(result):

@@ -110,6 +110,7 @@ def run(
     data: CleanPairs,
     sizes: Sizes,
     frozen: bool = False,
+    noises: Sequence[str] = (),
     report: Callable[[str], None] = lambda text: None,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
@@ -120,8 +121,10 @@ def run(
         sizes: how much to measure.
         frozen (False): whether to train heads on frozen pretrained towers, which
             see each pair once for all noise, instead of a small model from scratch.
+        noises (()): kinds of noise; by default all that the pairs allow.
         report: told what is being measured.
-        keep: given what is measured so far after each model, so that a run that is stopped leaves it.
+        keep: given what is measured so far after each model, so that a run that is stopped leaves it; the
+            summary is over the seeds that are whole.
 
     Returns:
         ``rows``, one a detector, noise, ratio and seed: ``auroc``, ``auprc``,
@@ -130,7 +133,14 @@ def run(
         in [0, 1]; ``summary`` over seeds, with the paired bootstrap of the
         difference of each of our detectors to the best baseline; ``noise_rates``,
         ``review``, ``downstream`` and ``ablation``; ``seconds``
+
+    Raises:
+        EcifError: if the pairs do not allow a kind of noise
     """
+    possible = ("random", *data.kinds)
+    for noise in noises:
+        if noise not in possible:
+            raise EcifError(f"noise={noise!r} cannot be made of {data.name}, which allows {', '.join(possible)}")
     torch.set_num_threads(1)
     start = time.perf_counter()
     if len(data.captions) > sizes.pairs:
@@ -139,16 +149,18 @@ def run(
         name: [] for name in ("rows", "summary", "noise_rates", "review", "downstream", "ablation")
     }
     result |= {"data": data.name, "pairs": len(data.captions), "model": "frozen towers" if frozen else MODEL}
-    for noise, ratio in itertools.product(("random", *data.kinds), sizes.ratios):
-        seen: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
-        for seed in range(sizes.seeds):
+    seen: dict[tuple[str, float], list[tuple[np.ndarray, dict[str, np.ndarray]]]] = {
+        cell: [] for cell in itertools.product(noises or possible, sizes.ratios)
+    }
+    for seed in range(sizes.seeds):
+        for (noise, ratio), found in seen.items():
             report(f"{data.name}: {noise} noise, {ratio:.0%}, seed {seed}")
             where = {"data": data.name, "noise": noise, "ratio": ratio, "seed": seed}
             trained = _train(data, noise, ratio, seed, sizes, frozen)
             findings = follow(run_detectors(trained.audit, DETECTORS), progress=False)
             scores = findings.scores | {"lemon_tuned": _tuned_lemon(trained)}
             wrong = trained.wrong
-            seen.append((wrong, scores))
+            found.append((wrong, scores))
             result["rows"] += [where | {"detector": name} | measure(wrong, score) for name, score in scores.items()]
             rate = (
                 share_of_upper_mode(scores["lemon_z"])
@@ -168,8 +180,12 @@ def run(
                     result["ablation"] += [where | row for row in _ablation(trained, scores)]
             result["seconds"] = round(time.perf_counter() - start, 1)
             keep(result)
-        result["summary"] += summarise({"data": data.name, "noise": noise, "ratio": ratio}, seen, sizes.draws)
-    keep(result)
+        result["summary"] = [
+            row
+            for (noise, ratio), found in seen.items()
+            for row in summarise({"data": data.name, "noise": noise, "ratio": ratio}, found, sizes.draws)
+        ]
+        keep(result)
     return result
 
 
