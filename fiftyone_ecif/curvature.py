@@ -18,8 +18,11 @@ from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from .errors import EcifError
+from .heads import HeadScope
+from .objective import ContrastiveLoss
 
 _DENSE = 512  # parameters up to which the matrix is factorised
+_REMEMBERED = 2**22  # entries of the similarity matrices of an objective up to which its graphs are kept
 _PROBES = 8
 _LEAST_DAMPING, _MOST_DAMPING = 2.0**-10, 2.0**20
 
@@ -57,6 +60,34 @@ class Solution:
     residual: float
     condition_number: float
     damping: float = 0.0
+
+
+def hessian_at(objective: ContrastiveLoss, theta: Tensor) -> Product:
+    """Products with the Hessian at one point, for heads about five times as fast as one by one.
+
+    The graph of the gradient is made once, at the cost of a gradient, and each
+    product is a pass back through it. It takes the memory of some tens of
+    similarity matrices; where they are many, and in deeper scopes, whose graphs
+    are large, :meth:`ContrastiveLoss.hessian_product` is used instead.
+
+    Args:
+        objective: what the Hessian is of.
+        theta: where, shape ``(p,)``.
+    """
+    entries = sum(len(rows) ** 2 for rows in objective.batches.partition)
+    if not isinstance(objective.scope, HeadScope) or entries > _REMEMBERED:
+        return partial(objective.hessian_product, theta)
+    scope, point = objective.scope, theta.detach().clone().requires_grad_()
+    losses = (scope.loss.pair_losses(scope.similarity(point, batch)).sum() for batch in objective.batches)
+    gradients = [torch.autograd.grad(loss / objective.pairs, point, create_graph=True)[0] for loss in losses]
+
+    def product(vector: Tensor) -> Tensor:
+        total = objective.proximal * vector
+        for gradient in gradients:
+            total = total + torch.autograd.grad(gradient, point, vector, retain_graph=True)[0]
+        return total
+
+    return product
 
 
 def solve(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -141,6 +142,15 @@ def test_a_run_has_a_row_for_each_detector_noise_and_seed(result):
 
 def cell(row):
     return row["noise"], row["ratio"], row["seed"]
+
+
+def test_pairs_of_a_group_stay_on_one_side(folder, monkeypatch):
+    inside = []
+    monkeypatch.setattr(misalignment, "swap_captions", lambda pairs, *_: inside.extend(pairs.groups) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        misalignment._train(load_pairs(str(folder)), "random", 0.3, 0, SMALL, False)
+    assert set(Counter(inside).values()) == {2}
+    assert len(inside) == 140 - 2 * round(0.15 * 70)
 
 
 def test_what_a_stopped_run_leaves_is_summed_up_seed_by_seed(result):

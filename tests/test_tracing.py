@@ -11,6 +11,7 @@ from torch.func import grad
 
 from fiftyone_ecif import EcifError, cached, trace, tracing
 from fiftyone_ecif.curvature import conjugate_gradient
+from fiftyone_ecif.encoder import Encoder
 from fiftyone_ecif.influence import batch_influence
 from fiftyone_ecif.problem import reopen
 from fiftyone_ecif.progress import follow
@@ -142,6 +143,22 @@ def test_a_run_without_effects_gets_them(run):
 def test_tracing_does_without_torch():
     code = "import sys, fiftyone_ecif.tracing; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_thousand_targets_are_scored_from_the_store_without_the_model(run, monkeypatch):
+    results, _, _ = run
+    monkeypatch.setattr(Encoder, "__init__", lambda *_: pytest.fail("a model was loaded"))
+    store = Store(*results.config.store)
+    (table,) = results.config.target["tables"].values()
+    single = store.table(table).read_all("gradient")["gradient"].astype(float)
+    weights = np.random.default_rng(0).dirichlet(np.ones(len(single)), size=1000)  # of the pairs in each target's mean
+    stored = cached.read_cached(store, "hessian")
+    positive, negative = stored.influence(weights @ single)
+    assert positive.shape == negative.shape == (1000, 72)
+    solved = weights @ single @ np.linalg.inv(stored.curvature) / 72
+    close = {"rtol": 1e-6, "atol": 1e-8 * np.abs(positive).max()}
+    np.testing.assert_allclose(positive, solved @ stored.positive.T, **close)
+    np.testing.assert_allclose(negative, solved @ stored.negative.T, **close)
 
 
 def test_bad_queries(run):
