@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,9 @@ from .choices import ScopeChoice
 from .contrastive import SigmoidLoss, SoftmaxLoss
 from .errors import EcifError
 from .heads import HeadScope
-from .inputs import Images
+from .inputs import Images, collate
 from .scope import Scope
-from .towers import Tower, TowerScope, scope_parameters
+from .towers import Tower, TowerScope, causal_mask, scope_parameters
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
@@ -124,6 +125,10 @@ class Encoder:
         unusable = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
         if unusable:
             raise EcifError(f"The model's weight {unusable[0]} holds NaN or infinity. Load another checkpoint")
+        self._half = self.device.startswith("cuda")
+        self._at_once = sys.maxsize  # inputs, until memory runs out
+        self._ignores_padding = False
+        self._ignores_padding = self._try_without_padding()
         self.heads = {tower: self._find_head(tower) for tower in _HEADS}
         self.adapters = load_adapters(pretrained)
         self.fingerprint = self._fingerprint(model)
@@ -199,14 +204,21 @@ class Encoder:
         }
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
-        """What the text tower takes, on the device; a caption longer than the context is cut, as in training."""
+        """What the text tower takes, on the device, shape ``(n, t)``.
+
+        A caption longer than the context is cut, as in training. Where padding
+        changes nothing, ``t`` is the length of the longest of these captions,
+        which spares the tower most of its work; otherwise it is the context.
+        """
         tokens: Tensor = self.tokenizer(list(captions))
+        if self._ignores_padding:
+            tokens = _without_padding(tokens)
         return tokens.to(self.device)
 
     def image_features(
         self, paths: Sequence[str], batch_size: int, num_workers: int
     ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-        """Encodes image files.
+        """Encodes image files, which other processes load in the meantime.
 
         Yields:
             for each batch, the indices into ``paths`` that were read, their
@@ -214,13 +226,14 @@ class Encoder:
             those that could not be read
         """
         loader: DataLoader[Any] = DataLoader(
-            Images(paths, self.preprocess), batch_size=batch_size, num_workers=num_workers, collate_fn=list
+            Images(paths, self.preprocess),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=self.device.startswith("cuda"),
         )
-        for batch in loader:
-            good = [(index, image) for index, image, reason in batch if reason is None]
-            failures = {index: reason for index, _, reason in batch if reason is not None}
-            images = torch.stack([image for _, image in good]) if good else torch.empty(0)
-            yield [index for index, _ in good], self._features("image", images), failures
+        for indices, images, failures in loader:
+            yield indices, self._features("image", images), failures
 
     def text_features(self, captions: Sequence[str], batch_size: int) -> Iterator[Tensor]:
         """Encodes captions; a caption longer than the model's context is cut, as in training.
@@ -233,9 +246,25 @@ class Encoder:
 
     @torch.no_grad()
     def _features(self, tower: str, inputs: Tensor) -> Tensor:
-        if not len(inputs):
-            return inputs
-        return self._run(tower, inputs.to(self.device), self.heads[tower]).float().cpu()
+        """Features on the CPU, of as many inputs at once as the device has memory for."""
+        found: list[Tensor] = []
+        start = 0
+        while start < len(inputs):
+            part = inputs[start : start + self._at_once]
+            try:
+                with torch.autocast(torch.device(self.device).type, torch.float16, enabled=self._half):
+                    features = self._run(tower, part.to(self.device, non_blocking=True), self.heads[tower])
+            except torch.OutOfMemoryError as error:
+                if len(part) == 1:
+                    raise EcifError(
+                        f"The {tower} tower of {self.name} does not fit into the memory of {self.device}, not even "
+                        "for one input. Free some of it, or use device='cpu'"
+                    ) from error
+                self._at_once = len(part) // 2
+                continue
+            found.append(features.float().cpu())
+            start += len(part)
+        return torch.cat(found) if found else torch.empty(0)
 
     def _run(self, tower: str, inputs: Tensor, head: Head | None) -> Tensor:
         """A tower's output with its head, if one is given, passing its input through."""
@@ -260,6 +289,15 @@ class Encoder:
         close = torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
         return head if close else None
 
+    @torch.no_grad()
+    def _try_without_padding(self) -> bool:
+        """Whether a caption's features stay the same without the padding behind it, tried on two."""
+        tokens = self.tokens(["a photo", "of two things"])
+        if causal_mask(self.model) is None:
+            return False
+        expected, found = (self._run("text", each, None) for each in (tokens, _without_padding(tokens)))
+        return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
     def _fingerprint(self, name: str) -> str:
         digest = hashlib.blake2b(digest_size=16)
         made_of = [
@@ -273,6 +311,11 @@ class Encoder:
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def _without_padding(tokens: Tensor) -> Tensor:
+    """The columns up to the last that is not zero in all rows."""
+    return tokens[:, : int(tokens.any(0).nonzero().max()) + 1]
 
 
 def choose_device(device: str | None) -> str:

@@ -21,8 +21,8 @@ from .ranks import ALONE, Ranks
 from .rows import Rows
 from .store import Store, Table
 
-_PART = 1024  # rows computed between two writes to the store
 _BATCH = 128
+_PART = 8 * _BATCH  # rows computed between two writes to the store
 
 
 def cached_features(
@@ -71,22 +71,22 @@ def _encode_images(
 ) -> Generator[Progress, None, dict[str, str]]:
     missing = _missing(table, wanted, ranks)
     failures: dict[str, str] = {}
+    found: list[str] = []
+    features: list[Tensor] = []
     done = 0
-    for start in range(0, len(missing), _PART):
+    paths = [wanted[key] for key in missing]
+    for indices, rows, reasons in encoder.image_features(paths, _BATCH, num_workers):
+        found += [missing[index] for index in indices]
+        features += [rows] if indices else []
+        failures |= {missing[index]: reason for index, reason in reasons.items()}
         if failures and not skip_failures:
             break
-        keys = missing[start : start + _PART]
-        found: list[str] = []
-        features: list[Tensor] = []
-        for indices, rows, reasons in encoder.image_features([wanted[key] for key in keys], _BATCH, num_workers):
-            found += [keys[index] for index in indices]
-            features += [rows] if indices else []
-            failures |= {keys[index]: reason for index, reason in reasons.items()}
-            if failures and not skip_failures:
-                break
-            done += len(indices) + len(reasons)
-            yield Progress("Encoding images", done, len(missing))
-        _write(table, found, features)
+        done += len(indices) + len(reasons)
+        if done % _PART == 0:
+            _write(table, found, features)
+            found, features = [], []
+        yield Progress("Encoding images", done, len(missing))
+    _write(table, found, features)
     failures = dict(ranks.gather(list(failures.items())))
     if failures and not skip_failures:
         key, reason = next(iter(failures.items()))
@@ -97,7 +97,9 @@ def _encode_images(
 def _encode_captions(
     table: Table, encoder: Encoder, wanted: dict[str, str], ranks: Ranks
 ) -> Generator[Progress, None, None]:
-    missing = _missing(table, wanted, ranks)
+    missing = sorted(
+        _missing(table, wanted, ranks), key=lambda key: len(wanted[key])
+    )  # alike lengths need least padding
     done = 0
     for start in range(0, len(missing), _PART):
         keys = missing[start : start + _PART]

@@ -35,6 +35,13 @@ class Images(Dataset[Any]):
             return index, None, str(error) or type(error).__name__
 
 
+def collate(batch: Sequence[tuple[int, Tensor | None, str | None]]) -> tuple[list[int], Tensor, dict[int, str]]:
+    """Indices and stacked images of those that could be read, and ``{index: reason}`` of the others."""
+    images = {index: image for index, image, _ in batch if image is not None}
+    failures = {index: reason for index, _, reason in batch if reason is not None}
+    return list(images), torch.stack(list(images.values())) if images else torch.empty(0), failures
+
+
 class ImageTextBatches(Sequence[tuple[Tensor, Tensor]]):
     """Batches of pixels and tokens, decoded when they are first asked for.
 
