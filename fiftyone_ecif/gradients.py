@@ -26,8 +26,8 @@ from torch.func import jvp, vjp
 from torch.nn.functional import normalize
 
 from .contrastive import Pull
-from .heads import Batch, HeadScope
-from .objective import ContrastiveLoss
+from .heads import Batch, FeatureBatches, HeadScope
+from .objective import Batches, ContrastiveLoss
 from .ranks import ALONE, Ranks
 from .scope import Scope
 from .truncation import truncated_gradients
@@ -74,6 +74,11 @@ class Projection(ABC):
         restricted = torch.vmap(lambda row: self.project(product(self.lift(row))), chunk_size=self.chunk)
         matrix: Tensor = restricted(torch.eye(self.rank).to(theta))
         return (matrix + matrix.T) / 2
+
+    def objective_curvature(self, objective: ContrastiveLoss, theta: Tensor, solver: str) -> Tensor:
+        """The curvature of an objective at ``theta`` (Gauss-Newton for ``"ggn"``, else the Hessian), as above."""
+        product = objective.gauss_newton_product if solver == "ggn" else objective.hessian_product
+        return self.curvature(lambda vector: product(theta, vector), theta)
 
 
 class BasisProjection(Projection):
@@ -156,6 +161,8 @@ class KroneckerProjection(Projection):
         text: of the text head.
     """
 
+    chunk = 8  # of matrices of a batch, which then stay in the processor's cache
+
     def __init__(self, scope: HeadScope, image: HeadProjection, text: HeadProjection) -> None:
         self.scope, self.heads = scope, (image, text)
 
@@ -190,12 +197,63 @@ class KroneckerProjection(Projection):
         rows: Tensor = pulled(torch.eye(len(value)).to(value))
         return rows
 
+    def objective_curvature(self, objective: ContrastiveLoss, theta: Tensor, solver: str) -> Tensor:
+        """As for any projection, in coordinates throughout: products in a few directions, not in all parameters."""
+        moved = _MovedHeads(self, theta)
+        along = ContrastiveLoss(moved, moved.batches(objective.batches), objective.pairs, objective.proximal)
+        product = along.gauss_newton_product if solver == "ggn" else along.hessian_product
+        columns = torch.vmap(lambda row: product(moved.start, row), chunk_size=self.chunk)
+        matrix: Tensor = columns(torch.eye(self.rank).to(theta))
+        return (matrix + matrix.T) / 2
+
     def state(self) -> dict[str, Tensor]:
         return {
             f"{name}-{side}": getattr(head, side)
             for name, head in zip(("image", "text"), self.heads, strict=True)
             for side in ("input", "output")
         }
+
+
+class _MovedHeads(Scope):
+    """A head scope as a function of coordinates: ``theta`` plus what they lift to."""
+
+    def __init__(self, projection: KroneckerProjection, theta: Tensor) -> None:
+        self.projection, self.theta = projection, theta
+        self.loss = projection.scope.loss
+        self.start = theta.new_zeros(projection.rank)
+
+    def batches(self, batches: Batches) -> FeatureBatches:
+        """The same batches as embeddings, each followed by its projected features; all of them in memory."""
+        scope, heads = self.projection.scope, self.projection.heads
+        made = [
+            [
+                torch.cat([embedding, features @ head.input], dim=1)
+                for embedding, features, head in zip(scope.embed(self.theta, batch), batch, heads, strict=True)
+            ]
+            for batch in batches
+        ]
+        images, texts = (torch.cat(parts) for parts in zip(*made, strict=True))
+        return FeatureBatches(images, texts, torch.arange(len(images)).split([len(rows) for rows in batches.partition]))
+
+    def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
+        return self._embed(0, theta, images)
+
+    def embed_captions(self, theta: Tensor, captions: Tensor) -> Tensor:
+        return self._embed(1, theta, captions)
+
+    def _embed(self, side: int, coordinates: Tensor, batch: Tensor) -> Tensor:
+        head = self.projection.heads[side]
+        a, b = head.input.shape[1], head.output.shape[1]
+        first = self.projection.heads[0]
+        start = side * first.input.shape[1] * first.output.shape[1]
+        embedding, features = batch[:, :-a], batch[:, -a:]
+        return embedding + features @ coordinates[start : start + a * b].view(a, b) @ head.output.T
+
+    def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
+        scope = self.projection.scope
+        if not scope.with_scale:
+            return scope.logits(self.theta, cosine)
+        return scope.logits(torch.cat([self.theta[:-1], self.theta[-1:] + theta[-1:]]), cosine)
 
 
 def principal_projection(

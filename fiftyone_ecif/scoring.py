@@ -270,8 +270,7 @@ def keep_gradients(
         yield Progress("Computing gradients", done, total)
     if lacks_curvature:
         part = _sample(scope, batches, objective.proximal)
-        product = part.gauss_newton_product if method.solver == "ggn" else part.hessian_product
-        matrix = projection.curvature(lambda v: product(theta, v), theta)
+        matrix = projection.objective_curvature(part, theta, method.solver)
         curvature.write(method.solver, {"matrix": matrix.cpu().double().numpy()})
         yield Progress("Computing gradients", total, total)
     ranks.wait()
