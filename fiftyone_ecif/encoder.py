@@ -122,7 +122,7 @@ class Encoder:
         self.model.eval().requires_grad_(False)
         self.loss = SoftmaxLoss() if getattr(self.model, "logit_bias", None) is None else SigmoidLoss()
         self.name = model
-        unusable = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
+        unusable = [name for name, value in self.model.named_parameters() if not value.sum().isfinite()]
         if unusable:
             raise EcifError(f"The model's weight {unusable[0]} holds NaN or infinity. Load another checkpoint")
         self._half = self.device.startswith("cuda")
