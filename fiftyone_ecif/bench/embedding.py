@@ -18,14 +18,33 @@ import torch
 from PIL import Image
 
 from ..api import influence_steps
-from ..encoder import Encoder, choose_device
 from ..runs import InfluenceConfig
 from .stopwatch import side_by_side
 
 Row = dict[str, Any]
-_WORDS = (
-    "a two red blue small old dog cat boat man woman child on under near with field street table tree river".split()
-)
+_WORDS = [
+    "a",
+    "two",
+    "red",
+    "blue",
+    "small",
+    "old",
+    "dog",
+    "cat",
+    "boat",
+    "man",
+    "woman",
+    "child",
+    "on",
+    "under",
+    "near",
+    "with",
+    "field",
+    "street",
+    "table",
+    "tree",
+    "river",
+]
 _BATCH = 128
 _ZOO = {  # the zoo's "open-clip-torch", but for the prompt before each caption and its list of classes
     "embeddings_layer": "visual",
