@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from fiftyone_ecif.curvature import conjugate_gradient
+from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.fitting import minimise
 from fiftyone_ecif.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence import batch_influence
 from fiftyone_ecif.objective import ContrastiveLoss, random_partition
+from fiftyone_ecif.scoring import _smallest_norm
 
 
 def make_problem(pairs=96, seed=0):
@@ -46,3 +48,16 @@ def test_influence_predicts_leave_one_out_retraining():
     predicted, actual = torch.tensor(predicted), torch.tensor(actual)
     assert torch.corrcoef(torch.stack([predicted, actual]))[0, 1] > 0.97
     assert (predicted.dot(actual) / predicted.dot(predicted)).item() == pytest.approx(1, abs=0.15)
+
+
+def test_an_embedding_that_has_collapsed_is_an_error():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(21, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    scope = HeadScope(torch.eye(4), 2 * torch.eye(4), 5.0)
+    partition = random_partition(21, 6, seed=0)
+    found = _smallest_norm(scope, scope.start, FeatureBatches(images, texts, partition))
+    lengths = [sorted(row.norm().item() for row in side) for side in (images, 2 * texts)]
+    assert found == pytest.approx(min(side[0] / side[10] for side in lengths))
+    images[7] *= 1e-5
+    with pytest.raises(EcifError, match="An embedding has collapsed"):
+        _smallest_norm(scope, scope.start, FeatureBatches(images, texts, partition))
