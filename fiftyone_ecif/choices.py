@@ -64,13 +64,13 @@ def parse_scope(text: str) -> ScopeChoice:
     """
     if text in ("heads", "heads+logit_scale"):
         return ScopeChoice(text, heads=True, with_scale=text != "heads")
-    if found := re.fullmatch(r"lora(?::([1-9]\d*))?(?::([1-9]\d*))?", text):
+    if found := re.fullmatch(r"lora(?::([1-9][0-9]{0,5}))?(?::([1-9][0-9]{0,5}))?", text):
         return ScopeChoice(text, rank=int(found[1] or DEFAULT_RANK), blocks=int(found[2]) if found[2] else None)
-    if found := re.fullmatch(r"blocks:([1-9]\d*)", text):
+    if found := re.fullmatch(r"blocks:([1-9][0-9]{0,5})", text):
         return ScopeChoice(text, blocks=int(found[1]))
     try:
         re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise EcifError(f"scope={text!r} is no regular expression ({error}). Use heads, lora or blocks:1") from error
     if not text or re.fullmatch(r"(lora|blocks|heads)\W.*|blocks", text):
         raise EcifError(f"scope={text!r} is not known. Use heads, heads+logit_scale, lora:4, lora:4:2, blocks:1 ...")

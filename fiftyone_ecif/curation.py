@@ -81,7 +81,7 @@ def select_by_influence(
         count = math.ceil(share * len(scored))
     if count is None or count < 1:
         raise EcifError(f"count={count} must be at least 1")
-    return ordered.limit(count)
+    return ordered.limit(min(count, len(samples)))
 
 
 def tag_by_influence(

@@ -199,15 +199,7 @@ class Table:
             file.attrs["rows"] = len(next(iter(columns.values())))
             for name, values in columns.items():
                 file.create_dataset(name, data=values, fletcher32=values.size > 0)
-        path = self._path(part)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(path, image.getbuffer())
-        except OSError as error:
-            raise EcifError(
-                f"The store cannot be written ({path}: {error.strerror}). Make room, for example by "
-                "fiftyone-ecif cache --free, or set FIFTYONE_ECIF_CACHE_DIR to another folder; then run again"
-            ) from error
+        write_file(self._path(part), image.getbuffer())
 
     def parts(self) -> list[str]:
         """Names of the parts, in order."""
@@ -257,15 +249,26 @@ class Table:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=_TEMPORARY)
+    """Writes a file of the store, whole or not at all.
+
+    Raises:
+        EcifError: if the disk is full, or the folder cannot be written
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:  # also when the user stops it: no litter, and the exception goes on
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=_TEMPORARY)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(temporary, path)
+        except BaseException:  # also when the user stops it: no litter, and the exception goes on
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise EcifError(
+            f"The store cannot be written ({path}: {error.strerror}). Make room, for example by "
+            "fiftyone-ecif cache --free, or set FIFTYONE_ECIF_CACHE_DIR to another folder; then run again"
+        ) from error
 
 
 def _plain_file(path: Path) -> Path:

@@ -13,6 +13,7 @@ written to its end is known by its results, which are saved last.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,16 +149,9 @@ def _write(results: Any, writing: Writing) -> None:
             "view": view._serialize(include_uuids=False) if isinstance(view, DatasetView) else None,
         }
     )
-    try:
-        file.parent.mkdir(exist_ok=True)
-        write_file(file, f"{digest(told)}\n{told}".encode())
-    except OSError as error:
-        raise EcifError(
-            f"Nothing was written to samples, as the store is not writable ({file}: {error.strerror}). Make room, for "
-            "example by fiftyone-ecif cache --free, and run again: what was computed is kept"
-        ) from error
+    write_file(file, f"{digest(told)}\n{told}".encode())
     _carry_out(results, writing)
-    file.unlink(missing_ok=True)
+    _forget(file)
 
 
 def _finish(dataset: Any, file: Path) -> list[str]:
@@ -176,9 +170,9 @@ def _finish(dataset: Any, file: Path) -> list[str]:
         raise
     except Exception as error:  # whatever it is, it must not come back each time that runs are listed
         logger.warning("A run that was stopped while it was written cannot be finished (%s): %s", file, error)
-        file.unlink(missing_ok=True)
+        _forget(file)
         return []
-    file.unlink(missing_ok=True)
+    _forget(file)
     logger.info("Finished writing the run %r, which was stopped while it was written", found["key"])
     return [found["key"]]
 
@@ -224,6 +218,13 @@ def _edited(dataset: Any, caption_field: str, ids: list[str], digests: list[str]
         elif digest_now(*pairs[sample]) != before:
             edited[sample] = "caption or image changed while it was scored"
     return edited
+
+
+def _forget(file: Path) -> None:
+    """Deletes a file, and its folder once that is empty."""
+    file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        file.parent.rmdir()
 
 
 def _home(dataset: Any) -> Store:

@@ -110,8 +110,12 @@ def read_folder(folder: Path, name: str) -> CleanPairs:
             raise EcifError(f"{table} has no column {column!r}")
     root = folder.resolve()
     for number, row in enumerate(rows, start=2):
-        path = (folder / (row["filepath"] or "")).resolve()
-        if not path.is_relative_to(root) or not path.is_file():
+        try:
+            path = (folder / (row["filepath"] or "")).resolve()
+            inside = path.is_relative_to(root) and path.is_file()
+        except (OSError, ValueError):  # a name too long, or with a NUL
+            inside = False
+        if not inside:
             raise EcifError(f"{table}, line {number}: there is no file {row['filepath']!r} in the folder")
         if not (row["caption"] or "").strip():
             raise EcifError(f"{table}, line {number}: the caption is empty")
