@@ -38,7 +38,7 @@ class Rows:
     def __init__(self, count: int, width: int, folder: Path) -> None:
         self.shape = (count, width)
         self._folder = folder
-        self._places: Tensor | None = None  # of the rows in the file, where these are a selection
+        self._places: np.ndarray | None = None  # of the rows in the file, where these are a selection
         try:
             self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115, closed when it is not used
             self._file.truncate(count * width * _ITEM)
@@ -50,10 +50,10 @@ class Rows:
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         """Some rows as a tensor, shape ``(n, w)``."""
-        rows = torch.arange(len(self))[index]
+        rows = np.arange(len(self))[index if isinstance(index, slice) else _plain(index)]
         places = rows if self._places is None else self._places[rows]
         values = np.empty((len(places), self.shape[1]), dtype=np.float32)
-        for (first, last), start in _runs(places.numpy()):
+        for (first, last), start in _runs(places):
             self._file.seek(start * self.shape[1] * _ITEM)
             self._read(values[first:last])
         return torch.from_numpy(values)
@@ -74,7 +74,7 @@ class Rows:
         """Some of the rows, in a matrix that shares the file."""
         other = object.__new__(Rows)
         other._file, other._folder = self._file, self._folder
-        rows = torch.as_tensor(rows, dtype=torch.long)
+        rows = np.asarray(rows)
         other._places = rows if self._places is None else self._places[rows]
         other.shape = (len(rows), self.shape[1])
         return other
@@ -93,6 +93,11 @@ class Rows:
             f"A temporary file of {need:.0f} MiB cannot be written to {self._folder} ({error.strerror}). "
             "Make room, or set FIFTYONE_ECIF_CACHE_DIR to another disk"
         )
+
+
+def _plain(index: Tensor) -> np.ndarray:
+    """Of a tensor as it is; where a function is being differentiated, torch has it wrapped and without storage."""
+    return np.array(index.tolist(), dtype=bool if index.dtype == torch.bool else np.int64)
 
 
 def _bytes(values: np.ndarray) -> Any:

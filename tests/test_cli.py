@@ -169,7 +169,9 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
     assert lines[2].split()[1] == worst
     assert lines[2].endswith(dataset[worst].caption)
     assert len(lines) == sum(len([*one.culprits, *one.helpers, *one.neighbours]) + 5 for one in expected) - 1
-    exact = json.loads(invoke("trace", name, "--count", 1, "--exact", "--json").stdout)
+    ran = invoke("trace", name, "--count", 1, "--exact", "--json")
+    assert ran.exit_code == 0, ran.stderr
+    exact = json.loads(ran.stdout)
     assert [one["id"] for one in exact] == [one.id for one in expected]
     assert exact[0]["culprits"][0]["influence"] != found[0]["culprits"][0]["influence"]
 

@@ -66,3 +66,10 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     rows._file = Full()
     with pytest.raises(EcifError, match=r"cannot be written to .* \(No space left on device\)\. Make room"):
         rows.write([0], np.ones((1, 3)))
+
+
+def test_rows_can_be_read_inside_a_function_that_is_differentiated(both):
+    values, rows = both
+    chosen = torch.tensor([4, 2])
+    gradient = torch.func.grad(lambda weight: (rows[chosen] @ weight).sum())(torch.ones(7))
+    torch.testing.assert_close(gradient, values[chosen].sum(0))
