@@ -113,7 +113,7 @@ class ComputeInfluence(foo.Operator):
         return form
 
     def resolve_run_name(self, ctx: Any) -> str:
-        return f"ECIF influence {ctx.params.get('brain_key', _DEFAULTS['brain_key'])}"
+        return f"ECIF influence, run {ctx.params.get('brain_key', _DEFAULTS['brain_key'])!r}"
 
     def execute(self, ctx: Any) -> Iterator[Any]:
         """Runs the job, reporting progress and failures in a way that the App shows."""

@@ -120,7 +120,7 @@ class DetectMisalignment(foo.Operator):
         return form
 
     def resolve_run_name(self, ctx: Any) -> str:
-        return f"Misalignment {ctx.params.get('brain_key', _DEFAULTS['brain_key'])}"
+        return f"Misalignment, run {ctx.params.get('brain_key', _DEFAULTS['brain_key'])!r}"
 
     def execute(self, ctx: Any) -> Iterator[Any]:
         """Runs the job, reporting progress and failures in a way that the App shows."""

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
-from .forms import ask_background, blocked, dropdown, menu_button, refuse, target_names, target_view, unusable, warning
+from .forms import (
+    ask_background,
+    ask_new_file,
+    blocked,
+    dropdown,
+    menu_button,
+    new_file,
+    refuse,
+    target_names,
+    target_view,
+    unusable,
+    warning,
+)
 from .jobs import Job, call, report, run_job, with_progress
 
 _LABEL, _ICON = "Edit model", "auto_fix_high"
 _KEY, _SELECTION = "ecif", "selection"
+_FORMATS = (".pt", ".pth", ".safetensors")
 
 
 class EditModel(foo.Operator):
@@ -49,12 +62,19 @@ class EditModel(foo.Operator):
         dropdown(inputs, "brain_key", runs, default, label="Run", description="Whose model to edit")
         key = ctx.params.get("brain_key") or default
         _ask_removed(inputs, ctx, key if key in runs else default)
-        _ask_path(inputs, ctx)
+        ask_new_file(
+            inputs,
+            ctx,
+            "edited.pt",
+            _FORMATS,
+            label="Checkpoint",
+            description=f"A file to write on the machine that runs FiftyOne; ends in {' or '.join(_FORMATS)}",
+        )
         ask_background(inputs)
         return form
 
     def resolve_run_name(self, ctx: Any) -> str:
-        return f"Model edit {ctx.params.get('brain_key', _KEY)}"
+        return f"Model edit, run {ctx.params.get('brain_key', _KEY)!r}"
 
     def execute(self, ctx: Any) -> Iterator[Any]:
         """Runs the job, reporting progress and failures in a way that the App shows."""
@@ -75,7 +95,12 @@ class EditModel(foo.Operator):
         those of :func:`fiftyone_ecif.edit_model`, and so are the errors. What the edit
         did is in the run's ``diagnostics["edit"]``.
         """
-        params = {"remove": remove, "path": str(path), "brain_key": brain_key, "overwrite": overwrite}
+        params = {
+            "remove": remove,
+            "path": os.path.abspath(os.path.expanduser(path)),
+            "brain_key": brain_key,
+            "overwrite": overwrite,
+        }
         return call(self.uri, samples, delegate, params)
 
 
@@ -116,37 +141,13 @@ def _removed(ctx: Any, remove: str) -> Any:
     return ctx.dataset.select(ctx.selected) if remove == _SELECTION else target_view(ctx.dataset, remove)
 
 
-def _ask_path(inputs: Any, ctx: Any) -> None:
-    prop = inputs.str(
-        "path",
-        required=True,
-        label="Checkpoint",
-        description="A file to write on the machine that runs FiftyOne, such as edited.pt or edited.safetensors",
-    )
-    if not ctx.params.get("path"):
-        return
-    path = _path(ctx)
-    if path.is_dir():
-        refuse(prop, f"{path} is a folder. Add the name of a file")
-    elif not path.parent.is_dir():
-        refuse(prop, f"There is no folder {path.parent}. Choose one that exists")
-    elif path.exists():
-        inputs.bool("overwrite", default=False, label="Replace the file", view=types.CheckboxView())
-        if not ctx.params.get("overwrite"):
-            refuse(prop, f"There is a file {path} already. Replace it, or choose another name")
-
-
-def _path(ctx: Any) -> Path:
-    return Path(ctx.params["path"]).expanduser().absolute()
-
-
 def _edit(ctx: Any, job: Job) -> Iterator[Any]:
     from fiftyone_ecif.editing import edit_steps
 
     key, remove = ctx.params.get("brain_key", _KEY), ctx.params["remove"]
     removed = _removed(ctx, remove).exists(f"{key}_influence").values("id")
     results = ctx.dataset.load_brain_results(key, cache=False)  # another process may have renewed the run
-    work = edit_steps(results, removed, str(_path(ctx)), overwrite=ctx.params.get("overwrite", False))
+    work = edit_steps(results, removed, str(new_file(ctx)), overwrite=ctx.params.get("overwrite", False))
     edit = yield from with_progress(ctx, job, work)
     results.diagnostics["edit"] = {**edit._asdict(), "pairs": remove}
     results.save()

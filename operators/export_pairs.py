@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
-from .forms import blocked, dropdown, menu_button, refuse, unusable
+from .forms import ask_new_file, blocked, dropdown, menu_button, new_file, unusable
 from .jobs import call
 
 
@@ -44,25 +44,20 @@ class ExportPairs(foo.Operator):
             blocked(inputs, "no_captions", "This dataset has no string field that could hold captions")
             return types.Property(inputs)
         dropdown(inputs, "caption_field", fields, "caption", label="Caption field")
-        path = inputs.str(
-            "path",
-            required=True,
+        ask_new_file(
+            inputs,
+            ctx,
+            f"{ctx.dataset.slug}.csv",
+            EXPORT_FORMATS,
             label="File",
             description="On the machine that runs FiftyOne; ends in .csv or .json",
         )
-        chosen = ctx.params.get("path")
-        if chosen and Path(chosen).suffix not in EXPORT_FORMATS:
-            refuse(path, f"Must end in {' or '.join(EXPORT_FORMATS)}")
-        elif chosen and Path(chosen).expanduser().exists():
-            inputs.bool("overwrite", default=False, label="Replace the file", view=types.CheckboxView())
-            if not ctx.params.get("overwrite"):
-                refuse(path, "There is such a file already")
         return types.Property(inputs, view=types.View(label="Export pairs"))
 
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.curation import export_pairs
 
-        path = Path(ctx.params["path"]).expanduser().absolute()
+        path = new_file(ctx)
         caption_field = ctx.params.get("caption_field", "caption")
         count = export_pairs(ctx.target_view(), path, caption_field, overwrite=ctx.params.get("overwrite", False))
         ctx.ops.notify(f"Exported {count:,} pairs to {path}", variant="success")
@@ -76,5 +71,5 @@ class ExportPairs(foo.Operator):
 
     def __call__(self, samples: Any, path: str, **params: Any) -> Any:
         """Exports a dataset or view; the options are those of :func:`fiftyone_ecif.export_pairs`."""
-        params = {"caption_field": "caption", "path": str(path), **params}
+        params = {"caption_field": "caption", "path": os.path.abspath(os.path.expanduser(path)), **params}
         return call(self.uri, samples, False, params)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import fiftyone.operators.types as types
@@ -64,6 +66,16 @@ def model_names() -> list[str]:
         spec = importlib.util.find_spec(package)
         folders += [Path(place) / "model_configs" for place in (spec.submodule_search_locations or [])] if spec else []
     return sorted(path.stem for folder in folders for path in folder.glob("*.json"))
+
+
+def pretrained_tags(model: str) -> list[str] | None:
+    """The pretrained tags of a model; None until open_clip is imported, which takes seconds and starts here."""
+    open_clip = sys.modules.get("open_clip")
+    if hasattr(open_clip, "list_pretrained_tags_by_model"):
+        return list(open_clip.list_pretrained_tags_by_model(model))
+    if open_clip is None:
+        Thread(target=importlib.import_module, args=("open_clip",), daemon=True).start()
+    return None
 
 
 def looks_like_a_path(text: str) -> bool:
@@ -148,15 +160,58 @@ def ask_model(inputs: Any, ctx: Any, default: str) -> None:
     brings_weights = ":" in name
     if name and not brings_weights and name not in names:
         refuse(model, f"open_clip has no model {name!r}")
+    known = pretrained_tags(name)
+    tags = types.AutocompleteView(allow_user_input=True)
+    for tag in known or []:
+        tags.add_choice(tag, label=tag)
     pretrained = inputs.str(
         "pretrained",
         required=not brings_weights,
         label="Pretrained",
-        description="A pretrained tag of the model, or the path of a checkpoint",
+        description="A pretrained tag of the model, or the path of a checkpoint on the machine that runs FiftyOne",
+        view=tags,
     )
     weights = ctx.params.get("pretrained") or ""
-    if looks_like_a_path(weights) and not Path(weights).is_file():
-        refuse(pretrained, f"There is no file {weights}")
+    if looks_like_a_path(weights):
+        if not Path(weights).is_file():
+            where = "" if Path(weights).is_absolute() else f" in {Path.cwd()}. Give its whole path"
+            refuse(pretrained, f"There is no file {weights}{where}")
+    elif weights and known is not None and weights not in known and not Path(weights).is_file():
+        offer = f"one of {', '.join(known)}, or a checkpoint" if known else "a checkpoint"
+        refuse(pretrained, f"{weights!r} is neither a file nor a tag of {name}. Give {offer}")
+
+
+def ask_new_file(inputs: Any, ctx: Any, default: str, suffixes: Sequence[str], **options: Any) -> None:
+    """Asks for a file to write, and whether to replace one that is there.
+
+    Args:
+        inputs: the form.
+        ctx: its context.
+        default: a name for it, in the user's home.
+        suffixes: what it may end in.
+        **options: of the input.
+    """
+    asked = inputs.str("path", required=True, default=f"~/{default}", **options)
+    if not ctx.params.get("path"):
+        return
+    path = Path(ctx.params["path"]).expanduser()
+    if not path.is_absolute():  # the App's server runs in a folder of FiftyOne's own
+        refuse(asked, f"Give the whole path, such as {Path('~').expanduser() / path}")
+    elif path.is_dir():
+        refuse(asked, f"{path} is a folder. Add the name of a file")
+    elif path.suffix not in suffixes:
+        refuse(asked, f"Must end in {' or '.join(suffixes)}")
+    elif not path.parent.is_dir():
+        refuse(asked, f"There is no folder {path.parent}. Choose one that exists")
+    elif path.exists():
+        inputs.bool("overwrite", default=False, label="Replace the file", view=types.CheckboxView())
+        if not ctx.params.get("overwrite"):
+            refuse(asked, f"There is a file {path} already. Replace it, or choose another name")
+
+
+def new_file(ctx: Any) -> Path:
+    """The answer to :func:`ask_new_file`."""
+    return Path(ctx.params["path"]).expanduser()
 
 
 def ask_key(inputs: Any, ctx: Any, default: str, description: str, config: Any) -> None:

@@ -91,7 +91,8 @@ class InfluencePanel(foo.Panel):
     def choose_direction(self, ctx: Any) -> None:
         """The other end of the score."""
         ctx.panel.set_state("direction", ctx.params["direction"])
-        ctx.panel.set_state("tag", ctx.params["direction"])
+        for name in ("tag", "act.tag"):
+            ctx.panel.set_state(name, ctx.params["direction"])
         ctx.panel.set_state("first", 0)
         _draw_histogram(ctx)
 
@@ -194,8 +195,11 @@ class InfluencePanel(foo.Panel):
         ctx.prompt(_URI + ctx.params["operator"], params=ctx.params.get("prefill") or {}, on_success=self.refresh)
 
     def refresh(self, ctx: Any) -> None:
-        """Reads everything anew."""
+        """Reads everything anew; a run that is new is opened."""
         ctx.dataset.reload()
+        before, now = get(ctx, "runs") or [], run_keys(ctx)
+        if now[-1:] != before[-1:] and not set(now) < set(before):
+            ctx.panel.set_state("key", now[-1])
         self.on_load(ctx)
 
     def stop(self, ctx: Any) -> None:
@@ -222,7 +226,7 @@ class InfluencePanel(foo.Panel):
                 head(self, ctx, panel)
                 DRAW[current_page(ctx)](self, ctx, panel)
             else:
-                nothing_yet(self, panel)
+                nothing_yet(self, panel, waiting=bool(get(ctx, "busy")))
         return types.Property(panel, view=types.GridView(orientation="vertical", gap=1, **_MARGIN))
 
 
@@ -252,6 +256,7 @@ def _choose_field(ctx: Any, field: str) -> None:
         ("direction", direction),
         ("share", share),
         ("tag", "suspect" if direction == "suspicious" else direction),
+        ("act.tag", "suspect" if direction == "suspicious" else direction),
         ("other", (across or others or [None])[0]),
         ("first", 0),
     ):

@@ -129,6 +129,8 @@ def run_job(ctx: Any, name: str, work: Callable[[Any, Job], Iterator[Any]]) -> I
         work: does it, given the context and the job.
     """
     job = Job(ctx, name)
+    if not ctx.delegated:
+        yield ctx.ops.open_panel("influence_panel", layout="horizontal")
     if ctx.delegated or not ctx.params.get("background"):
         try:
             yield from _run(ctx, job, work)
@@ -136,7 +138,6 @@ def run_job(ctx: Any, name: str, work: Callable[[Any, Job], Iterator[Any]]) -> I
             job.end()
         return
     Thread(target=_run_in_background, args=(ctx, job, work), daemon=True).start()
-    yield ctx.ops.open_panel("influence_panel", layout="horizontal")
     yield ctx.ops.notify("Running in the background. The Influence panel shows how far it is", variant="info")
 
 
@@ -217,9 +218,16 @@ def report(ctx: Any, label: str, progress: float) -> Any:
 
 
 def show(ctx: Any, view: Any, *fields: str) -> Iterator[Any]:
-    """Brings a view to the grid, with these fields on the thumbnails beside those that are there."""
+    """Brings a view to the grid, with these fields on the thumbnails in place of what other runs wrote there."""
+    dataset = ctx.dataset
+    runs = dataset.list_brain_runs(method="ecif")
+    ours = {name for key in runs for name in dataset.get_brain_info(key).config.fields(key)}
+    kept = [name for name in ctx.active_fields or [] if name not in ours]
     yield ctx.ops.reload_dataset()
-    yield ctx.ops.set_active_fields(list(dict.fromkeys([*ctx.active_fields, *fields])))
+    colours = dataset.app_config.color_scheme
+    if colours is not None:  # else the App takes note of new colours only when the page is loaded anew
+        yield ctx.trigger("set_color_scheme", {"fields": [dict(field) for field in colours.fields or []]})
+    yield ctx.ops.set_active_fields(list(dict.fromkeys([*kept, *fields])))
     yield ctx.ops.set_view(view=view)
 
 

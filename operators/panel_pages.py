@@ -24,12 +24,15 @@ from .panel_state import (
 )
 
 PROPOSALS = 20  # pairs to review at a time
-_ROWS = 7  # pairs of the ranking on one screen
+_ROWS = 6  # pairs of the ranking on one screen
 _LINKS = 4  # pairs in a strip
 _PATIENCE = 2500  # milliseconds between two looks at jobs
 
 
-def nothing_yet(events: Any, page: Any) -> None:
+def nothing_yet(events: Any, page: Any, waiting: bool) -> None:
+    if waiting:
+        page.md("The scores appear here once they are there.", name="waiting")
+        return
     page.md(
         "**No scores yet**\n\n"
         "**Compute ECIF influence** says which pairs help a model on validation pairs of your choice, and which "
@@ -95,7 +98,7 @@ def overview(events: Any, ctx: Any, page: Any) -> None:
     page.md(f"{ctx.dataset.get_field(field).description}.", name="meaning")
     page.plot(
         "histogram",
-        layout=histogram_layout(field),
+        layout=histogram_layout(scoreboard(ctx), field),
         config={"displayModeBar": False},
         on_click=events.click_bar,
         on_selected=events.select_bars,
@@ -162,7 +165,7 @@ def ranking(events: Any, ctx: Any, page: Any) -> None:
     page.md(f"**{first + 1:,} to {first + len(shown):,}** of {len(ranked):,}", name="which")
     for number, (sample, (image, caption)) in enumerate(pairs_of(ctx, shown).items()):
         row = page.h_stack(f"row_{number}", gap=1, align_y="center")
-        row.str("image", default=image, view=types.ImageView(height="64px", width="64px", alt=caption))
+        row.str("image", default=image, view=types.ImageView(height="56px", width="56px", alt=caption))
         row.btn("look", "Look", variant="outlined", on_click=events.look, params={"id": sample})
         row.md(f"{plain(caption)}\n\n`{board.value(field, sample):.4g}`", name="text")
     turn = page.h_stack("turn", gap=1)

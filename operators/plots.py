@@ -10,6 +10,7 @@ from fiftyone_ecif.curation import DIRECTIONS
 from fiftyone_ecif.scoreboard import Scoreboard
 
 _COLOURS = {"harmful": "#d9534f", "valuable": "#3fa66a", "suspicious": "#e08a2e"}
+_STEEP = 5  # how many times the usual bar the highest is where a logarithmic axis is needed
 _REST, _SELECTED = "#8a94a6", "#19b5fe"
 
 
@@ -36,8 +37,11 @@ def histogram_bars(board: Scoreboard, field: str, direction: str, threshold: flo
     ]
 
 
-def histogram_layout(field: str) -> dict[str, Any]:
-    """Layout of the histogram; counts on a logarithmic axis, as few pairs are extreme."""
+def histogram_layout(board: Scoreboard, field: str) -> dict[str, Any]:
+    """Layout of the histogram; counts on a logarithmic axis where few pairs are extreme."""
+    counts = board.histogram(field).counts
+    few = counts.max(initial=0) > _STEEP * np.median(counts)
+    scale = {"type": "log", "dtick": 1} if few else {"type": "linear", "rangemode": "tozero"}
     return {
         "height": 210,
         "margin": {"t": 8, "b": 36, "l": 44, "r": 8},
@@ -46,7 +50,7 @@ def histogram_layout(field: str) -> dict[str, Any]:
         "dragmode": "select",
         "selectdirection": "h",
         "xaxis": {"title": {"text": field, "font": {"size": 11}}, "zeroline": True},
-        "yaxis": {"type": "log", "title": {"text": "pairs", "font": {"size": 11}}, "dtick": 1},
+        "yaxis": {**scale, "title": {"text": "pairs", "font": {"size": 11}}},
     }
 
 

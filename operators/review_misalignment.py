@@ -10,7 +10,7 @@ import fiftyone.operators.types as types
 from fiftyone_ecif.verdicts import ALIGNED, LEAST, MISALIGNED, count_verdicts, review_or_propose
 
 from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
-from .jobs import call
+from .jobs import call, show
 
 _LABEL, _ICON = "Review misalignment", "rate_review"
 _KEY, _COUNT = "audit", 20
@@ -74,10 +74,8 @@ class ReviewMisalignment(foo.Operator):
         if not proposals:
             said += ". No pairs are left to look at"
             view = ctx.dataset.exists(field).sort_by(field, reverse=True)
-        ctx.ops.reload_dataset()
-        shown = [*ctx.active_fields, results.config.caption_field, field, f"{key}_reason"]
-        ctx.ops.set_active_fields(list(dict.fromkeys(shown)))
-        ctx.ops.set_view(view=view)
+        for _ in show(ctx, view, results.config.caption_field, field, f"{key}_reason"):
+            pass
         ctx.ops.notify(said, variant="success")
         return {**found, "proposed": len(proposals)}
 

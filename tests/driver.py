@@ -14,7 +14,7 @@ import pytest
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PATIENCE = 60_000  # milliseconds
+PATIENCE = 120_000  # milliseconds
 _FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -92,6 +92,12 @@ class App:
         found = self.page.get_by_text(text).first
         found.wait_for(timeout=PATIENCE)
         return found.inner_text()
+
+    def close(self):
+        """Closes the form, which shows how a job went or what came of it."""
+        closing = self.page.get_by_role("button", name="Done").or_(self.page.get_by_role("button", name="Close"))
+        closing.first.click()
+        expect(self.page.get_by_role("dialog")).to_have_count(0)
 
     # the panel
 

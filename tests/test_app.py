@@ -58,7 +58,7 @@ def test_score_sort_inspect(app, dataset, made):
     form.fill(Pretrained="no/such/model.pt").says("There is no file no/such/model.pt")
     form.fill(Model=MODEL, Pretrained=made[1]).tick("Fit the model to these pairs first").run()
     app.said("Running in the background. The Influence panel shows how far it is")
-    app.said("ECIF influence ecif")  # the panel, with the job
+    app.said("ECIF influence, run 'ecif'")  # the panel, with the job
     app.said(f"Scored {train:,} pairs, skipped 0. The most harmful come first")
     app.sidebar("ecif_influence").wait_for()
 
@@ -173,7 +173,7 @@ def test_select_mistakes_trace(app, dataset, scored):
     view = dataset.select(order, ordered=True)
     expected = list(zip(*view.values(["caption", "ecif_trace"]), strict=True))
     assert expected[0][0] in captions
-    app.page.get_by_role("button", name="Done").or_(app.page.get_by_role("button", name="Close")).first.click()
+    app.close()
     shown = app.thumbnails(expected, "caption", "ecif_trace")
     assert len(shown) >= 6
     assert shown == expected[: len(shown)]
@@ -213,7 +213,7 @@ def test_delete_a_run(app, dataset, scored, audited):
     for field in ("audit_misalignment", "audit_reason", "audit_duplicate"):
         expect(app.sidebar(field)).to_have_count(0, timeout=PATIENCE)
     expect(app.sidebar("ecif_influence")).to_be_visible()
-    app.page.get_by_role("button", name="Done").or_(app.page.get_by_role("button", name="Close")).first.click()
+    app.close()
     expect(panel.get_by_role("combobox").filter(has_text="ecif: influence")).to_be_visible(timeout=PATIENCE)
     dataset.reload()
     assert dataset.list_brain_runs() == ["ecif"]

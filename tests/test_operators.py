@@ -126,6 +126,16 @@ def test_the_app_sees_progress_then_the_sorted_view(dataset, options):
     assert [stage["_cls"].rsplit(".")[-1] for stage in rest["set_view"]["view"]] == ["Exists", "SortBy"]
     assert rest["notify"]["variant"] == "success"
     assert "reload_dataset" in rest
+    assert messages[0][0] == "open_panel"
+    assert {"path": "ecif_influence", "fieldColor": "#19b5fe"} in rest["set_color_scheme"]["fields"]
+
+
+def test_thumbnails_show_one_run_and_what_the_user_chose(dataset, options, audit_options):
+    operator("compute_influence")(dataset.match_tags("train"), **options)
+    shown = ["spoiled", "ecif_influence", "ecif_rank"]
+    params = {**audit_options, "caption_field": "caption"}
+    told = dict(run_in_the_app(dataset, params, "detect_misalignment", active_fields=shown))
+    assert told["set_active_fields"]["fields"] == ["spoiled", "caption", "audit_misalignment", "audit_reason"]
 
 
 def test_a_failure_reaches_the_user(dataset, options):
@@ -155,7 +165,7 @@ def test_delegated_execution(dataset, options):
     (done,) = service.list_operations(dataset_name=dataset.name)
     assert done.run_state == "completed", done.result and done.result.error
     assert done.status.progress == 1
-    assert done.label == "ECIF influence ecif"
+    assert done.label == "ECIF influence, run 'ecif'"
     dataset.reload()
     assert train.count("ecif_influence") == len(train)
 
@@ -181,7 +191,12 @@ def test_the_form_offers_what_fits(dataset):
     ("params", "field", "message"),
     [
         ({"model": "ViT-B-23"}, "model", "no model 'ViT-B-23'"),
-        ({"pretrained": "gone/model.pt"}, "pretrained", "There is no file"),
+        ({"pretrained": "gone/model.pt"}, "pretrained", "Give its whole path"),
+        (
+            {"model": "ViT-B-32", "pretrained": "laion3b"},
+            "pretrained",
+            "'laion3b' is neither a file nor a tag of ViT-B-32. Give one of openai",
+        ),
         ({"brain_key": "a key"}, "brain_key", "is not a name"),
         ({"target": "tag: lonely"}, "target", "at least 2 pairs"),
         ({"advanced": True, "batch_size": 1}, "batch_size", "at least 2"),
@@ -339,7 +354,7 @@ def test_delegated_detection(dataset, audit_options):
     service = DelegatedOperationService()
     service.execute_queued_operations(dataset_name=dataset.name, log=False)
     (done,) = service.list_operations(dataset_name=dataset.name)
-    assert (done.run_state, done.label) == ("completed", "Misalignment audit"), done.result and done.result.error
+    assert (done.run_state, done.label) == ("completed", "Misalignment, run 'audit'"), done.result and done.result.error
     dataset.reload()
     assert train.count("audit_misalignment") == len(train)
 
@@ -574,7 +589,20 @@ def test_the_export_form_protects_a_file(dataset, tmp_path):
     taken.write_text("mine")
     assert resolve(dataset, "export_pairs", {"path": str(taken)})["path"]["invalid"]
     assert not resolve(dataset, "export_pairs", {"path": str(taken), "overwrite": True})["path"]["invalid"]
-    assert resolve(dataset, "export_pairs", {"path": "x.doc"})["path"]["invalid"]
+    assert "Must end in .csv or .json" in resolve(dataset, "export_pairs", {"path": "/x.doc"})["path"]["error_message"]
+
+
+def test_a_file_is_not_written_where_the_app_runs(dataset, options, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, ending in (("export_pairs", "csv"), ("edit_model", "pt")):
+        if name == "edit_model":
+            operator("compute_influence")(dataset.match_tags("train"), **options)
+        form = resolve(dataset, name, {"path": f"mine.{ending}"})
+        assert form["path"]["error_message"] == f"Give the whole path, such as {tmp_path}/mine.{ending}"
+        assert not resolve(dataset, name, {"path": f"~/mine.{ending}"})["path"].get("invalid")
+    monkeypatch.chdir(tmp_path)
+    operator("export_pairs")(dataset, "mine.csv")  # from Python it is where one works
+    assert (tmp_path / "mine.csv").is_file()
 
 
 LIST = """

@@ -4,11 +4,14 @@ import json
 
 import fiftyone as fo
 import fiftyone.operators as foo
+import numpy as np
 import pytest
 from fiftyone.operators.executor import ExecutionContext, Executor
 
 from fiftyone_ecif import compute_misalignment
+from fiftyone_ecif.scoreboard import Scoreboard
 from fiftyone_ecif.training import MODEL
+from operators.plots import histogram_layout
 
 URI = "@ecif/fiftyone-ecif/influence_panel"
 
@@ -81,7 +84,27 @@ def test_the_overview(both):
     assert panel.state["other"] == "audit_misalignment"
     panel.send("choose_run", value="audit")
     assert panel.state["direction"] == "suspicious"
+    assert panel.state["act"]["tag"] == panel.state["tag"] == "suspect"  # what is shown is what is given
     assert "Review" in panel.text
+
+
+def test_a_new_run_is_opened(both, made):
+    panel = Panel(both).send("choose_run", value="ecif")
+    train = both.match_tags("train")
+    compute_misalignment(
+        train, model=MODEL, pretrained=made[1], num_workers=0, batch_size=24, brain_key="second", fit=False
+    )
+    assert panel.send("look_for_jobs").state["key"] == "second"
+    both.delete_brain_run("audit")
+    assert panel.send("choose_run", value="ecif").send("look_for_jobs").state["key"] == "ecif"
+    both.delete_brain_run("second")
+    assert panel.send("look_for_jobs").state["key"] == "ecif"
+
+
+def test_the_axis_fits_the_counts():
+    steep, flat = np.random.default_rng(0).normal(size=5000), np.linspace(0, 1, 5000)
+    board = Scoreboard([str(number) for number in range(5000)], {"steep": steep, "flat": flat})
+    assert [histogram_layout(board, name)["yaxis"]["type"] for name in board.columns] == ["log", "linear"]
 
 
 def test_the_cut_is_counted_shown_tagged_and_untagged(both):
@@ -127,10 +150,10 @@ def test_plots_drive_the_grid(both):
 def test_the_ranking_is_turned(both):
     panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="ranking")
     captions = both.exists("ecif_influence").sort_by("ecif_influence").values("caption")
-    assert all(caption in panel.text for caption in captions[:7])
-    panel.send("turn", by=7)
-    assert "**8 to 14**" in panel.text
-    assert all(caption in panel.text for caption in captions[7:14])
+    assert all(caption in panel.text for caption in captions[:6])
+    panel.send("turn", by=6)
+    assert "**7 to 12**" in panel.text
+    assert all(caption in panel.text for caption in captions[6:12])
 
 
 def test_a_selected_pair_is_looked_at(both):

@@ -281,7 +281,7 @@ def test_a_delegated_edit(scored, tmp_path):
     service = DelegatedOperationService()
     service.execute_queued_operations(dataset_name=dataset.name, log=False)
     (done,) = service.list_operations(dataset_name=dataset.name)
-    assert (done.run_state, done.label) == ("completed", "Model edit ecif"), done.result and done.result.error
+    assert (done.run_state, done.label) == ("completed", "Model edit, run 'ecif'"), done.result and done.result.error
     assert done.status.label.startswith("Removed 3 pairs")
     assert (tmp_path / "edited.pt").is_file()
 
