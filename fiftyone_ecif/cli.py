@@ -434,6 +434,27 @@ def fidelity(quick: bool, out: Path | None, as_json: bool) -> None:
     _print(result, as_json, markdown)
 
 
+@bench.command()
+@click.option("--rounds", type=click.IntRange(min=4), default=200, show_default=True, help="How often to do it.")
+@click.option("--pairs", default=200, show_default=True, help="Pairs of the demo set that it is done on.")
+@_AS_JSON
+def soak(rounds: int, pairs: int, as_json: bool) -> None:
+    """Score, trace and delete on one dataset, over and over, and see whether memory and disk stay flat.
+
+    Example: fiftyone-ecif bench soak --rounds 200
+    """
+    with _job():
+        from .bench import soak as job
+        from .demo import demo_model, load_demo
+
+        dataset = load_demo(pairs, name="ecif-soak")
+        result = job.soak(
+            dataset, demo_model(dataset), rounds, lambda done, total: click.echo(f"{done} of {total}", err=True)
+        )
+        dataset.delete()
+    _print(result, as_json, job.markdown)
+
+
 @bench.command("misalignment")
 @click.option("--data", required=True, help="digits, shapes, emoji, emoji-twitter, or a folder with pairs.csv.")
 @click.option("--frozen", is_flag=True, help="Train heads on frozen pretrained towers instead of a small model.")
