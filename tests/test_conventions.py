@@ -278,8 +278,9 @@ def test_the_skill_works_as_it_is_written(made, tmp_path, monkeypatch, capsys):
     dataset.delete()
 
 
-def test_the_list_of_conventions_names_tests_that_exist():
-    listed = (ROOT / "docs" / "conventions.md").read_text()
+@pytest.mark.parametrize("page", ["conventions.md", "reliability.md"])
+def test_lists_of_tests_name_tests_that_exist(page):
+    listed = (ROOT / "docs" / page).read_text()
     for file, name in re.findall(r"`(test_\w+\.py)::(\w+)`", listed):
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
 

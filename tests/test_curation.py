@@ -83,6 +83,21 @@ def test_csv_keeps_order_and_is_no_formula(scored, tmp_path):
     assert rows[0]["id"] == scored.match(fo.ViewField("ecif_influence") == 3.0).first().id
 
 
+@pytest.mark.parametrize("start", [*"=+-@\t\r\n\0", *"\uff1d\uff0b\uff0d\uff20", " =", "\u00a0+"])
+def test_no_cell_is_a_formula(start, scored, tmp_path):
+    text = f"{start}HYPERLINK(1);=2"
+    sample = scored.first()
+    sample.caption, sample.tags = text, [text, "b"]
+    sample.save()
+    path = tmp_path / "pairs.csv"
+    export_pairs(scored.limit(1), path)
+    with path.open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["caption"] == f"'{text}"
+    assert row["tags"] == f"'{text};b"
+    assert f'"\'{text}"' in path.read_bytes().decode()  # quoted, as some split cells at semicolons
+
+
 def test_json_is_exact(scored, tmp_path):
     path = tmp_path / "pairs.json"
     export_pairs(scored, path, fields=["ecif_influence"])

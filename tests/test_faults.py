@@ -89,7 +89,7 @@ def die_when(monkeypatch, name, number):
 # Fields, all or none
 
 
-@pytest.mark.parametrize("number", [1, 3, 5, 8])
+@pytest.mark.parametrize("number", [3, 6])
 def test_a_half_replaced_run_is_finished_when_runs_are_listed(number, dataset, train, val, score, monkeypatch):
     score(train, val, seed=1)
     old = scores_of(dataset)
@@ -109,7 +109,7 @@ def test_a_half_replaced_run_is_finished_when_runs_are_listed(number, dataset, t
     assert found["ecif_influence"] == dataset.sort_by("filepath").values("other_influence")
 
 
-@pytest.mark.parametrize("name", ["add_sample_field", "set_values", "create_index", "save"])
+@pytest.mark.parametrize("name", ["add_sample_field", "create_index"])
 def test_a_job_that_was_killed_while_it_wrote_can_be_run_again_as_it_was(name, dataset, train, val, score, monkeypatch):
     with monkeypatch.context() as patch:
         die_when(patch, name, 2)
@@ -193,8 +193,16 @@ def test_a_full_disk_is_said_and_costs_nothing_that_is_there(place, dataset, tra
     assert scores_of(dataset) != before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "corrupt", "other version", "lost"])
-@pytest.mark.parametrize("table", ["images", "gradients"])
+@pytest.mark.parametrize(
+    ("damage", "table"),
+    [
+        ("truncated", "images"),
+        ("corrupt", "images"),
+        ("corrupt", "gradients"),
+        ("other version", "gradients"),
+        ("lost", "gradients"),
+    ],
+)
 def test_a_damaged_store_is_said_and_its_folder_can_be_deleted(damage, table, dataset, train, val, score):
     results = score(train, val)
     before = scores_of(dataset)
@@ -475,8 +483,16 @@ def clear_caption(dataset, sample):
     dataset.set_values("caption", {sample.id: None}, key_field="id")
 
 
-@pytest.mark.parametrize("edit", [edit_caption, edit_image, delete_sample, clear_caption])
-@pytest.mark.parametrize("stage", ["Encoding images", "Scoring", "Writing fields"])
+@pytest.mark.parametrize(
+    ("edit", "stage"),
+    [
+        (edit_caption, "Encoding images"),
+        (edit_image, "Encoding images"),
+        (delete_sample, "Scoring"),
+        (edit_caption, "Writing fields"),
+        (clear_caption, "Writing fields"),
+    ],
+)
 def test_a_pair_that_is_edited_meanwhile_gets_no_score(edit, stage, dataset, train, val, score, steps, caplog):
     sample = train.sort_by("id").skip(7).first()
     copy = dataset.clone()  # which has the same ids and a cache of its own
