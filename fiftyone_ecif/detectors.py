@@ -32,8 +32,8 @@ neighbour_influence minus the mean over its nearest 30 images and 30 captions
                    ``m`` of ``cos(H^-1 g_n, g_m)``, taken with the positive part
                    of ``g`` and with the whole, and added: what the pair does to
                    the loss of its neighbours. Ours.
-fused              the mean of the ranks of lemon_z, neg_clip_loss, trusted_fit
-                   and neighbour_influence. Ours.
+fused              the mean of the normal scores of lemon_z, neg_clip_loss,
+                   trusted_fit and neighbour_influence. Ours.
 ================== ==========================================================
 
 Influence tells about the pairs that a model was trained on, and misleads about
@@ -51,6 +51,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.linalg import cho_factor, cho_solve
+from scipy.special import ndtri
 from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -236,15 +237,21 @@ def run_detectors(audit: Audit, names: Sequence[str]) -> Generator[Progress, Non
 
 
 def fuse(found: dict[str, np.ndarray]) -> np.ndarray:
-    """The mean rank over what :data:`FUSED` names of a set of scores, in (0, 1]."""
-    ranks: np.ndarray = np.mean([ranked(found[name]) for name in FUSED if name in found], axis=0)
-    return ranks
+    """The mean over what :data:`FUSED` names of a set of scores, as normal scores: ranks would dull the extremes."""
+    fused: np.ndarray = np.mean([normal_scores(found[name]) for name in FUSED if name in found], axis=0)
+    return fused
 
 
 def ranked(scores: np.ndarray) -> np.ndarray:
     """Ranks in (0, 1], the highest score 1; equal scores share one."""
     ranks: np.ndarray = rankdata(scores) / len(scores)
     return ranks
+
+
+def normal_scores(scores: np.ndarray) -> np.ndarray:
+    """What the ranks would be drawn from a standard normal distribution (van der Waerden's scores)."""
+    normal: np.ndarray = ndtri((ranked(scores) * len(scores) - 0.5) / len(scores))
+    return normal
 
 
 def refit_held_out(audit: Audit, usable: np.ndarray | None = None) -> Generator[Progress, None, HeldOut]:

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 from .audits import MisalignmentResults
-from .detectors import ranked
+from .detectors import normal_scores
 from .errors import EcifError
 from .samples import every_sample
 from .verdicts import ALIGNED, LEAST, MISALIGNED
@@ -114,7 +114,7 @@ def propose_pairs(results: MisalignmentResults, count: int = 20, seed: int = 0) 
 def first_guess(scores: np.ndarray, noise_rate: float) -> np.ndarray:
     """Probabilities before anything is known, one half at the estimated noise rate, shape ``(N,)``."""
     rate = min(max(noise_rate, 0.02), 0.5)
-    guess: np.ndarray = expit(_SLOPE * (_normal(scores) - ndtri(1 - rate)))
+    guess: np.ndarray = expit(_SLOPE * (normal_scores(scores) - ndtri(1 - rate)))
     return guess
 
 
@@ -152,7 +152,7 @@ def refit(signals: Mapping[str, np.ndarray], guess: np.ndarray, labels: np.ndarr
         guess: probabilities before anything was learned, shape ``(N,)``.
         labels: 0, 1, or -1 where nothing is known, shape ``(N,)``.
     """
-    inputs = np.stack([_normal(signals[name]) for name in sorted(signals)] + [np.ones(len(guess))], axis=1)
+    inputs = np.stack([normal_scores(signals[name]) for name in sorted(signals)] + [np.ones(len(guess))], axis=1)
     ridge = np.array([_RIDGE] * len(signals) + [0.1])
     known = labels >= 0
     seen, truth, start = inputs[known], labels[known], logit(guess)
@@ -186,12 +186,6 @@ def propose(probability: np.ndarray, known: np.ndarray, count: int, seed: int = 
     others = np.setdiff1d(left, uncertain)
     drawn = np.random.default_rng(seed).permutation(others)[: count - len(uncertain)]
     return [int(row) for row in (*uncertain, *drawn)]
-
-
-def _normal(scores: np.ndarray) -> np.ndarray:
-    """Normal scores: the ranks as they would be drawn from a standard normal distribution."""
-    normal: np.ndarray = ndtri((ranked(scores) * len(scores) - 0.5) / len(scores))
-    return normal
 
 
 def _confidence(

@@ -159,6 +159,17 @@ def test_what_a_stopped_run_leaves_is_summed_up_seed_by_seed(result):
     assert KEPT[-1] == result
 
 
+def test_a_review_of_all_judges_each_fifth_by_the_others():
+    generator = np.random.default_rng(0)
+    wrong = generator.random(500) < 0.3
+    scores = {name: generator.normal(size=500) for name in ("fused", "told", "global_influence")}
+    assert misalignment._review_of_all(wrong, scores)["auroc"] < 0.6  # nothing to learn, and nothing is given away
+    scores["told"] += 2 * wrong
+    found = misalignment._review_of_all(wrong, scores)
+    assert found["auroc_without"] == pytest.approx(roc_auc_score(wrong, scores["fused"]))
+    assert roc_auc_score(wrong, scores["told"]) - 0.05 < found["auroc"] < 1
+
+
 def test_only_the_noise_that_is_asked_for_and_possible(monkeypatch):
     made = []
     monkeypatch.setattr(misalignment, "_train", lambda data, noise, *rest: made.append(noise) or 1 / 0)

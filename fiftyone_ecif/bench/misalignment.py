@@ -18,14 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..cached import read_cached
 from ..choices import DETECTORS, parse_scope
 from ..curvature import solve
-from ..detectors import FUSED, Audit, Space, fuse, neighbour_influence, ranked, run_detectors
+from ..detectors import FUSED, Audit, Space, fuse, neighbour_influence, normal_scores, ranked, run_detectors
 from ..duplicates import find_duplicates
 from ..encoder import Encoder
 from ..errors import EcifError
@@ -132,7 +134,7 @@ def run(
         ``recall_at_budget`` (share flagged -> share of the wrong ones found), all
         in [0, 1]; ``summary`` over seeds, with the paired bootstrap of the
         difference of each of our detectors to the best baseline; ``noise_rates``,
-        ``review``, ``downstream`` and ``ablation``; ``seconds``
+        ``review``, ``review_ceiling``, ``downstream`` and ``ablation``; ``seconds``
 
     Raises:
         EcifError: if the pairs do not allow a kind of noise
@@ -146,7 +148,7 @@ def run(
     if len(data.captions) > sizes.pairs:
         data = data.select(np.sort(np.random.default_rng(0).permutation(len(data.captions))[: sizes.pairs]))
     result: dict[str, Any] = {
-        name: [] for name in ("rows", "summary", "noise_rates", "review", "downstream", "ablation")
+        name: [] for name in ("rows", "summary", "noise_rates", "review", "review_ceiling", "downstream", "ablation")
     }
     result |= {"data": data.name, "pairs": len(data.captions), "model": "frozen towers" if frozen else MODEL}
     seen: dict[tuple[str, float], list[tuple[np.ndarray, dict[str, np.ndarray]]]] = {
@@ -174,6 +176,7 @@ def run(
                 | {"duplicate_count_auroc": float(roc_auc_score(wrong, counts[2][counts[1]]))}
             )
             result["review"] += [where | row for row in _review(wrong, findings.scores, rate.rate, sizes.labels)]
+            result["review_ceiling"].append(where | _review_of_all(wrong, findings.scores))
             if ratio == max(sizes.ratios):
                 result["downstream"] += [where | row for row in _downstream(trained, scores, sizes.drops, seed)]
                 if seed < sizes.ablations:
@@ -383,7 +386,7 @@ def _tuned_lemon(trained: Trained) -> np.ndarray:
 
 def _review(wrong: np.ndarray, scores: Mapping[str, np.ndarray], rate: float, steps: Sequence[int]) -> list[Row]:
     """AUROC on the pairs that are not reviewed, as more and more are, chosen as the tool proposes."""
-    signals = {name: values for name, values in scores.items() if name != "global_influence"}
+    signals = _signals(scores)
     labels = np.full(len(wrong), -1)
     guess = probability = first_guess(scores["fused"], rate)
     rows = []
@@ -402,6 +405,19 @@ def _review(wrong: np.ndarray, scores: Mapping[str, np.ndarray], rate: float, st
             }
         )
     return rows
+
+
+def _signals(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a review learns from."""
+    return {name: values for name, values in scores.items() if name != "global_influence"}
+
+
+def _review_of_all(wrong: np.ndarray, scores: Mapping[str, np.ndarray]) -> Row:
+    """AUROC if every pair were reviewed, each fifth judged by a plain logistic regression on the others."""
+    inputs = np.stack([normal_scores(values) for values in _signals(scores).values()], axis=1)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    judged = cross_val_predict(LogisticRegression(), inputs, wrong, cv=folds, method="predict_proba")[:, 1]
+    return {"auroc": float(roc_auc_score(wrong, judged)), "auroc_without": float(roc_auc_score(wrong, scores["fused"]))}
 
 
 def _downstream(trained: Trained, scores: Mapping[str, np.ndarray], drops: Sequence[float], seed: int) -> list[Row]:

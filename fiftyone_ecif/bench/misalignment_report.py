@@ -36,6 +36,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         ),
         "### Review and refit: AUROC (%) on the pairs that were not reviewed",
         table(_mean(result["review"], ("noise", "ratio", "labels"), ("auroc", "auroc_without"))),
+        "### If all pairs were reviewed: AUROC (%) of each fifth, judged by the others",
+        table(_mean(result["review_ceiling"], ("noise", "ratio"), ("auroc", "auroc_without"))),
         "### Recall@5 (%) on clean pairs after dropping the most suspicious and training the heads again",
         table(_mean(result["downstream"], ("noise", "by", "dropped"), ("recall_at_5",))),
     ]
