@@ -32,8 +32,8 @@ neighbour_influence minus the mean over its nearest 30 images and 30 captions
                    ``m`` of ``cos(H^-1 g_n, g_m)``, taken with the positive part
                    of ``g`` and with the whole, and added: what the pair does to
                    the loss of its neighbours. Ours.
-fused              the mean of the normal scores of lemon_z, neg_clip_loss,
-                   trusted_fit and neighbour_influence. Ours.
+fused              the mean of the ranks of lemon_z, neg_clip_loss, trusted_fit
+                   and neighbour_influence. Ours.
 ================== ==========================================================
 
 Influence tells about the pairs that a model was trained on, and misleads about
@@ -237,9 +237,9 @@ def run_detectors(audit: Audit, names: Sequence[str]) -> Generator[Progress, Non
 
 
 def fuse(found: dict[str, np.ndarray]) -> np.ndarray:
-    """The mean over what :data:`FUSED` names of a set of scores, as normal scores: ranks would dull the extremes."""
-    fused: np.ndarray = np.mean([normal_scores(found[name]) for name in FUSED if name in found], axis=0)
-    return fused
+    """The mean rank over what :data:`FUSED` names of a set of scores, in (0, 1]."""
+    ranks: np.ndarray = np.mean([ranked(found[name]) for name in FUSED if name in found], axis=0)
+    return ranks
 
 
 def ranked(scores: np.ndarray) -> np.ndarray:

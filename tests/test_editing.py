@@ -45,7 +45,7 @@ def test_an_edited_model_is_measured_and_loads(run, twin, tmp_path):
     change = edit.target_loss_after - edit.target_loss_before
     assert abs(edit.target_loss_predicted - edit.target_loss_after) < 0.2 * abs(change)
     assert 0 < edit.relative_change < 0.2
-    assert edit.solve_residual <= 1e-2
+    assert edit.solve_residual <= 3e-2
     (target,) = problem.targets.values()
     assert np.isclose(edit.target_loss_before, target.loss(theta).item())
     assert np.isclose(edit.mistakes_before, target.mistakes(theta).double().mean().item())
