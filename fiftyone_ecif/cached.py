@@ -249,8 +249,7 @@ def _parts(store: Store, pairs: int, *columns: str) -> Iterator[tuple[np.ndarray
         EcifError: after the last part, if not every pair was in one
     """
     table, seen = store.table("gradients"), np.zeros(pairs, dtype=bool)
-    for part in table.parts():
-        found = table.read(part, "row", *columns)
+    for found in table.read_each("row", *columns):
         yield found["row"], found
         seen[found["row"]] = True
     if not seen.all():

@@ -487,6 +487,30 @@ def bench_misalignment(
     _print(result, as_json, markdown)
 
 
+@bench.command("speed")
+@click.option("--quick", is_flag=True, help="Fewer pairs and smaller models: minutes instead of an hour.")
+@click.option("--peers", is_flag=True, help="Install other libraries, apart from this software, and run them too.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md and result.json.")
+@_AS_JSON
+def bench_speed(quick: bool, peers: bool, out: Path | None, as_json: bool) -> None:
+    """Hold seconds and memory of scoring against embeddings, forward passes, hooks and the disk.
+
+    Example: fiftyone-ecif bench speed --quick --out speed
+    """
+    with _job():
+        from .bench.speed import QUICK, Sizes, markdown, run
+
+        def keep(found: dict[str, Any]) -> None:
+            if out:
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "result.json").write_text(json.dumps(found))
+
+        result = run(QUICK if quick else Sizes(), peers, lambda text: click.echo(text, err=True), keep)
+        if out:
+            (out / "report.md").write_text(markdown(result))
+    _print(result, as_json, markdown)
+
+
 @main.command()
 @click.argument("dataset")
 @click.option("--key", default="ecif", show_default=True, help="The run.")

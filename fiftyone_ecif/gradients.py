@@ -233,9 +233,8 @@ class _MovedHeads(Scope):
             for batch in batches
         ]
         images, texts = (torch.cat(parts) for parts in zip(*made, strict=True))
-        return FeatureBatches(
-            images, texts, torch.split(torch.arange(len(images)), [len(rows) for rows in batches.partition])
-        )
+        sizes = [len(rows) for rows in batches.partition]
+        return FeatureBatches(images, texts, torch.split(torch.arange(len(images)), sizes))
 
     def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
         return self._embed(0, theta, images)

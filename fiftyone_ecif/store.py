@@ -198,7 +198,8 @@ class Table:
             file.attrs["format"] = FORMAT
             file.attrs["rows"] = len(next(iter(columns.values())))
             for name, values in columns.items():
-                file.create_dataset(name, data=values, fletcher32=values.size > 0)
+                chunk = values.shape if values.size else None  # one: a column is always read as a whole
+                file.create_dataset(name, data=values, fletcher32=chunk is not None, chunks=chunk)
         write_file(self._path(part), image.getbuffer())
 
     def parts(self) -> list[str]:
@@ -228,6 +229,15 @@ class Table:
             raise
         except Exception as error:  # h5py raises many kinds on damaged files
             raise self._damaged(path, error) from error
+
+    def read_each(self, *columns: str) -> Iterator[dict[str, np.ndarray]]:
+        """The columns of one part after another, while the system fetches the part after that from the disk."""
+        parts = self.parts()
+        for part, following in zip(parts, [*parts[1:], None], strict=True):
+            if following is not None and hasattr(os, "posix_fadvise"):
+                with self._path(following).open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            yield self.read(part, *columns)
 
     def read_all(self, *columns: str) -> dict[str, np.ndarray]:
         """The columns of all parts, one after another; empty arrays if there is none."""

@@ -6,12 +6,20 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import spearmanr
 
+from fiftyone_ecif import training
 from fiftyone_ecif.checkpoint import save_checkpoint
 from fiftyone_ecif.choices import parse_scope
 from fiftyone_ecif.contrastive import SigmoidLoss, SoftmaxLoss
+from fiftyone_ecif.curvature import solve
 from fiftyone_ecif.encoder import Encoder, choose_device
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.heads import FeatureBatches
+from fiftyone_ecif.influence import batch_influence
+from fiftyone_ecif.objective import ContrastiveLoss
+from fiftyone_ecif.progress import follow
+from fiftyone_ecif.scoring import solving
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 2, "width": 48, "patch_size": 8, "head_width": 16}
@@ -250,6 +258,95 @@ def test_unreadable_images_cost_only_themselves(load, tmp_path):
     assert indices == [1]
     assert len(features) == 1
     assert list(failures) == [0]
+
+
+@pytest.mark.parametrize("name", ["ecif-test-vit", "ecif-test-custom", "ecif-test-sigmoid"])
+def test_captions_are_encoded_at_their_own_length(name, load):
+    encoder = load(name)
+    tokens = encoder.tokens(CAPTIONS)
+    whole = encoder.tokenizer(CAPTIONS)
+    assert tokens.shape[1] == 5  # start, three words, end
+    assert whole.shape[1] == 8
+    assert torch.equal(whole[:, :5], tokens)
+    assert not whole[:, 5:].any()
+    (found,) = encoder.text_features(CAPTIONS, 8)
+    encoder._ignores_padding = False
+    (expected,) = encoder.text_features(CAPTIONS, 8)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(encoder.tokens(["long " * 100])[0]) == 8
+
+
+def test_a_text_tower_that_looks_ahead_gets_its_padding(load, monkeypatch):
+    """Without the causal mask a caption's features depend on what stands behind it."""
+    build = open_clip.transformer.TextTransformer.build_causal_mask
+    monkeypatch.setattr(
+        open_clip.transformer.TextTransformer, "build_causal_mask", lambda self: torch.zeros_like(build(self))
+    )
+    encoder = load("ecif-test-vit")
+    assert encoder.tokens(CAPTIONS).shape[1] == 8
+
+
+def test_memory_that_runs_out_costs_smaller_batches_only(load, paths, monkeypatch):
+    encoder = load("ecif-test-vit")
+    expected = run_features(encoder, paths)
+    run, sizes = Encoder._run, []
+
+    def cramped(self, tower, inputs, head):
+        sizes.append(len(inputs))
+        if len(inputs) > 1:
+            raise torch.OutOfMemoryError("full")
+        return run(self, tower, inputs, head)
+
+    monkeypatch.setattr(Encoder, "_run", cramped)
+    for found, same in zip(run_features(encoder, paths), expected, strict=True):
+        torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-5)
+    assert sizes == [3, 1, 1, 1, 1, 1, 1]  # what did not fit once is not tried again
+
+
+def test_a_model_that_fits_no_input_is_refused(load, paths, monkeypatch):
+    encoder = load("ecif-test-vit")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Encoder, "_run", full)
+    with pytest.raises(EcifError, match="image tower of ecif-test-vit does not fit into the memory of cpu"):
+        run_features(encoder, paths)
+
+
+def test_half_precision_keeps_the_rank_order(made, monkeypatch):
+    """Of influence on a trained model, with the towers in float16 as on a GPU."""
+    dataset, checkpoint = made
+    train, val = dataset.match_tags("train"), dataset.match_tags("val")
+    encoder = Encoder(training.MODEL, checkpoint, "cpu")
+    assert not encoder._half
+    scope = encoder.scope(parse_scope("heads"))
+
+    def influence():
+        problem = []
+        for view in (train, val):
+            ((_, images, _),) = encoder.image_features(view.values("filepath"), 128, 0)
+            (texts,) = encoder.text_features(view.values("caption"), 128)
+            problem.append(FeatureBatches(images, texts, [torch.arange(len(images))]))
+        objective = ContrastiveLoss(scope, problem[0], len(train), 1.0)
+        gradient = ContrastiveLoss(scope, problem[1], len(val)).gradient_and_value(scope.start)[0]
+        solution = follow(solving(solve(lambda v: objective.hessian_product(scope.start, v), gradient)), False)
+        return sum(batch_influence(scope, scope.start, problem[0][0], solution, len(train)))
+
+    exact = influence()
+    monkeypatch.setattr(encoder, "_half", True)
+    half = influence()
+    assert not torch.equal(exact, half)
+    assert spearmanr(exact, half).statistic > 0.999
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+def test_a_gpu_encodes_as_the_cpu_does(load, paths, tmp_path):
+    expected = run_features(load("ecif-test-vit"), paths)
+    encoder = Encoder("ecif-test-vit", str(tmp_path / "ecif-test-vit-0.pt"), "cuda")
+    assert encoder._half
+    for found, same in zip(run_features(encoder, paths), expected, strict=True):
+        torch.testing.assert_close(found, same, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,16 @@ from typing import Any
 
 import fiftyone as fo
 import fiftyone.utils.open_clip as fouo
+import fiftyone.utils.torch as fout
 import numpy as np
 import open_clip
 import torch
 from PIL import Image
 
 from ..api import influence_steps
+from ..encoder import Encoder
 from ..runs import InfluenceConfig
+from ..towers import Tower
 from .stopwatch import side_by_side
 
 Row = dict[str, Any]
@@ -26,23 +29,17 @@ _WORDS = [
     "a",
     "two",
     "red",
-    "blue",
     "small",
     "old",
     "dog",
     "cat",
     "boat",
     "man",
-    "woman",
     "child",
     "on",
     "under",
     "near",
-    "with",
     "field",
-    "street",
-    "table",
-    "tree",
     "river",
 ]
 _BATCH = 128
@@ -117,10 +114,10 @@ def theirs(dataset: Any, model: str, checkpoint: str) -> Row:
     return clock.seconds
 
 
-def ours(dataset: Any, model: str, checkpoint: str, fit: bool = False) -> Row:
+def ours(dataset: Any, model: str, checkpoint: str) -> Row:
     """Seconds of each stage of scoring the heads, from an empty cache to fields on the samples."""
     clock = _Clock()
-    config = InfluenceConfig(model=model, pretrained=checkpoint, fit=fit)
+    config = InfluenceConfig(model=model, pretrained=checkpoint)
     with tempfile.TemporaryDirectory(prefix="ecif-speed-") as name, fresh_cache(Path(name)):
         train, target = dataset.match_tags("train"), dataset.match_tags("val")
         for step in influence_steps(train, target, config, brain_key="speed", overwrite=True):
@@ -140,6 +137,47 @@ def embed(pairs: int, repeats: int, model: str = "ViT-B-32") -> list[Row]:
             },
         )
     return [{"who": who, "pairs": pairs, "total": _median(runs)} | _median_stages(runs) for who, runs in stages.items()]
+
+
+def encoder(model: str, pairs: int) -> list[Row]:
+    """Pairs a second of an encoder with random weights from files, beside those of its forward pass; GPU only.
+
+    ``utilisation`` is the share of the time that the forward pass alone would take.
+    """
+    if not torch.cuda.is_available():
+        return []
+    with photographs(pairs, model) as (dataset, checkpoint):
+        made = Encoder(model, checkpoint)
+        paths, captions = dataset.values(["filepath", "caption"])
+        pixels = torch.stack([made.preprocess(Image.open(path)) for path in paths[:_BATCH]]).to(made.device)
+        tokens = made.tokens(captions[:_BATCH])
+        workers = fout.recommend_num_workers()
+
+        def encode() -> None:
+            for _ in made.image_features(paths, _BATCH, workers):
+                pass
+            for _ in made.text_features(captions, _BATCH):
+                pass
+
+        @torch.no_grad()
+        def forward() -> None:
+            with torch.autocast("cuda", torch.float16):
+                for _ in range(0, pairs, _BATCH):
+                    Tower(made.model, "image")(pixels)
+                    Tower(made.model, "text")(tokens)
+            torch.cuda.synchronize()
+
+        forward()
+        found = side_by_side(3, {"encode": encode, "forward": forward})
+    rate = {name: pairs / seconds for name, seconds in found.items()}
+    return [
+        {
+            "model": model,
+            "pairs_per_second": rate["encode"],
+            "forward_pairs_per_second": rate["forward"],
+            "utilisation": rate["encode"] / rate["forward"],
+        }
+    ]
 
 
 def _median(runs: Sequence[Row]) -> float:

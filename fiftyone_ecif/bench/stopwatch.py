@@ -8,12 +8,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def side_by_side(repeats: int, ways: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of each way, in turns, so that what else the machine does strikes all alike."""
+def side_by_side(
+    repeats: int,
+    ways: Mapping[str, Callable[[], Any]],
+    prepare: Callable[[], Any] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Median seconds of each way, in turns, so that what else the machine does strikes all alike.
+
+    Args:
+        repeats: how often.
+        ways: what to do.
+        prepare: done before each, and not timed.
+        clock (time.perf_counter): what to read; ``time.process_time`` counts the
+            work of this process only.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            start = time.perf_counter()
+            prepare()
+            start = clock()
             way()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(each) for name, each in seconds.items()}
