@@ -70,8 +70,8 @@ def model_names() -> list[str]:
 
 def pretrained_tags(model: str) -> list[str] | None:
     """The pretrained tags of a model; None until open_clip is imported, which takes seconds and starts here."""
-    open_clip = sys.modules.get("open_clip")
-    if open_clip is not None and hasattr(open_clip, "list_pretrained_tags_by_model"):
+    open_clip: Any = sys.modules.get("open_clip")
+    if hasattr(open_clip, "list_pretrained_tags_by_model"):  # else it is being imported
         return list(open_clip.list_pretrained_tags_by_model(model))
     if open_clip is None:
         Thread(target=importlib.import_module, args=("open_clip",), daemon=True).start()

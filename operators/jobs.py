@@ -30,6 +30,8 @@ _FRESH = 60  # seconds in which who started a job still expects the grid to chan
 _REMEMBER = 86400  # seconds that the end of a job waits for someone to see it
 KEPT = "Stopped. What was computed so far is kept: run it again to go on from there"
 
+_UNFORESEEN = "This is a fault of the plugin or of what it uses: `fiftyone-ecif doctor` looks for the latter"
+
 
 class StoppedError(Exception):
     """The user stopped the job."""
@@ -164,7 +166,7 @@ def _run(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> Itera
         message = str(error)
         if not isinstance(error, EcifError):
             logger.exception("%s failed", work.__module__.rpartition(".")[2])
-            message = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}. {_UNFORESEEN}"
         yield ctx.ops.set_progress(label=f"Failed: {message}", progress=1)
         yield ctx.ops.notify(message, variant="error")
 

@@ -94,7 +94,10 @@ def test_a_job_is_stopped(dataset):
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(EcifError("Mend it"), "Mend it"), (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero")],
+    [
+        (EcifError("Mend it"), "Mend it"),
+        (ZeroDivisionError("by zero"), f"ZeroDivisionError: by zero. {jobs._UNFORESEEN}"),
+    ],
 )
 @pytest.mark.parametrize("background", [False, True])
 def test_failures_are_told(dataset, error, message, background):

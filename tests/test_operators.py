@@ -1,11 +1,14 @@
 """The operators through FiftyOne's own registry and executor, and the plugin as it is installed."""
 
 import asyncio
+import functools
+import http.server
 import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -640,6 +643,36 @@ def test_the_plugin_works_from_a_link_where_the_package_is_not_installed(tmp_pat
     found, home = list_in_a_fresh_process(tmp_path)
     assert found == OPERATORS
     assert Path(home) == ROOT / "fiftyone_ecif" / "__init__.py"
+
+
+def test_the_plugin_is_downloaded_with_the_library_beside_it(tmp_path):
+    archive = tmp_path / "served" / "fiftyone-ecif.zip"
+    archive.parent.mkdir()
+    folders = [path for name in ("operators", "fiftyone_ecif", "skills") for path in (ROOT / name).rglob("*")]
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in [ROOT / "fiftyone.yml", ROOT / "requirements.txt", *folders]:
+            if path.is_file() and "__pycache__" not in path.parts:
+                file.write(path, Path("fiftyone-ecif-main") / path.relative_to(ROOT))
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ran = subprocess.run(
+            [
+                *(Path(sys.executable).with_name("fiftyone"), "plugins", "download"),
+                f"http://127.0.0.1:{server.server_port}/{archive.name}",
+            ],
+            env=os.environ | {"FIFTYONE_PLUGINS_DIR": str(plugins)},
+            capture_output=True,
+            text=True,
+        )
+        server.shutdown()
+    assert ran.returncode == 0, ran.stderr
+    assert all((plugins / PLUGIN / name).is_file() for name in SHIPPED)
+    found, home = list_in_a_fresh_process(plugins)
+    assert found == OPERATORS
+    assert Path(home) == plugins / PLUGIN / "fiftyone_ecif" / "__init__.py"
 
 
 def test_the_plugin_works_from_the_wheel(tmp_path):
