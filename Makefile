@@ -1,11 +1,11 @@
 # make demo: set up and run the main job.  make test: set up and run the tests.
-# make guide: the pictures of docs/guide.md.  make time-app: how the App copes with 100,000 pairs.
+# make guide: the pictures of docs/guide.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export FIFTYONE_DO_NOT_TRACK := 1
 
-.PHONY: demo test lint guide time-app clean
+.PHONY: demo test lint guide clean
 
 demo: $(VENV)/.ready
 	$(BIN)/fiftyone-ecif demo
@@ -20,9 +20,6 @@ lint: $(VENV)/.ready-dev
 
 guide: $(VENV)/.ready-dev
 	$(BIN)/python tools/make_guide.py
-
-time-app: $(VENV)/.ready-dev
-	$(BIN)/python tools/time_app.py
 
 $(VENV)/.ready: pyproject.toml requirements.txt | $(BIN)/pip
 	$(BIN)/pip install -q -e .

@@ -119,19 +119,12 @@ class App:
         """Chooses in a dropdown of the panel."""
         _choose(self.page, self.page, label, option)
 
-    def drag(self, plot, left, right):
-        """Drags over a plot of the panel, the histogram being the first, from one share of its width to another."""
-        area = self.page.locator("[data-cy=panel-content-influence_panel] .nsewdrag").nth(plot)
-        area.scroll_into_view_if_needed()
-        box = area.bounding_box()
-        across = [box["x"] + share * box["width"] for share in (left, right)]
-        top, bottom = (box["y"] + share * box["height"] for share in (0.1, 0.9))
-        self.page.mouse.move(across[0], top)
+    def drag_over_histogram(self, left, right):
+        """Drags over the panel's histogram, from one share of its width to another."""
+        box = self.page.locator("[data-cy=panel-content-influence_panel] .nsewdrag").first.bounding_box()
+        self.page.mouse.move(box["x"] + left * box["width"], box["y"] + 0.1 * box["height"])
         self.page.mouse.down()
-        for corner in ((across[1], top), (across[1], bottom), (across[0], bottom)):  # a lasso needs to go round
-            self.page.mouse.move(*corner, steps=5)
-        if plot == 0:
-            self.page.mouse.move(across[1], bottom, steps=5)
+        self.page.mouse.move(box["x"] + right * box["width"], box["y"] + 0.9 * box["height"], steps=10)
         self.page.mouse.up()
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from fiftyone_ecif.demo import DATASET
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+README = (DOCS.parent / "README.md").read_text()
 
 
 def section(title, language):
@@ -69,6 +70,10 @@ def test_the_field_table_names_the_fields():
     assert all(f"`{{key}}_{name.split('_', 1)[1]}`" in README for name in fields)
 
 
-def test_the_picture_is_there():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (Path(__file__).resolve().parent.parent / path).is_file()
+def test_the_pictures_are_there_and_small():
+    guide = (DOCS / "guide.md").read_text()
+    pictures = [DOCS.parent / path for path in re.findall(r"!\[.*?\]\((.*?)\)", README)]
+    pictures += [DOCS / path for path in re.findall(r"!\[.*?\]\((.*?)\)", guide)]
+    assert len(pictures) > 10
+    assert all(path.stat().st_size < (250_000 if path.suffix == ".png" else 1_500_000) for path in pictures)
+    assert {path.name for path in (DOCS / "guide").iterdir()} == {path.name for path in pictures}

@@ -4,6 +4,7 @@ Run: make guide. Everything lies in a folder, a database and a cache of its own,
 """
 
 import argparse
+import io
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from fiftyone_ecif.demo import demo_model, load_demo  # noqa: E402
 from fiftyone_ecif.training import MODEL  # noqa: E402
 
 PAIRS = 600
-MOVING = ("start", "score-form", "scored", "pair", "threshold", "review", "learned", "traced", "edited")
+MOVING = ("start", "score-form", "scored", "pair", "threshold", "review", "learned", "edit-form")
 
 
 class Walk:
@@ -39,14 +40,15 @@ class Walk:
     def __init__(self, app, dataset, weights, folder):
         self.app, self.dataset, self.weights, self.folder = app, dataset, weights, folder
         zoom = app.page.locator(".MuiSlider-root").nth(1)
-        zoom.click(position={"x": 0.3 * zoom.bounding_box()["width"], "y": 10})  # large enough to read captions
+        zoom.click(position={"x": 0.8 * zoom.bounding_box()["width"], "y": 10})  # large enough to read captions
 
     def shoot(self, name, wait=1500):
         """Takes a picture of what is on screen, once it has come to rest."""
         self.app.page.mouse.move(640, 2)
         self.app.page.locator("[data-cy=looker]").first.wait_for()
         self.app.page.wait_for_timeout(wait)
-        self.app.page.screenshot(path=self.folder / f"{name}.png")
+        picture = Image.open(io.BytesIO(self.app.page.screenshot())).convert("RGB")
+        picture.quantize(128).save(self.folder / f"{name}.png", optimize=True)
         print(name, flush=True)
 
     def score(self):
@@ -58,7 +60,6 @@ class Walk:
         self.shoot("score-form")
         form.run()
         app.said("ECIF influence, run 'ecif'")
-        self.shoot("running", 800)
         app.said(f"Scored {len(self.dataset.match_tags('train')):,} pairs")
         app.sidebar("ecif_influence").wait_for()
         self.shoot("scored")
@@ -83,7 +84,6 @@ class Walk:
         form.run()
         app.said(re.compile(r"^Scored 600 pairs, skipped 0\. About"))
         app.sidebar("audit_misalignment").wait_for()
-        self.shoot("detected")
         panel = app.panel()
         slider = panel.get_by_role("slider")
         track = slider.locator("xpath=ancestor::span[contains(@class, 'MuiSlider-root')]")
@@ -98,13 +98,11 @@ class Walk:
         self.shoot("export-form")
         form.run()
         app.said("Exported ")
-        self.shoot("exported")
         app.close()
 
     def review(self):
         app, panel = self.app, self.app.panel()
         app.turn_to("Review")
-        self.shoot("review-start")
         panel.get_by_role("button", name="Propose pairs").click()
         paths = {sample.filepath: sample for sample in self.dataset}
         for number in range(1, 21):
@@ -114,7 +112,6 @@ class Walk:
             sample = paths[unquote(panel.locator("img").first.get_attribute("src")).split("filepath=")[1]]
             panel.get_by_role("button", name="Misaligned" if sample.spoiled else "Aligned", exact=True).click()
         panel.get_by_text("That was the last one.").wait_for()
-        self.shoot("review-end")
         panel.get_by_role("button", name="Learn from the tags").click()
         app.said("Learned from")
         app.wait_for_count(PAIRS)
@@ -122,40 +119,29 @@ class Walk:
 
     def trace(self):
         app = self.app
-        app.open(self.dataset, "val")
-        form = app.form("Trace predictions")
-        self.shoot("trace-form")
-        form.run()
+        app.form("Trace predictions").run()
         app.said("Traced ")
-        self.shoot("traced")
         app.close()
-        self.shoot("traced-grid")
 
     def edit(self):
         app = self.app
-        app.open(self.dataset)
-        form = app.form("Tag by influence").fill(Pairs=50)
-        self.shoot("tag-form")
-        form.run()
+        app.form("Tag by influence").tick("Entire dataset").fill(Pairs=50).run()
         app.said("Tagged 50 pairs 'harmful'")
-        self.shoot("tagged")
         app.close()
         form = app.form("Edit model")
         form.choose("Pairs to remove", "tag: harmful").fill(Checkpoint="~/edited.pt")
         self.shoot("edit-form")
         form.run()
         app.said("Removed 50 pairs in ")
-        self.shoot("edited")
 
     def manage(self):
         app = self.app
-        form = app.form("Manage influence runs").choose("Run", "ecif")
+        form = app.form("Manage influence runs").choose("Run", "ecif — influence")
         self.shoot("manage")
-        form.tick("Delete").choose("Run", "audit")
+        form.tick("Delete").choose("Run", "audit — misalignment")
         self.shoot("delete-form")
         form.tick("Yes, delete").run()
         app.said("Deleted the run 'audit', with ")
-        self.shoot("deleted")
         app.close()
 
 
