@@ -756,10 +756,16 @@ def _load_in_turn(name: str, ranks: Ranks) -> Any:
 
 
 def _load_run(dataset: Any, key: str, kind: str = "influence") -> Any:
+    from .writing import finish_writing
+
+    finish_writing(dataset)
     known = dataset.list_brain_runs(type=kind, method="ecif")
     if key not in known:
         raise EcifError(f"{dataset.name!r} has no {kind} run {key!r}. Runs: {', '.join(known) or 'none'}")
-    return dataset.load_brain_results(key)
+    results = dataset.load_brain_results(key)
+    if results is None:
+        raise EcifError(f"The run {key!r} was stopped before it was done. Run it again with --overwrite, or delete it")
+    return results
 
 
 def _narrow(dataset: Any, tags: tuple[str, ...], view: str | None) -> Any:

@@ -12,6 +12,7 @@ import fiftyone as fo
 import numpy as np
 import pytest
 from bson.errors import InvalidStringData
+from click.testing import CliRunner
 from PIL import Image
 
 from fiftyone_ecif import (
@@ -26,6 +27,7 @@ from fiftyone_ecif import (
     training,
 )
 from fiftyone_ecif.api import influence_steps
+from fiftyone_ecif.cli import main
 from fiftyone_ecif.database import mongod
 from fiftyone_ecif.misalignment import compute_misalignment
 from fiftyone_ecif.progress import follow
@@ -131,6 +133,9 @@ def test_a_run_of_another_machine_that_was_stopped_is_seen_as_such(dataset, trai
     shutil.rmtree(Store(str(dataset._doc.id)).inside("writing").folder)
     (run,) = list_runs(dataset)
     assert "stopped before it was done" in str(run)
+    told = CliRunner().invoke(main, ["trace", dataset.name])
+    assert told.exit_code == 1
+    assert "The run 'ecif' was stopped before it was done" in told.output
     delete_run(dataset, "ecif")
     assert scores_of(dataset) == {}
 
