@@ -252,8 +252,7 @@ class Encoder:
         while start < len(inputs):
             part = inputs[start : start + self._at_once]
             try:
-                with torch.autocast(torch.device(self.device).type, torch.float16, enabled=self._half):
-                    features = self._run(tower, part.to(self.device, non_blocking=True), self.heads[tower])
+                features = self._run_half(tower, part.to(self.device, non_blocking=True))
             except torch.OutOfMemoryError as error:
                 if len(part) == 1:
                     raise EcifError(
@@ -265,6 +264,14 @@ class Encoder:
             found.append(features.float().cpu())
             start += len(part)
         return torch.cat(found) if found else torch.empty(0)
+
+    def _run_half(self, tower: str, inputs: Tensor) -> Tensor:
+        """Features in half precision where that is meant to be and none of them becomes too large for it."""
+        with torch.autocast(torch.device(self.device).type, torch.float16, enabled=self._half):
+            features = self._run(tower, inputs, self.heads[tower])
+        if self._half and not features.isfinite().all():
+            return self._run(tower, inputs, self.heads[tower])
+        return features
 
     def _run(self, tower: str, inputs: Tensor, head: Head | None) -> Tensor:
         """A tower's output with its head, if one is given, passing its input through."""

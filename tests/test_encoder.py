@@ -330,7 +330,8 @@ def test_half_precision_keeps_the_rank_order(made, monkeypatch):
             problem.append(FeatureBatches(images, texts, [torch.arange(len(images))]))
         objective = ContrastiveLoss(scope, problem[0], len(train), 1.0)
         gradient = ContrastiveLoss(scope, problem[1], len(val)).gradient_and_value(scope.start)[0]
-        solution = follow(solving(solve(lambda v: objective.hessian_product(scope.start, v), gradient)), False)
+        steps = solve(lambda v: objective.hessian_product(scope.start, v), gradient)
+        solution = follow(solving(steps), False).vector
         return sum(batch_influence(scope, scope.start, problem[0][0], solution, len(train)))
 
     exact = influence()
@@ -338,6 +339,16 @@ def test_half_precision_keeps_the_rank_order(made, monkeypatch):
     half = influence()
     assert not torch.equal(exact, half)
     assert spearmanr(exact, half).statistic > 0.999
+
+
+def test_what_is_too_large_for_half_precision_is_not_lost(load):
+    encoder = load("ecif-test-vit")
+    encoder.model.ln_final.weight.mul_(1e6)
+    (expected,) = encoder.text_features(CAPTIONS, 8)
+    encoder._half = True
+    (found,) = encoder.text_features(CAPTIONS, 8)
+    assert expected.abs().max() > 65504
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
