@@ -234,6 +234,8 @@ def influence_steps(
         _check_scores(problem.pairs, scores)
         found.append(scores)
         method = replace(method, keep_gradients=False)  # one partition's are enough
+    if samples._dataset.deleted:
+        raise EcifError("The dataset was deleted while it was scored. Nothing was written")
     config.target = describe(target, problem)
     for scores in found:
         for remark in diagnose(config, scores.diagnostics):

@@ -67,11 +67,13 @@ def write_run(results: Any, columns: Mapping[str, Any], overwrite: bool) -> None
         EcifError: if another job took the key meanwhile, or no pair is as it was
     """
     dataset, key, config = results.samples._dataset, results.key, results.config
-    with FileLock(_home(dataset).lock()):
-        try:
-            dataset.reload()
-        except ValueError as error:
-            raise EcifError(f"The dataset was deleted while it was scored ({error}). Nothing was written") from error
+    try:
+        home = _home(dataset)
+        dataset.reload()
+    except ValueError as error:
+        raise EcifError(f"The dataset was deleted while it was scored ({error}). Nothing was written") from error
+    with FileLock(home.lock()):
+        dataset.reload()
         check_key(dataset, key, overwrite, config)
         edited = _edited(dataset, config.caption_field, results.ids, results.digests)
         if len(edited) == len(results.ids):

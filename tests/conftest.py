@@ -79,7 +79,8 @@ def dataset(made):
     """A copy of the small demo set, deleted afterwards."""
     copy = made[0].clone()
     yield copy
-    copy.delete()
+    if not copy.deleted:
+        copy.delete()
 
 
 @pytest.fixture
