@@ -77,8 +77,10 @@ def _score(pairs: int) -> dict[str, Any]:
 
 def _resident() -> float:
     """The most that this process ever had in memory, in MiB."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    status = Path("/proc/self/status")  # Linux's ru_maxrss also counts the process that started this one
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":
