@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -39,14 +39,14 @@ def network(width: int, layers: int) -> nn.Module:
     """An open_clip model with random weights and the temperature of a trained one."""
     torch.manual_seed(0)
     tower = {"width": width, "layers": layers}
-    model: nn.Module = open_clip.CLIP(
+    model: Any = open_clip.CLIP(
         embed_dim=width,
         vision_cfg=tower | {"image_size": _SIDE, "patch_size": 4, "head_width": 32},
         text_cfg=tower | {"context_length": _CONTEXT, "vocab_size": 1000, "heads": width // 32},
     )
     nn.init.constant_(model.get_parameter("logit_scale"), math.log(_SCALE))
     model.eval().requires_grad_(False)
-    return model
+    return cast(nn.Module, model)
 
 
 def problem(text: str, pairs: int, width: int, layers: int) -> tuple[Scope, Any, Callable[[], Any]]:
