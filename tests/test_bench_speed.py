@@ -55,7 +55,7 @@ def test_direct_scoring_and_autograd_give_equal_numbers(scope):
 
 def test_hooks_see_as_many_coordinates_as_are_stored():
     scope, batch, _ = passes.problem("heads", 8, 32, 1)
-    projection = passes.principal_projection(scope, scope.start, *batch)
+    projection = passes.principal_projection(scope, scope.start, [batch])
     seen = passes._head_hooks(scope, projection.heads, batch)()
     assert sum(part[0].numel() for part in seen) == projection.rank
 

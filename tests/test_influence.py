@@ -54,10 +54,10 @@ def test_an_embedding_that_has_collapsed_is_an_error():
     generator = torch.Generator().manual_seed(0)
     images, texts = (torch.randn(21, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     scope = HeadScope(torch.eye(4), 2 * torch.eye(4), 5.0)
-    partition = random_partition(21, 6, seed=0)
-    found = _smallest_norm(scope, scope.start, FeatureBatches(images, texts, partition))
+    objective = ContrastiveLoss(scope, FeatureBatches(images, texts, random_partition(21, 6, seed=0)), 21)
+    found = _smallest_norm(objective, scope.start)
     lengths = [sorted(row.norm().item() for row in side) for side in (images, 2 * texts)]
     assert found == pytest.approx(min(side[0] / side[10] for side in lengths))
     images[7] *= 1e-5
     with pytest.raises(EcifError, match="An embedding has collapsed"):
-        _smallest_norm(scope, scope.start, FeatureBatches(images, texts, partition))
+        _smallest_norm(objective, scope.start)

@@ -185,7 +185,7 @@ def test_exact_agrees_with_brute_force_and_with_the_stored_gradients(run):
     row = results.target_pairs().ids.index(query)
 
     def loss(at):
-        every = [target.batch_losses(at, rows, batch) for rows, batch in target._numbered()]
+        every = [target.batch_losses(at, rows, batch) for rows, batch in target._own()]
         return torch.cat(every)[(torch.cat(list(target.batches.partition)) == row).nonzero()[0, 0]]
 
     *_, solution = conjugate_gradient(lambda v: objective.hessian_product(theta, v), grad(loss)(theta), 1e-10)
