@@ -148,13 +148,22 @@ class Form:
 
     def tick(self, label):
         """Turns a box, a switch or a radio button on."""
-        box = self.body.locator("label", has=self._page.get_by_text(label)).last
-        box.locator("input").check(force=True)
-        return self
+        return self._turn(label, True)
 
     def untick(self, label):
         """Turns a box off."""
-        self.body.locator("label", has=self._page.get_by_text(label)).last.locator("input").uncheck(force=True)
+        return self._turn(label, False)
+
+    def _turn(self, label, on):
+        """Clicks until it stays as it should: a form that is being drawn anew loses a click."""
+        box = self.body.locator("label", has=self._page.get_by_text(label)).last.locator("input")
+        for _ in range(10):
+            if box.is_checked() != on:
+                box.click(force=True)
+            self._page.wait_for_timeout(500)
+            if box.is_checked() == on:
+                break
+        expect(box).to_be_checked(checked=on)
         return self
 
     def says(self, text):
