@@ -49,8 +49,12 @@ class Rows:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """Some rows as a tensor, shape ``(n, w)``."""
-        rows = np.arange(len(self))[index if isinstance(index, slice) else _plain(index)]
+        """Some rows as a tensor, shape ``(n, w)``.
+
+        Raises:
+            IndexError: if there is no such row
+        """
+        rows = _numbers(index, len(self))
         places = rows if self._places is None else self._places[rows]
         values = np.empty((len(places), self.shape[1]), dtype=np.float32)
         for (first, last), start in _runs(places):
@@ -95,9 +99,16 @@ class Rows:
         )
 
 
-def _plain(index: Tensor) -> np.ndarray:
-    """Of a tensor as it is; where a function is being differentiated, torch has it wrapped and without storage."""
-    return np.array(index.tolist(), dtype=bool if index.dtype == torch.bool else np.int64)
+def _numbers(index: Tensor | slice, count: int) -> np.ndarray:
+    """Of the rows that are meant, out of ``count``, in a time that depends on how many those are."""
+    if isinstance(index, slice):
+        return np.arange(*index.indices(count))
+    chosen = index.tolist()  # as a function can be being differentiated, where tensors are wrapped and have no storage
+    if index.dtype == torch.bool:
+        return np.flatnonzero(chosen)
+    if chosen and not 0 <= min(chosen) <= max(chosen) < count:
+        raise IndexError(f"row {min(chosen)} or {max(chosen)} is not among {count}")
+    return np.array(chosen, dtype=np.int64)
 
 
 def _bytes(values: np.ndarray) -> Any:

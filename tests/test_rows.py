@@ -50,8 +50,9 @@ def test_the_file_has_no_name(both, tmp_path):
 
 
 def test_places_out_of_range_are_refused(both):
-    with pytest.raises(IndexError):
-        both[1][torch.tensor([50])]
+    for place in (50, -1):
+        with pytest.raises(IndexError):
+            both[1][torch.tensor([0, place])]
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
