@@ -579,21 +579,13 @@ def edit(
     Example: fiftyone-ecif edit my-pairs edited.pt --tag harmful
     """
     with _job():
-        from .editing import edit_model
+        from .editing import Edit, edit_model
 
         if not (tags or view):
             raise click.UsageError("Say what to take out: --tag or --view")
         found = _load(dataset)
         result = edit_model(_load_run(found, key), _narrow(found, tags, view), path, **options)._asdict()
-    _print(
-        result,
-        as_json,
-        lambda r: (
-            f"Took out {r['removed']} pairs of {dataset!r}. Target loss {r['target_loss_before']:.4f} before, "
-            f"{r['target_loss_predicted']:.4f} predicted, {r['target_loss_after']:.4f} after. "
-            f"Checkpoint: {r['checkpoint']}"
-        ),
-    )
+    _print(result, as_json, lambda r: str(Edit(**r)))
 
 
 @main.command()

@@ -62,30 +62,34 @@ class Solution:
     damping: float = 0.0
 
 
-def hessian_at(objective: ContrastiveLoss, theta: Tensor) -> Product:
-    """Products with the Hessian at one point, for heads about five times as fast as one by one.
+def curvature_at(objective: ContrastiveLoss, theta: Tensor, solver: str) -> Product:
+    """Products with the curvature at one point, for as many vectors as a solve needs.
 
-    The graph of the gradient is made once, at the cost of a gradient, and each
-    product is a pass back through it. It takes the memory of some tens of
-    similarity matrices; where they are many, and in deeper scopes, whose graphs
-    are large, :meth:`ContrastiveLoss.hessian_product` is used instead.
+    For the Hessian of heads each is about five times as fast as
+    :meth:`ContrastiveLoss.hessian_product`: the graph of the gradient is made
+    once, at the cost of a gradient, and a product is a pass back through it. It
+    takes the memory of some tens of similarity matrices; where they are many,
+    and in deeper scopes, whose graphs are large, products are made one by one.
 
     Args:
-        objective: what the Hessian is of.
+        objective: what the curvature is of.
         theta: where, shape ``(p,)``.
+        solver: ``"ggn"`` for the Gauss-Newton matrix, else the Hessian.
     """
+    if solver == "ggn":
+        return partial(objective.gauss_newton_product, theta)
     entries = sum(len(rows) ** 2 for rows in objective.batches.partition)
     if not isinstance(objective.scope, HeadScope) or entries > _REMEMBERED:
         return partial(objective.hessian_product, theta)
     scope, point = objective.scope, theta.detach().clone().requires_grad_()
-    losses = (scope.loss.pair_losses(scope.similarity(point, batch)).sum() for batch in objective.batches)
+    losses = (scope.loss.pair_losses(scope.similarity(point, batch)).sum() for batch in objective.own_batches())
     gradients = [torch.autograd.grad(loss / objective.pairs, point, create_graph=True)[0] for loss in losses]
 
     def product(vector: Tensor) -> Tensor:
-        total = objective.proximal * vector
+        total = torch.zeros_like(vector)
         for gradient in gradients:
             total = total + torch.autograd.grad(gradient, point, vector, retain_graph=True)[0]
-        return total
+        return objective.ranks.total(total) + objective.proximal * vector
 
     return product
 

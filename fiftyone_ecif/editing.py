@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from .checkpoint import save_checkpoint
 from .choices import parse_scope
-from .curvature import Product, Solution, hessian_at, solve
+from .curvature import Solution, curvature_at, solve
 from .errors import EcifError
 from .objective import ContrastiveLoss
 from .problem import Problem, reopen
@@ -75,6 +74,15 @@ class Edit(NamedTuple):
     solve_residual: float
     seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"Removed {self.removed:,} pairs in {self.seconds:.1f} s, which changed the parameters by "
+            f"{self.relative_change:.1%}. Target loss {self.target_loss_before:.4f} before, "
+            f"{self.target_loss_predicted:.4f} predicted, {self.target_loss_after:.4f} measured after. "
+            f"Mistakes {self.mistakes_before:.1%} before, {self.mistakes_after:.1%} after. "
+            f"Written to {self.checkpoint}"
+        )
+
 
 def removal_step(
     objective: ContrastiveLoss, theta: Tensor, rows: Tensor, solver: str, damping: float = 0.0, tolerance: float = 3e-2
@@ -95,7 +103,7 @@ def removal_step(
     """
     left = objective.without(rows)
     gradient = group_gradient(objective, theta, rows)
-    return (yield from solve(_product(left, theta, solver), gradient, damping, tolerance))
+    return (yield from solve(curvature_at(left, theta, solver), gradient, damping, tolerance))
 
 
 def group_gradient(objective: ContrastiveLoss, theta: Tensor, rows: Tensor) -> Tensor:
@@ -128,7 +136,7 @@ def group_influence(
         rows = _rows(results, group)
         problem, objective, theta = yield from reopen(results, device)
         gradient, _ = _target_gradient(problem, theta)
-        product = _product(objective, theta, _solver(results))
+        product = curvature_at(objective, theta, _solver(results))
         solution = yield from solving(solve(product, gradient, results.config.damping))
         steps = removal_step(objective, theta, rows, _solver(results), results.config.damping)
         step = yield from solving(steps)
@@ -150,7 +158,8 @@ def edit_model(
     """Writes the model of a run as if some of its pairs had never been trained on.
 
     Only the parameters in the run's scope change. If the run was fitted, what is
-    written is the fitted model, edited.
+    written is the fitted model, edited. What the edit did is kept in the run's
+    ``diagnostics["edit"]``.
 
     Args:
         results: of :func:`fiftyone_ecif.compute_influence`, best with ``fit=True``.
@@ -193,7 +202,7 @@ def edit_steps(
     scope = problem.scope
     adapters = scope.adapters(edited) if isinstance(scope, TowerScope) and scope.rank else None
     save_checkpoint(out, problem.encoder.changed_state(scope, edited), adapters, problem.encoder.preprocessing)
-    return Edit(
+    edit = Edit(
         str(out),
         len(rows),
         before,
@@ -206,12 +215,9 @@ def edit_steps(
         solution.residual,
         seconds,
     )
-
-
-def _product(objective: ContrastiveLoss, theta: Tensor, solver: str) -> Product:
-    if solver == "ggn":
-        return partial(objective.gauss_newton_product, theta)
-    return hessian_at(objective, theta)
+    results.diagnostics["edit"] = edit._asdict()
+    results.save()
+    return edit
 
 
 def _solver(results: InfluenceResults) -> str:

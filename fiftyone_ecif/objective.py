@@ -92,7 +92,7 @@ class ContrastiveLoss:
         """The value, a scalar, in nats."""
         value, offset = theta.new_zeros(()), theta - self.scope.start
         with torch.no_grad():
-            for batch in self._own():
+            for batch in self.own_batches():
                 value = value + self._batch_mean(theta, batch)
         return self.ranks.total(value) + self.proximal / 2 * offset.dot(offset)
 
@@ -100,7 +100,7 @@ class ContrastiveLoss:
         """The gradient, shape ``(p,)``, and the value, a scalar."""
         offset = theta - self.scope.start
         gradient, value = torch.zeros_like(theta), theta.new_zeros(())
-        for batch in self._own():
+        for batch in self.own_batches():
             part, loss = grad_and_value(self._batch_mean)(theta, batch)
             gradient, value = gradient + part, value + loss
         gradient, value = self.ranks.total(gradient), self.ranks.total(value)
@@ -136,7 +136,7 @@ class ContrastiveLoss:
     def hessian_product(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The exact Hessian at ``theta`` times ``vector``, forward over reverse, shape ``(p,)``."""
         product = torch.zeros_like(vector)
-        for batch in self._own():
+        for batch in self.own_batches():
             gradient = partial(grad(self._batch_mean), batch=batch)
             product = product + jvp(gradient, (theta,), (vector,))[1]
         return self.ranks.total(product) + self.proximal * vector
@@ -152,19 +152,20 @@ class ContrastiveLoss:
         def batch_loss(similarity: Tensor) -> Tensor:
             return self.scope.loss.pair_losses(similarity).sum() / self.pairs
 
-        for batch in self._own():
+        for batch in self.own_batches():
             similarity = partial(self.scope.similarity, batch=batch)
             value, direction = jvp(similarity, (theta,), (vector,))[:2]
             curved = jvp(grad(batch_loss), (value,), (direction,))[1]
             product = product + vjp(similarity, theta)[1](curved)[0]
         return self.ranks.total(product) + self.proximal * vector
 
+    def own_batches(self) -> Iterator[Any]:
+        """Those that this process takes."""
+        return (self.batches[index] for index in self._shared())
+
     def _shared(self) -> Sequence[int]:
         """The numbers of the batches that this process takes."""
         return self.ranks.share(range(len(self.batches)))
-
-    def _own(self) -> Iterator[Any]:
-        return (self.batches[index] for index in self._shared())
 
     @staticmethod
     def _signs(rows: Tensor, generator: torch.Generator) -> Tensor:

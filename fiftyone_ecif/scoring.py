@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .cached import read_effects, stored_influence
-from .curvature import Solution, solve
+from .curvature import Solution, curvature_at, solve
 from .errors import EcifError
 from .fitting import minimise
 from .gradients import (
@@ -106,7 +106,7 @@ def score_pairs(
     objective = ContrastiveLoss(scope, batches, pairs, method.proximal, ranks)
     theta, relative_gradient_norm = yield from stationary_point(store, objective, method.fit)
     smallest_norm = _smallest_norm(objective, theta)
-    product = {"ggn": objective.gauss_newton_product}.get(method.solver, objective.hessian_product)
+    product = curvature_at(objective, theta, method.solver) if method.solver in ("hessian", "ggn") else None
 
     solutions: list[Solution] = []
     gradients: list[Tensor] = []
@@ -115,9 +115,8 @@ def score_pairs(
         gradient, loss = target.gradient_and_value(theta)
         gradients.append(gradient)
         losses.append(loss.item())
-        if method.solver in ("hessian", "ggn"):
-            steps = solve(lambda v: product(theta, v), gradient, method.damping)
-            solutions.append((yield from solving(steps)))
+        if product is not None:
+            solutions.append((yield from solving(solve(product, gradient, method.damping))))
     diagnostics: dict[str, Any] = {
         "parameters": len(theta),
         "relative_gradient_norm": relative_gradient_norm,

@@ -237,14 +237,14 @@ def _exact_influence(
     from torch import Tensor  # the rest answers without torch, which takes seconds to import
     from torch.func import grad
 
-    from .curvature import solve
+    from .curvature import curvature_at, solve
     from .problem import reopen
     from .scoring import direct_influence, solving
 
     config = results.config
     problem, objective, theta = yield from reopen(results, device)
     target = dict(zip(problem.aims, problem.targets.values(), strict=True))[name]
-    product = {"ggn": objective.gauss_newton_product}.get(config.solver, objective.hessian_product)
+    product = None if config.solver == "identity" else curvature_at(objective, theta, config.solver)
 
     place = {
         row: (number, position)
@@ -259,9 +259,8 @@ def _exact_influence(
     vectors = []
     for row in rows:
         vector = grad(loss)(theta, row)
-        if config.solver != "identity":
-            steps = solve(lambda v: product(theta, v), vector, config.damping, tolerance=1e-2)
-            vector = (yield from solving(steps)).vector
+        if product is not None:
+            vector = (yield from solving(solve(product, vector, config.damping, tolerance=1e-2))).vector
         vectors.append(vector)
     positive, negative = yield from direct_influence(objective, theta, vectors, config.role)
     total: np.ndarray = positive + negative

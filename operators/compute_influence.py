@@ -103,7 +103,8 @@ class ComputeInfluence(foo.Operator):
         aims = ask_target(inputs, ctx, samples)
         if aims is not None:
             counts = f"{len(samples):,} pairs will be scored towards {len(aims):,} validation pairs"
-            takes = estimate(_kind(_DEFAULTS | ctx.params), len(samples) + len(aims))
+            params = _DEFAULTS | ctx.params
+            takes = estimate(_kind(params), len(samples) + len(aims), params["model"], params["scope"])
             inputs.view("counts", types.Notice(label=counts, description=takes))
         ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_influence, KEY_positive, KEY_negative"

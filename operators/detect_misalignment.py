@@ -106,7 +106,8 @@ class DetectMisalignment(foo.Operator):
         samples = ask_pairs(inputs, ctx)
         if samples is None:
             return form
-        takes = estimate(_kind(_DEFAULTS | ctx.params), len(samples))
+        params = _DEFAULTS | ctx.params
+        takes = estimate(_kind(params), len(samples), params["model"], "heads")
         inputs.view("counts", types.Notice(label=f"{len(samples):,} pairs will be scored", description=takes))
         ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_misalignment, KEY_reason, KEY_duplicate"

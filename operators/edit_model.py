@@ -93,7 +93,7 @@ class EditModel(foo.Operator):
 
         ``remove`` is ``"tag: NAME"`` or ``"saved view: NAME"``. The other options are
         those of :func:`fiftyone_ecif.edit_model`, and so are the errors. What the edit
-        did is in the run's ``diagnostics["edit"]``.
+        did is in the run's ``diagnostics["edit"]``, and on the panel's Run page.
         """
         params = {
             "remove": remove,
@@ -144,19 +144,11 @@ def _removed(ctx: Any, remove: str) -> Any:
 def _edit(ctx: Any, job: Job) -> Iterator[Any]:
     from fiftyone_ecif.editing import edit_steps
 
-    key, remove = ctx.params.get("brain_key", _KEY), ctx.params["remove"]
-    removed = _removed(ctx, remove).exists(f"{key}_influence").values("id")
+    key = ctx.params.get("brain_key", _KEY)
+    removed = _removed(ctx, ctx.params["remove"]).exists(f"{key}_influence").values("id")
     results = ctx.dataset.load_brain_results(key, cache=False)  # another process may have renewed the run
     work = edit_steps(results, removed, str(new_file(ctx)), overwrite=ctx.params.get("overwrite", False))
     edit = yield from with_progress(ctx, job, work)
-    results.diagnostics["edit"] = {**edit._asdict(), "pairs": remove}
-    results.save()
-    said = (
-        f"Removed {edit.removed:,} pairs in {edit.seconds:.1f} s, which changed the parameters by "
-        f"{edit.relative_change:.1%}. Target loss {edit.target_loss_before:.4f} before, "
-        f"{edit.target_loss_predicted:.4f} predicted, {edit.target_loss_after:.4f} measured after. "
-        f"Mistakes {edit.mistakes_before:.1%} before, {edit.mistakes_after:.1%} after. Written to {edit.checkpoint}"
-    )
-    yield report(ctx, said, 1.0)
+    yield report(ctx, str(edit), 1.0)
     if not ctx.delegated:
-        yield ctx.ops.notify(said, variant="success")
+        yield ctx.ops.notify(str(edit), variant="success")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
+
+from .models import model_names, pretrained_tags
 
 MISSING = [name for name in ("torch", "open_clip", "h5py") if importlib.util.find_spec(name) is None]
 
@@ -57,25 +57,6 @@ def unusable(inputs: Any, ctx: Any) -> bool:
     else:
         return False
     return True
-
-
-def model_names() -> list[str]:
-    """The models that open_clip and this plugin bring, read without importing open_clip."""
-    folders = []
-    for package in ("open_clip", "fiftyone_ecif"):
-        spec = importlib.util.find_spec(package)
-        folders += [Path(place) / "model_configs" for place in (spec.submodule_search_locations or [])] if spec else []
-    return sorted(path.stem for folder in folders for path in folder.glob("*.json"))
-
-
-def pretrained_tags(model: str) -> list[str] | None:
-    """The pretrained tags of a model; None until open_clip is imported, which takes seconds and starts here."""
-    open_clip: Any = sys.modules.get("open_clip")
-    if hasattr(open_clip, "list_pretrained_tags_by_model"):  # else it is being imported
-        return list(open_clip.list_pretrained_tags_by_model(model))
-    if open_clip is None:
-        Thread(target=importlib.import_module, args=("open_clip",), daemon=True).start()
-    return None
 
 
 def looks_like_a_path(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""How long jobs take on this machine, judging by those that ran."""
+"""How long jobs take on this machine, judging by those that ran, or by the size of the model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import contextlib
 import json
 import os
 import time
+from functools import cache
 from typing import Any
+
+import numpy as np
 
 from fiftyone_ecif.store import cache_folder
 
+from .models import multiplications
+
 _ENCODING = ("Encoding images", "Encoding captions")
 _LOADING = "Loading the model"
+# for a first guess: what towers reach of the pace of a matrix product, seconds to read a pair, seconds of all that is
+# done with its features, and how often a pair goes through the towers where their own parameters are in scope
+_REACHED, _READING, _FEATURES, _DEEP_PASSES = 0.8, 3e-3, 1e-3, 200
 
 
 class Watch:
@@ -55,15 +63,42 @@ def remember(kind: str, pairs: int, watch: Watch) -> None:
         os.replace(temporary, place)
 
 
-def estimate(kind: str, pairs: int) -> str:
-    """What a job of a kind will take, in a sentence."""
+def estimate(kind: str, pairs: int, model: str, scope: str) -> str:
+    """What a job will take, in a sentence.
+
+    Args:
+        kind: of the job, as it was remembered.
+        pairs: that it is about.
+        model: that scores them.
+        scope: of the model's parameters.
+    """
     pace = _read().get(kind)
     if not pace:
-        return "How long that takes is not known yet: no such run ended on this machine"
+        return _guess(pairs, model, scope)
     said = f"Takes about {_span(pace['load'] + pairs * pace['pair'])}"
     if "encode" in pace:
         said += f", and up to {_span(pairs * pace['encode'])} more for what is not encoded yet"
     return f"{said}, judging by the last such run on this machine"
+
+
+def _guess(pairs: int, model: str, scope: str) -> str:
+    size = multiplications(model)
+    if size is None:
+        return "How long that takes is not known yet: no such run ended on this machine"
+    passes = 1 if scope.startswith("heads") else _DEEP_PASSES
+    span = _span(pairs * (passes * size / (_REACHED * _multiplications_a_second()) + _READING + _FEATURES))
+    return f"A first guess from the size of the model, without a GPU: about {span}. No such run ended on this machine"
+
+
+@cache
+def _multiplications_a_second() -> float:
+    """Of this machine's processors, in a product of matrices."""
+    matrix = np.ones((1024, 1024), dtype=np.float32)
+    matrix @ matrix  # the first one starts the threads
+    start = time.perf_counter()
+    for _ in range(3):
+        matrix @ matrix
+    return 3 * len(matrix) ** 3 / (time.perf_counter() - start)
 
 
 def _read() -> dict[str, Any]:

@@ -272,6 +272,7 @@ def review(events: Any, ctx: Any, page: Any) -> None:
 def run(events: Any, ctx: Any, page: Any) -> None:
     from fiftyone_ecif.catalogue import staleness
     from fiftyone_ecif.diagnosis import diagnose
+    from fiftyone_ecif.editing import Edit
 
     key, results = get(ctx, "key"), run_results(ctx)
     lines = [f"**How far to trust it**: {len(results.ids):,} pairs scored, {len(results.skipped):,} skipped", ""]
@@ -283,6 +284,8 @@ def run(events: Any, ctx: Any, page: Any) -> None:
     for reason, count in Counter(results.skipped.values()).most_common(3):
         lines.append(f"- {count:,} skipped: {plain(reason)}")
     page.md("\n".join(lines), name="trust")
+    if edit := results.diagnostics.get("edit"):
+        page.md(f"**Last edit of the model**\n\n{plain(str(Edit(**edit)))}", name="edit")
     page.md("**What to do next**", name="next_title")
     next_steps = page.h_stack("next", gap=1)
     run = {"brain_key": key}

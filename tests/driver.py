@@ -156,7 +156,7 @@ class Form:
 
     def _turn(self, label, on):
         """Clicks until it stays as it should: a form that is being drawn anew loses a click."""
-        box = self.body.locator("label", has=self._page.get_by_text(label)).last.locator("input")
+        box = self.body.locator("label", has=self._page.get_by_text(label, exact=True)).locator("input")
         for _ in range(10):
             if box.is_checked() != on:
                 box.click(force=True)

@@ -211,6 +211,10 @@ def test_tag_edit_model(app, dataset, scored, tmp_path):
     assert before > after  # harmful pairs are gone
     model = open_clip.create_model(MODEL, pretrained=str(path))
     assert sum(p.numel() for p in model.parameters()) > 0
+    app.panel()
+    app.turn_to("Run")
+    app.said("Last edit of the model")
+    assert app.said("Removed 6 pairs in ") == said
 
 
 def test_delete_a_run(app, dataset, scored, audited):

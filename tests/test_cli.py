@@ -187,7 +187,7 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
     assert "exists" in ran.stderr
     dataset.save_view("bad", dataset.match_tags("out").limit(2))
     ran = invoke("edit", name, path, "--view", "bad", "--overwrite")
-    assert ran.stdout.startswith(f"Took out 2 pairs of {name!r}. Target loss {edit['target_loss_before']:.4f} before, ")
+    assert f"Target loss {edit['target_loss_before']:.4f} before, " in ran.stdout
 
     for command in (["trace", name], ["edit", name, path, "--tag", "out", "--overwrite"]):
         ran = invoke(*command, "--key", "gone")

@@ -7,7 +7,7 @@ from fiftyone.operators.executor import ExecutionContext, Executor
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.progress import Progress
-from operators import jobs, pace
+from operators import jobs
 
 
 def context(dataset, **params):
@@ -122,28 +122,3 @@ def test_a_job_of_a_dead_process_is_not_running(dataset, monkeypatch):
     monkeypatch.setattr(jobs.psutil, "pid_exists", lambda process: False)
     assert jobs.running_jobs(ctx) == {}
     job.end()
-
-
-def test_what_the_next_run_takes(monkeypatch, tmp_path):
-    monkeypatch.setenv("FIFTYONE_ECIF_CACHE_DIR", str(tmp_path))
-    assert "not known yet" in pace.estimate("kind", 100)
-    watch = pace.Watch()
-    watch.seconds = {"Loading the model": 4.0, "Encoding images": 10.0, "Encoding captions": 5.0, "Scoring": 2.0}
-    watch.encoded = 50
-    pace.remember("kind", 100, watch)
-    assert pace.estimate("kind", 300).startswith("Takes about 10 s, and up to 90 s more for what is not encoded yet")
-    watch.encoded, watch.seconds = 0, {"Scoring": 600.0}
-    pace.remember("kind", 100, watch)
-    assert pace.estimate("kind", 100).startswith("Takes about 10 min, and up to 30 s more")
-    (tmp_path / "pace.json").write_text("{")
-    assert "not known yet" in pace.estimate("kind", 100)
-
-
-def test_a_watch_times_stages(monkeypatch):
-    now = iter([0.0, 1.0, 3.0, 7.0])
-    monkeypatch.setattr(pace.time, "monotonic", lambda: next(now))
-    watch = pace.Watch()
-    for stage, total in (("Reading pairs", 1), ("Encoding images", 40), ("Scoring", 1)):
-        watch.see(Progress(stage, 0, total))
-    assert watch.seconds == {"Reading pairs": 3.0, "Encoding images": 4.0}
-    assert watch.encoded == 40

@@ -14,7 +14,7 @@ from test_cached import make_cached
 
 from fiftyone_ecif import curvature, neighbours
 from fiftyone_ecif.contrastive import SigmoidLoss, SoftmaxLoss
-from fiftyone_ecif.curvature import hessian_at
+from fiftyone_ecif.curvature import curvature_at
 from fiftyone_ecif.detectors import FUSED, fuse, ranked
 from fiftyone_ecif.editing import group_gradient
 from fiftyone_ecif.gradients import HeadProjection, removal_gradients
@@ -223,7 +223,7 @@ def test_curvature_products_are_those_of_curvlinops(objective, seed, remembered)
     data = [({"images": images, "texts": texts}, torch.zeros(len(images))) for images, texts in objective.batches]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curvature, "_REMEMBERED", remembered)  # graphs are kept, or they are not
-        at_start = hessian_at(objective, scope.start)
+        at_start = curvature_at(objective, scope.start, "hessian")
     for operator, product in (
         (HessianLinearOperator, lambda v: objective.hessian_product(scope.start, v)),
         (HessianLinearOperator, at_start),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..cached import CachedGradients, gradient_covariance, mended
 from ..choices import ROLES
-from ..curvature import Solution, solve
+from ..curvature import Solution, curvature_at, solve
 from ..editing import group_gradient, removal_step
 from ..fitting import minimise
 from ..gradients import BasisProjection, HeadProjection, KroneckerProjection, gradient_basis, principal_projection
@@ -116,8 +116,7 @@ class Study:
         """``H^-1 gradient`` with the curvature of a solver, shape ``(p,)``."""
         if solver == "identity":
             return gradient
-        product = self.objective.gauss_newton_product if solver == "ggn" else self.objective.hessian_product
-        return _drive(solve(lambda v: product(self.theta, v), gradient, tolerance=tolerance))
+        return _drive(solve(curvature_at(self.objective, self.theta, solver), gradient, tolerance=tolerance))
 
     def influence(self, solution: Tensor, role: str = "exact") -> tuple[np.ndarray, np.ndarray]:
         """The positive and the negative part for every pair, ``(N,)`` each."""
@@ -403,7 +402,7 @@ def sensitivity(world: World, sizes: Sizes) -> list[Row]:
     gradient, _ = study.target.gradient_and_value(study.theta)
     base = np.sum(study.influence(study.solution("hessian", gradient)), axis=0)
     for damping in (0.0, 0.1, 1.0):
-        solution = _drive(solve(lambda v: study.objective.hessian_product(study.theta, v), gradient, damping))
+        solution = _drive(solve(curvature_at(study.objective, study.theta, "hessian"), gradient, damping))
         scores = np.sum(study.influence(solution), axis=0)
         rows.append({"what": "damping", "value": damping} | _agreement([(scores[left_out.numpy()], true)]))
     for tolerance in (1e-1, 1e-2, 1e-3):

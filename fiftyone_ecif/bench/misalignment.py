@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 
 from ..cached import read_cached
 from ..choices import DETECTORS, parse_scope
-from ..curvature import solve
+from ..curvature import curvature_at, solve
 from ..detectors import FUSED, Audit, Space, fuse, neighbour_influence, normal_scores, ranked, run_detectors
 from ..duplicates import find_duplicates
 from ..encoder import Encoder
@@ -354,7 +354,7 @@ def _fit(
     count = len(validation[0])
     aims = FeatureBatches(*validation, random_partition(count, min(size, count), 0))
     gradient, _ = PairTarget(scope, aims, pair_function(scope, "contrastive")).gradient_and_value(theta)
-    steps = solve(lambda vector: objective.hessian_product(theta, vector), gradient, tolerance=1e-2)
+    steps = solve(curvature_at(objective, theta, "hessian"), gradient, tolerance=1e-2)
     solution = follow(solving(steps), progress=False).vector
     positive, negative = follow(direct_influence(objective, theta, [solution], "exact"), progress=False)
     duplicates = find_duplicates(features[0], captions)
