@@ -108,7 +108,8 @@ def write_scores(results: Any, scores: Mapping[str, Mapping[str, Any]]) -> None:
     dataset = results.samples._dataset
     with FileLock(_home(dataset).lock()):
         dataset.reload()
-        there = set(every_sample(dataset).values("id"))
+        named = {sample for values in scores.values() for sample in values}
+        there = set(every_sample(dataset).select(list(named)).values("id"))
         known = {
             name: {sample: value for sample, value in values.items() if sample in there}
             for name, values in scores.items()

@@ -289,7 +289,7 @@ def _draw_scatter(ctx: Any) -> None:
     if other is None or get(ctx, "key") not in run_keys(ctx):
         return
     board = scoreboard(ctx)
-    counts = every_sample(ctx.dataset).select(board.ids.tolist()).count_sample_tags()
+    counts = every_sample(ctx.dataset).exists(get(ctx, "field")).count_sample_tags()
     rarest = sorted((tag for tag in counts if counts[tag] < len(board.ids)), key=counts.__getitem__)[:_GROUPS]
     groups = {tag: set(every_sample(ctx.dataset).match_tags(tag).values("id")) for tag in rarest}
     points = scatter_points(board, get(ctx, "field"), other, groups, ctx.selected or [])

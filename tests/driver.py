@@ -96,7 +96,7 @@ class App:
     def close(self):
         """Closes the form, which shows how a job went or what came of it."""
         closing = self.page.get_by_role("button", name="Done").or_(self.page.get_by_role("button", name="Close"))
-        closing.first.click()
+        closing.first.click(no_wait_after=True)
         expect(self.page.get_by_role("dialog")).to_have_count(0)
 
     # the panel

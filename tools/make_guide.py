@@ -25,7 +25,7 @@ from fiftyone_ecif.demo import demo_model, load_demo  # noqa: E402
 from fiftyone_ecif.training import MODEL  # noqa: E402
 
 PAIRS = 600
-MOVING = ("start", "score-form", "scored", "pair", "threshold", "review", "learned", "edit-form")
+MOVING = ("start", "score-form", "scored", "pair", "threshold", "review", "learned", "traced", "edited")
 
 
 class Walk:
@@ -125,6 +125,7 @@ class Walk:
         app.form("Trace predictions").run()
         app.said("Traced ")
         app.close()
+        self.shoot("traced")
 
     def edit(self):
         app = self.app
@@ -136,6 +137,9 @@ class Walk:
         self.shoot("edit-form")
         form.run()
         app.said("Removed 50 pairs in ")
+        app.turn_to("Run")
+        app.said("Last edit of the model")
+        self.shoot("edited")
 
     def manage(self):
         app = self.app

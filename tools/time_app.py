@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import conftest  # noqa: F401  a database, plugins folder and cache of its own
 import fiftyone as fo
 import fiftyone.operators as foo
-from driver import expect, open_app
+from driver import PATIENCE, expect, open_app
 
 from fiftyone_ecif import compute_influence
 from fiftyone_ecif.demo import demo_model, load_demo
@@ -70,7 +70,7 @@ def walk(app, dataset, count):
 
     counts = page.locator("[data-cy=entry-counts]").first
     app.drag_over_histogram(0.05, 0.5)
-    expect(counts).not_to_have_text(f"{count:,} samples")
+    expect(counts).not_to_have_text(f"{count:,} samples", timeout=PATIENCE)
     clock.lap(f"dragging over the histogram, until the grid shows {counts.inner_text()}")
 
     slider = panel.get_by_role("slider")
