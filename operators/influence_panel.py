@@ -6,6 +6,7 @@ from typing import Any
 
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
+from fiftyone import ViewField
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples import every_sample
@@ -127,16 +128,24 @@ class InfluencePanel(foo.Panel):
             _look(ctx, ctx.params["id"])
 
     def select_points(self, ctx: Any) -> None:
-        """Shows the pairs of a lasso."""
+        """Shows the pairs of a lasso, which stay marked."""
         ids = [point["id"] for point in ctx.params.get("data") or [] if point.get("id")]
         if ids:
-            _show(ctx, _ordered(ctx, ids))
+            _draw_scatter(ctx, ids)
+            _show(ctx, scoreboard(ctx).ordered(get(ctx, "field"), ids)[:: _towards_end(ctx)])
 
     # the cut
 
     def show_cut(self, ctx: Any) -> None:
         """Shows what the cut takes, the extreme ones first."""
-        _show(ctx, current_cut(ctx).ids)
+        cut, field = current_cut(ctx), get(ctx, "field")
+        if cut.threshold is None:
+            return
+        low, high = sorted((cut.threshold, scoreboard(ctx).value(field, cut.ids[0])))
+        if len(scoreboard(ctx).between(field, low, high)) == len(cut.ids):
+            _show_scores(ctx, low, high)
+        else:  # the cut takes some of many equal scores
+            _show(ctx, cut.ids)
 
     def tag_cut(self, ctx: Any) -> None:
         """Tags what the cut takes."""
@@ -282,7 +291,7 @@ def _draw_histogram(ctx: Any) -> None:
     ctx.panel.set_data("histogram", bars)
 
 
-def _draw_scatter(ctx: Any) -> None:
+def _draw_scatter(ctx: Any, lassoed: list[str] | None = None) -> None:
     from .plots import scatter_points
 
     other = get(ctx, "other")
@@ -292,7 +301,7 @@ def _draw_scatter(ctx: Any) -> None:
     counts = every_sample(ctx.dataset).exists(get(ctx, "field")).count_sample_tags()
     rarest = sorted((tag for tag in counts if counts[tag] < len(board.ids)), key=counts.__getitem__)[:_GROUPS]
     groups = {tag: set(every_sample(ctx.dataset).match_tags(tag).values("id")) for tag in rarest}
-    points = scatter_points(board, get(ctx, "field"), other, groups, ctx.selected or [])
+    points = scatter_points(board, get(ctx, "field"), other, groups, ctx.selected or [], lassoed)
     ctx.panel.set_data("scatter", points)
 
 
@@ -300,16 +309,22 @@ def _show(ctx: Any, ids: list[str]) -> None:
     ctx.ops.set_view(view=every_sample(ctx.dataset).select(ids, ordered=True))
 
 
+def _show_scores(ctx: Any, low: float, high: float) -> None:
+    """Shows the samples with a score in ``[low, high]``, which is quick however many they are."""
+    field = get(ctx, "field")
+    score = ViewField(field)
+    found = every_sample(ctx.dataset).match((score >= low) & (score <= high))
+    ctx.ops.set_view(view=found.sort_by(field, reverse=_towards_end(ctx) < 0))
+
+
 def _show_bins(ctx: Any, bins: list[int]) -> None:
-    field, board = get(ctx, "field"), scoreboard(ctx)
-    edges, _ = board.histogram(field)
-    _show(ctx, _ordered(ctx, board.between(field, edges[min(bins)], edges[max(bins) + 1])))
+    edges, _ = scoreboard(ctx).histogram(get(ctx, "field"))
+    _show_scores(ctx, float(edges[min(bins)]), float(edges[max(bins) + 1]))
 
 
-def _ordered(ctx: Any, ids: list[str]) -> list[str]:
-    """Scored samples, those first that lie furthest at the chosen end."""
-    lowest_first: list[str] = scoreboard(ctx).ordered(get(ctx, "field"), ids)
-    return lowest_first if get(ctx, "direction") == "harmful" else lowest_first[::-1]
+def _towards_end(ctx: Any) -> int:
+    """1 if ascending scores begin with those furthest at the chosen end, -1 if descending ones do."""
+    return 1 if get(ctx, "direction") == "harmful" else -1
 
 
 def _take_selected(ctx: Any) -> None:

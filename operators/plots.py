@@ -55,7 +55,12 @@ def histogram_layout(board: Scoreboard, field: str) -> dict[str, Any]:
 
 
 def scatter_points(
-    board: Scoreboard, x: str, y: str, groups: dict[str, set[str]], selected: list[str]
+    board: Scoreboard,
+    x: str,
+    y: str,
+    groups: dict[str, set[str]],
+    selected: list[str],
+    lassoed: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """One point a pair, of at most some thousands of them, one trace for each group and one for the selected ones.
 
@@ -65,6 +70,7 @@ def scatter_points(
         y: the vertical one.
         groups: samples by the name of their group; a sample is drawn in the first that holds it.
         selected: samples to mark.
+        lassoed (None): samples beside which all others fade.
     """
     rows = board.points(x, y)
     marked = [board.places[sample] for sample in selected if sample in board.places]
@@ -77,6 +83,10 @@ def scatter_points(
     traces.insert(0, _trace(board, x, y, list(left), "pairs", _REST, 5))
     if marked:
         traces.append(_trace(board, x, y, marked, "selected", _SELECTED, 11))
+    if lassoed is not None:
+        inside = set(lassoed)
+        for trace in traces:
+            trace["selectedpoints"] = [place for place, sample in enumerate(trace["ids"]) if sample in inside]
     return [trace for trace in traces if trace["x"]]
 
 

@@ -96,7 +96,7 @@ class App:
     def close(self):
         """Closes the form, which shows how a job went or what came of it."""
         closing = self.page.get_by_role("button", name="Done").or_(self.page.get_by_role("button", name="Close"))
-        closing.first.click(no_wait_after=True)
+        _press(closing.first)
         expect(self.page.get_by_role("dialog")).to_have_count(0)
 
     # the panel
@@ -105,14 +105,14 @@ class App:
         """Opens the panel, or turns to it where it is open."""
         tab = self.page.locator("[data-cy=panel-tab-influence_panel]")
         if not tab.count():
-            self.page.locator("[data-cy=new-panel-btn]").first.click()
-            self.page.get_by_text("Influence", exact=True).last.click()
+            _press(self.page.locator("[data-cy=new-panel-btn]").first)
+            _press(self.page.get_by_text("Influence", exact=True).last)
         tab.wait_for()
         return self.page.locator("[data-cy=panel-content-influence_panel]")
 
     def turn_to(self, name):
         """Another page of the panel."""
-        self.page.get_by_role("tab", name=name, exact=True).click()
+        _press(self.page.get_by_role("tab", name=name, exact=True))
         expect(self.page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
 
     def choose(self, label, option):
@@ -125,6 +125,19 @@ class App:
         self.page.mouse.move(box["x"] + left * box["width"], box["y"] + 0.1 * box["height"])
         self.page.mouse.down()
         self.page.mouse.move(box["x"] + right * box["width"], box["y"] + 0.9 * box["height"], steps=10)
+        self.page.mouse.up()
+
+    def lasso(self, left, right):
+        """Draws a lasso around part of the panel's scatter plot, from one share of its width to another."""
+        plot = self.page.locator("[data-cy=panel-content-influence_panel] .nsewdrag").nth(1)
+        plot.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(1000)
+        box = plot.bounding_box()
+        corners = [(left, 0.02), (right, 0.02), (right, 0.98), (left, 0.98), (left, 0.04)]
+        for number, (x, y) in enumerate(corners):
+            self.page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=8)
+            if number == 0:
+                self.page.mouse.down()
         self.page.mouse.up()
 
 
@@ -176,7 +189,15 @@ class Form:
 
     def run(self):
         expect(self.button).to_be_enabled(timeout=PATIENCE)
-        self.button.click()
+        _press(self.button)
+
+
+def _press(button):
+    """Clicks; where a busy App does not come to rest for long, without waiting for that."""
+    try:
+        button.click(timeout=15_000)
+    except sync_api.TimeoutError:
+        button.dispatch_event("click")
 
 
 def _choose(page, place, label, option):

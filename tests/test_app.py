@@ -92,6 +92,23 @@ def test_a_drag_over_the_histogram_shows_those_pairs(app, dataset, scored):
     assert shown == ranked[: len(shown)]
 
 
+def test_a_lasso_around_points_shows_those_pairs_and_stays(app, dataset, scored):
+    train, _ = counts(dataset)
+    app.open(dataset)
+    panel = app.panel()
+    panel.locator(".gl-canvas").first.wait_for(state="attached")
+    said = app.page.locator("[data-cy=entry-counts]").first
+    app.lasso(0.003, 0.6)
+    expect(said).not_to_have_text(f"{train} samples", timeout=PATIENCE)
+    shown = app.thumbnails(dataset.exists("ecif_influence").sort_by("ecif_influence").values("caption"), "caption")
+    assert shown
+    count = int(said.inner_text().split()[0])
+    assert 0 < count < train
+    faded = "plot => plot.data.some(trace => trace.selectedpoints?.length == COUNT)".replace("COUNT", str(count))
+    app.page.wait_for_timeout(3000)  # the panel has been drawn anew
+    assert panel.locator(".js-plotly-plot").nth(1).evaluate(faded)
+
+
 def test_detect_threshold_tag_export(app, dataset, made, tmp_path):
     train, _ = counts(dataset)
     app.open(dataset)
