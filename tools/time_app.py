@@ -1,6 +1,6 @@
 """Times the App on many pairs, in a browser: the panel's first plot, brushing, the slider, tracing.
 
-Run: python tools/time_app.py --pairs 100000. The pairs share the images and captions of a small demo set and
+Run: python tools/time_app.py. The pairs share the images and captions of a small demo set and
 are scored by the library; everything lies in a folder, a database and a cache of its own, which go at the end.
 """
 
