@@ -252,13 +252,13 @@ def _exact_influence(
         for position, row in enumerate(batch_rows.tolist())
     }
 
-    def loss(at: Tensor, row: int) -> Tensor:
-        number, position = place[row]
-        return target.batch_losses(at, target.batches.partition[number], target.batches[number])[position]
+    def loss(at: Tensor, partners: Tensor, batch: Any, position: int) -> Tensor:
+        return target.batch_losses(at, partners, batch)[position]
 
     vectors = []
     for row in rows:
-        vector = grad(loss)(theta, row)
+        number, position = place[row]
+        vector = grad(loss)(theta, target.batches.partition[number], target.batches[number], position)
         if product is not None:
             vector = (yield from solving(solve(product, vector, config.damping, tolerance=1e-2))).vector
         vectors.append(vector)
