@@ -215,8 +215,9 @@ def edit_steps(
         solution.residual,
         seconds,
     )
-    results.diagnostics["edit"] = edit._asdict()
-    results.save()
+    run = results.samples._dataset.load_brain_results(results.key, cache=False)  # which may be newer than these results
+    run.diagnostics["edit"] = edit._asdict()
+    run.save()
     return edit
 
 
