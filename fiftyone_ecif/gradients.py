@@ -26,6 +26,7 @@ from torch.func import jvp, vjp
 from torch.nn.functional import normalize
 
 from .contrastive import Pull
+from .curvature import curvature_at
 from .heads import Batch, FeatureBatches, HeadScope
 from .objective import Batches, ContrastiveLoss
 from .ranks import ALONE, Ranks
@@ -33,16 +34,11 @@ from .scope import Scope
 from .truncation import truncated_gradients
 
 _CHUNK = 32  # vectors at a time
+_PRODUCTS = 8  # likewise; of matrices of a batch, which then stay in the processor's cache
 
 
 class Projection(ABC):
-    """Orthonormal directions in the space of a scope's parameters.
-
-    Attributes:
-        chunk: curvature products to compute at a time.
-    """
-
-    chunk = _CHUNK
+    """Orthonormal directions in the space of a scope's parameters."""
 
     @abstractmethod
     def project(self, vectors: Tensor) -> Tensor:
@@ -71,14 +67,12 @@ class Projection(ABC):
 
     def curvature(self, product: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         """The curvature restricted to the subspace, shape ``(r, r)``, at the cost of ``r`` products."""
-        restricted = torch.vmap(lambda row: self.project(product(self.lift(row))), chunk_size=self.chunk)
-        matrix: Tensor = restricted(torch.eye(self.rank).to(theta))
+        matrix = torch.stack([self.project(product(self.lift(row))) for row in torch.eye(self.rank).to(theta)])
         return (matrix + matrix.T) / 2
 
     def objective_curvature(self, objective: ContrastiveLoss, theta: Tensor, solver: str) -> Tensor:
         """The curvature of an objective at ``theta`` (Gauss-Newton for ``"ggn"``, else the Hessian), as above."""
-        product = objective.gauss_newton_product if solver == "ggn" else objective.hessian_product
-        return self.curvature(lambda vector: product(theta, vector), theta)
+        return self.curvature(curvature_at(objective, theta, solver), theta)
 
 
 class BasisProjection(Projection):
@@ -88,8 +82,6 @@ class BasisProjection(Projection):
         scope: the scope.
         basis: orthonormal columns, shape ``(p, r)``.
     """
-
-    chunk = 1  # each goes through the whole model
 
     def __init__(self, scope: Scope, basis: Tensor) -> None:
         self.scope, self.basis = scope, basis
@@ -161,8 +153,6 @@ class KroneckerProjection(Projection):
         text: of the text head.
     """
 
-    chunk = 8  # of matrices of a batch, which then stay in the processor's cache
-
     def __init__(self, scope: HeadScope, image: HeadProjection, text: HeadProjection) -> None:
         self.scope, self.heads = scope, (image, text)
 
@@ -202,7 +192,7 @@ class KroneckerProjection(Projection):
         moved = _MovedHeads(self, theta)
         along = ContrastiveLoss(moved, moved.batches(objective.batches), objective.pairs, objective.proximal)
         product = along.gauss_newton_product if solver == "ggn" else along.hessian_product
-        columns = torch.vmap(lambda row: product(moved.start, row), chunk_size=self.chunk)
+        columns = torch.vmap(lambda row: product(moved.start, row), chunk_size=_PRODUCTS)
         matrix: Tensor = columns(torch.eye(self.rank).to(theta))
         return (matrix + matrix.T) / 2
 

@@ -159,9 +159,9 @@ class ContrastiveLoss:
             product = product + vjp(similarity, theta)[1](curved)[0]
         return self.ranks.total(product) + self.proximal * vector
 
-    def own_batches(self) -> Iterator[Any]:
-        """Those that this process takes."""
-        return (self.batches[index] for index in self._shared())
+    def own_batches(self, start: int = 0) -> Iterator[Any]:
+        """Those that this process takes, from the first or a later one on."""
+        return (self.batches[index] for index in self._shared()[start:])
 
     def _shared(self) -> Sequence[int]:
         """The numbers of the batches that this process takes."""

@@ -216,18 +216,19 @@ class Loss(torch.nn.MSELoss):
 
 
 @cases(20)
-@given(objectives(), seeds, st.sampled_from([0, curvature._REMEMBERED]))
-def test_curvature_products_are_those_of_curvlinops(objective, seed, remembered):
+@given(objectives(), seeds, st.sampled_from([0, 10_000, curvature._KEPT_BYTES]))
+def test_curvature_products_are_those_of_curvlinops(objective, seed, kept):
     scope = objective.scope
     vector = normal(seed)(len(scope.start))
     data = [({"images": images, "texts": texts}, torch.zeros(len(images))) for images, texts in objective.batches]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curvature, "_REMEMBERED", remembered)  # graphs are kept, or they are not
-        at_start = curvature_at(objective, scope.start, "hessian")
+        patch.setattr(curvature, "_KEPT_BYTES", kept)  # none of the graphs, some or all
+        hessian, ggn = (curvature_at(objective, scope.start, solver) for solver in ("hessian", "ggn"))
     for operator, product in (
         (HessianLinearOperator, lambda v: objective.hessian_product(scope.start, v)),
-        (HessianLinearOperator, at_start),
+        (HessianLinearOperator, hessian),
         (GGNLinearOperator, lambda v: objective.gauss_newton_product(scope.start, v)),
+        (GGNLinearOperator, ggn),
     ):
         model = Similarity(scope)
         matrix = operator(

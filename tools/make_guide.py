@@ -42,12 +42,16 @@ class Walk:
         zoom = app.page.locator(".MuiSlider-root").nth(1)
         zoom.click(position={"x": 0.8 * zoom.bounding_box()["width"], "y": 10})  # large enough to read captions
 
-    def shoot(self, name, wait=1500):
-        """Takes a picture of what is on screen, once it has come to rest."""
-        self.app.page.mouse.move(640, 2)
-        self.app.page.locator("[data-cy=looker]").first.wait_for()
-        self.app.page.wait_for_timeout(wait)
-        picture = Image.open(io.BytesIO(self.app.page.screenshot())).convert("RGB")
+    def shoot(self, name):
+        """Takes a picture of what is on screen, once that has not changed for a second and a half."""
+        page = self.app.page
+        page.mouse.move(640, 2)
+        page.locator("[data-cy=looker]").first.wait_for()
+        seen = [page.screenshot()]
+        while (len(seen) < 60 and len(set(seen[-4:])) > 1) or len(seen) < 4:
+            page.wait_for_timeout(500)
+            seen.append(page.screenshot())
+        picture = Image.open(io.BytesIO(seen[-1])).convert("RGB")
         picture.quantize(128).save(self.folder / f"{name}.png", optimize=True)
         print(name, flush=True)
 

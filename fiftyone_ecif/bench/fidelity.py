@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr, zscore
 from torch import Tensor
 
 from ..cached import CachedGradients, gradient_covariance, mended
@@ -56,6 +56,7 @@ class Sizes:
         fractions: shares of the pairs to remove in the curves.
         edits: shares of the LoRA scope's pairs to remove in edits.
         directions: that gradients of the LoRA scope are kept in.
+        epochs: that AdamW may take to come as near to the minimum as an edit.
     """
 
     pairs: int = 1024
@@ -71,20 +72,22 @@ class Sizes:
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
     edits: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
     directions: int = 128
+    epochs: int = 200
 
 
 QUICK = Sizes(
     lora="lora:2:1",
     lora_pairs=96,
-    sensitivity_pairs=512,
+    sensitivity_pairs=256,
     steps=250,
     removals=20,
     subsets=50,
-    lora_subsets=20,
+    lora_subsets=12,
     seeds=1,
     fractions=(0.1, 0.3),
     edits=(0.1,),
     directions=32,
+    epochs=40,
 )
 
 
@@ -203,7 +206,8 @@ def lds(world: World, sizes: Sizes) -> list[Row]:
         generator = torch.Generator().manual_seed(0)
         left_out = [torch.randperm(pairs, generator=generator)[: pairs // 2] for _ in range(subsets)]
         groups = _target_groups(study)
-        true = np.array([[_losses(study, theta)[g].mean() for g in groups] for theta in map(study.retrain, left_out)])
+        losses = [_losses(study, study.retrain(rows_out)) for rows_out in left_out]
+        true = np.array([[each[group].mean() for group in groups] for each in losses])
         gradients = [_group_target_gradient(study, group) for group in groups]
         scores: dict[str, list[np.ndarray]] = {}
         for gradient in gradients:
@@ -239,7 +243,7 @@ def edit(world: World, sizes: Sizes) -> list[Row]:
     for name, pairs in (("heads", sizes.pairs), (sizes.lora, sizes.lora_pairs)):
         study = _study_for(world, name, pairs)
         gradient, _ = study.target.gradient_and_value(study.theta)
-        solver = "hessian"
+        solver = "hessian" if name == "heads" else "ggn"  # as edits do
         influence = np.sum(study.influence(study.solution(solver, gradient)), axis=0)
         for kind, order in _orders(influence, seed=0).items():
             for fraction in (0.01, 0.05, 0.1, 0.2) if name == "heads" else sizes.edits:
@@ -255,7 +259,7 @@ def edit(world: World, sizes: Sizes) -> list[Row]:
                 off = (step - change).norm().item()
                 adamw: Row = {}
                 if (kind, fraction) == ("random", 0.1):
-                    seconds, epochs, distance = _adamw(study, removed, truth, off, 200 if name == "heads" else 40)
+                    seconds, epochs, distance = _adamw(study, removed, truth, off, sizes.epochs)
                     towers = epochs * _pass_through_towers(world, pairs, removed) if name == "heads" else 0.0
                     adamw = {
                         "time_ratio_adamw": seconds / editing,
@@ -439,7 +443,7 @@ def _projection_sensitivity(study: Study, gradient: Tensor, base: np.ndarray) ->
         target = projection.project(gradient).numpy()[None]
         for name, matrix in (
             ("logra", gradient_covariance([positive + negative])),
-            ("hessian", mended(projection.curvature(lambda v: objective.hessian_product(theta, v), theta).numpy())),
+            ("hessian", mended(projection.objective_curvature(objective, theta, "hessian").numpy())),
         ):
             scores = np.sum(CachedGradients(positive, negative, matrix, len(positive)).influence(target), axis=0)[0]
             yield {"what": f"projection_rank_{name}", "value": rank, "pearson": _pearson(scores, base)}
@@ -460,7 +464,7 @@ def cached(world: World, sizes: Sizes) -> list[Row]:
     sources = (objective, ContrastiveLoss(study.scope, target.batches, 1))
     half = sizes.directions // 2
     drawn = gradient_basis(theta, [(source, half) for source in sources])
-    curvature = BasisProjection(study.scope, drawn).curvature(lambda v: objective.gauss_newton_product(theta, v), theta)
+    curvature = BasisProjection(study.scope, drawn).objective_curvature(objective, theta, "ggn")
 
     def row(
         way: str, size: float, columns: Tensor, gradients_of: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
@@ -670,7 +674,9 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _mean_spearman(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.mean([spearmanr(x, y).statistic for x, y in zip(a.T, b.T, strict=True)]))
+    """Of the columns; all at once, since a bootstrap asks for it often."""
+    a, b = (zscore(rankdata(side, axis=0)) for side in (a, b))
+    return float(np.mean(a * b))
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
