@@ -138,7 +138,7 @@ def group_influence(
         gradient, _ = _target_gradient(problem, theta)
         product = curvature_at(objective, theta, _solver(results))
         solution = yield from solving(solve(product, gradient, results.config.damping))
-        steps = removal_step(objective, theta, rows, _solver(results), results.config.damping)
+        steps = removal_step(objective, theta, rows, _step_solver(results), results.config.damping)
         step = yield from solving(steps)
         parts = yield from direct_influence(objective, theta, [solution.vector], results.config.role)
         return GroupInfluence(gradient.dot(step.vector).item(), float((parts[0] + parts[1])[0, rows.numpy()].sum()))
@@ -158,7 +158,8 @@ def edit_model(
     """Writes the model of a run as if some of its pairs had never been trained on.
 
     Only the parameters in the run's scope change. If the run was fitted, what is
-    written is the fitted model, edited. What the edit did is kept in the run's
+    written is the fitted model, edited, by a step with the Hessian; that of
+    another run is with the run's own curvature. What the edit did is kept in the run's
     ``diagnostics["edit"]``.
 
     Args:
@@ -191,7 +192,7 @@ def edit_steps(
     gradient, before = _target_gradient(problem, theta)
 
     start = time.perf_counter()
-    steps = removal_step(objective, theta, rows, _solver(results), results.config.damping)
+    steps = removal_step(objective, theta, rows, _step_solver(results), results.config.damping)
     solution = yield from solving(steps)
     edited = theta + solution.vector
     seconds = time.perf_counter() - start
@@ -227,6 +228,11 @@ def _solver(results: InfluenceResults) -> str:
     if solver in ("hessian", "ggn"):
         return solver
     return "hessian" if parse_scope(results.config.scope).heads else "ggn"
+
+
+def _step_solver(results: InfluenceResults) -> str:
+    """The Hessian for a fitted run: at a minimum it is positive, and the step comes nearer to what retraining does."""
+    return "hessian" if results.config.fit else _solver(results)
 
 
 def _rows(results: InfluenceResults, group: Any) -> Tensor:

@@ -61,6 +61,7 @@ class InfluencePanel(foo.Panel):
         """Opens the run that was shown last, or the newest one."""
         show_finished_jobs(ctx, moving=False)
         keys = run_keys(ctx)
+        ctx.panel.set_state("runs", keys)
         _choose_run(ctx, get(ctx, "key") if get(ctx, "key") in keys else keys[-1] if keys else None)
 
     def on_change_dataset(self, ctx: Any) -> None:
@@ -76,9 +77,12 @@ class InfluencePanel(foo.Panel):
 
     # choices
 
+    # The App also fires these when the panel itself has set an input: to set it again from here would go on for ever.
+
     def choose_run(self, ctx: Any) -> None:
         """Another run."""
-        _choose_run(ctx, ctx.params["value"])
+        if ctx.params["value"] != get(ctx, "key"):
+            _choose_run(ctx, ctx.params["value"])
 
     def choose_page(self, ctx: Any) -> None:
         """Another page."""
@@ -87,29 +91,23 @@ class InfluencePanel(foo.Panel):
 
     def choose_field(self, ctx: Any) -> None:
         """Another score."""
-        _choose_field(ctx, ctx.params["value"])
+        if ctx.params["value"] != get(ctx, "field"):
+            _choose_field(ctx, ctx.params["value"])
 
     def choose_direction(self, ctx: Any) -> None:
         """The other end of the score."""
         ctx.panel.set_state("direction", ctx.params["direction"])
-        for name in ("tag", "act.tag"):
-            ctx.panel.set_state(name, ctx.params["direction"])
+        ctx.panel.set_state("act.tag", ctx.params["direction"])
         ctx.panel.set_state("first", 0)
         _draw_histogram(ctx)
 
     def choose_share(self, ctx: Any) -> None:
         """How much the cut takes."""
-        ctx.panel.set_state("share", ctx.params["value"])
         _draw_histogram(ctx)
 
     def choose_other(self, ctx: Any) -> None:
         """The vertical score of the scatter plot."""
-        ctx.panel.set_state("other", ctx.params["value"])
         _draw_scatter(ctx)
-
-    def choose_tag(self, ctx: Any) -> None:
-        """What the cut is tagged as."""
-        ctx.panel.set_state("tag", ctx.params["value"])
 
     # plots that drive the grid
 
@@ -224,7 +222,6 @@ class InfluencePanel(foo.Panel):
     def render(self, ctx: Any) -> types.Property:
         """The page."""
         panel = types.Object()
-        ctx.panel.set_state("runs", run_keys(ctx))
         if MISSING:
             panel.md(f"{', '.join(MISSING)} cannot be imported. Run `pip install fiftyone-ecif`", name="missing")
         elif ctx.dataset is None:
@@ -264,7 +261,6 @@ def _choose_field(ctx: Any, field: str) -> None:
         ("head.field", field),
         ("direction", direction),
         ("share", share),
-        ("tag", "suspect" if direction == "suspicious" else direction),
         ("act.tag", "suspect" if direction == "suspicious" else direction),
         ("other", (across or others or [None])[0]),
         ("first", 0),
@@ -344,7 +340,7 @@ def _look(ctx: Any, sample: str) -> None:
 def _tag(ctx: Any, untag: bool) -> None:
     from fiftyone_ecif.verdicts import check_mark
 
-    tag = (get(ctx, "tag") or "").strip()
+    tag = (get(ctx, "act.tag") or "").strip()
     ids = current_cut(ctx).ids
     check_mark(tag)
     if not tag or not ids:

@@ -71,18 +71,11 @@ def head(events: Any, ctx: Any, page: Any) -> None:
     runs = types.DropdownView(space=6)
     for key in run_keys(ctx):
         runs.add_choice(key, label=f"{key}: {ctx.dataset.get_brain_info(key).config.type}")
-    head.enum("key", runs.values(), default=get(ctx, "key"), label="Run", view=runs, on_change=events.choose_run)
+    head.enum("key", runs.values(), label="Run", view=runs, on_change=events.choose_run)
     fields = types.DropdownView(space=6)
     for field in run_fields(ctx):
         fields.add_choice(field, label=field)
-    head.enum(
-        "field",
-        fields.values(),
-        default=get(ctx, "field"),
-        label="Score",
-        view=fields,
-        on_change=events.choose_field,
-    )
+    head.enum("field", fields.values(), label="Score", view=fields, on_change=events.choose_field)
     pages = types.TabsView()
     for name, label in PAGES.items():
         if name != "review" or is_audit(ctx):
@@ -117,7 +110,7 @@ def overview(events: Any, ctx: Any, page: Any) -> None:
     page.md(f"**{len(cut.ids):,} pairs**{bound}", name="cut")
     act = page.h_stack("act", gap=1, align_y="center")
     act.btn("show", "Show", icon="visibility", variant="outlined", on_click=events.show_cut)
-    act.str("tag", default=get(ctx, "tag"), view=types.TextFieldView(label="Tag"), on_change=events.choose_tag)
+    act.str("tag", view=types.TextFieldView(label="Tag"))
     act.btn("tag_cut", f"Tag {len(cut.ids):,}", icon="sell", variant="contained", on_click=events.tag_cut)
     act.btn("untag", "Untag", variant="outlined", on_click=events.untag_cut)
     others = [name for name in scoreboard(ctx).columns if name != field]
@@ -125,14 +118,7 @@ def overview(events: Any, ctx: Any, page: Any) -> None:
         choice = types.DropdownView()
         for name in others:
             choice.add_choice(name, label=name)
-        page.enum(
-            "other",
-            choice.values(),
-            default=get(ctx, "other"),
-            label="Against",
-            view=choice,
-            on_change=events.choose_other,
-        )
+        page.enum("other", choice.values(), label="Against", view=choice, on_change=events.choose_other)
         page.plot(
             "scatter",
             layout=scatter_layout(field, get(ctx, "other")),

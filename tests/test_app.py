@@ -109,15 +109,27 @@ def test_a_lasso_around_points_shows_those_pairs_and_stays(app, dataset, scored)
     assert panel.locator(".js-plotly-plot").nth(1).evaluate(faded)
 
 
-def test_detect_threshold_tag_export(app, dataset, made, tmp_path):
+def assert_at_rest(app):
+    """The panel does not talk to itself for ever: after a while it only looks for jobs."""
+    app.page.wait_for_timeout(4000)
+    with_choice = []
+    app.page.on("request", lambda asked: "choose_" in (asked.post_data or "") and with_choice.append(asked))
+    app.page.wait_for_timeout(4000)
+    assert not with_choice
+
+
+def test_detect_threshold_tag_export(app, dataset, scored, made, tmp_path):
     train, _ = counts(dataset)
     app.open(dataset)
+    app.panel().get_by_role("combobox").filter(has_text="ecif: influence").wait_for()
     form = app.form("Detect misaligned pairs").says(f"{train:,} pairs will be scored")
     form.fill(Model=MODEL, Pretrained=made[1]).tick("The model was trained on these pairs").run()
     assert "of the captions are wrong" in app.said(f"Scored {train:,} pairs, skipped 0")
     app.sidebar("audit_misalignment").wait_for()
 
     panel = app.panel()
+    panel.get_by_role("combobox").filter(has_text="audit: misalignment").wait_for()
+    assert_at_rest(app)
     slider = panel.get_by_role("slider")
     track = slider.locator("xpath=ancestor::span[contains(@class, 'MuiSlider-root')]")
     track.click(position={"x": track.bounding_box()["width"] * 0.6, "y": 10})

@@ -1,6 +1,8 @@
 """The panel without a browser: what its buttons do, and what it says. The App itself is in test_app.py."""
 
 import json
+import os
+import socket
 
 import fiftyone as fo
 import fiftyone.operators as foo
@@ -38,6 +40,11 @@ class Panel:
         drawn = [params for uri, params in self.asked if uri == "show_panel_output"]
         self.text = json.dumps(drawn[-1], ensure_ascii=False) if drawn else ""
         return self
+
+    def enter(self, name, value):
+        """Enters something into an input, which the App tells the panel of where it listens."""
+        self.state[name] = value
+        return self.send(f"choose_{name}", value=value)
 
     def data(self, name):
         """The newest data of a plot."""
@@ -84,8 +91,31 @@ def test_the_overview(both):
     assert panel.state["other"] == "audit_misalignment"
     panel.send("choose_run", value="audit")
     assert panel.state["direction"] == "suspicious"
-    assert panel.state["act"]["tag"] == panel.state["tag"] == "suspect"  # what is shown is what is given
+    assert panel.state["act"]["tag"] == "suspect"
     assert "Review" in panel.text
+
+
+def test_what_the_panel_enters_itself_it_does_not_enter_again(both):
+    panel = Panel(both).send("choose_run", value="ecif").enter("share", 12.5)
+    before = json.dumps(panel.state, sort_keys=True)
+    for event, path in (("run", "key"), ("field", "field"), ("share", "share"), ("other", "other")):
+        panel.send(f"choose_{event}", value=panel.state[path])  # the App tells the panel of what it was told by it
+        written = [params["state"] for uri, params in panel.asked if uri == "patch_panel_state"]
+        assert not [state for state in written if {"head", "act", "share", "other"} & set(state)], event
+    assert json.dumps(panel.state, sort_keys=True) == before
+
+
+def test_a_run_that_is_seen_before_its_job_ends_is_opened_at_the_end(both, made):
+    panel = Panel(both).send("choose_run", value="ecif")
+    store = foo.ExecutionStore.create("fiftyone_ecif_jobs", both._doc.id)
+    job = {"name": "Detect", "label": "Writing", "progress": 0.9, "host": socket.gethostname(), "process": os.getpid()}
+    store.set("job", job)
+    compute_misalignment(
+        both.match_tags("train"), model=MODEL, pretrained=made[1], num_workers=0, batch_size=24, brain_key="second"
+    )
+    assert panel.send("look_for_jobs").state["key"] == "ecif"
+    store.delete("job")
+    assert panel.send("look_for_jobs").state["key"] == "second"
 
 
 def test_a_new_run_is_opened(both, made):
@@ -109,7 +139,7 @@ def test_the_axis_fits_the_counts():
 
 def test_the_cut_is_counted_shown_tagged_and_untagged(both):
     panel = Panel(both).send("choose_run", value="ecif")
-    panel.send("choose_share", value=25)
+    panel.enter("share", 25)
     lowest = both.exists("ecif_influence").sort_by("ecif_influence").values("id")
     count = -(-len(lowest) // 4)
     assert f"**{count} pairs**" in panel.text
@@ -126,7 +156,7 @@ def test_the_cut_is_counted_shown_tagged_and_untagged(both):
 
 def test_a_verdict_is_no_tag_for_a_cut(both):
     panel = Panel(both).send("choose_run", value="audit")
-    panel.send("choose_tag", value="misaligned")
+    panel.state["act"]["tag"] = "misaligned"
     panel.send("tag_cut")
     assert "reserved for what a person says" in panel.notices()[0]
     assert len(both.match_tags("misaligned")) == 0
@@ -134,7 +164,7 @@ def test_a_verdict_is_no_tag_for_a_cut(both):
 
 def test_plots_drive_the_grid(both):
     panel = Panel(both).send("choose_run", value="ecif")
-    (bars,) = panel.send("choose_share", value=0).data("histogram")
+    (bars,) = panel.enter("share", 0).data("histogram")
     first = next(place for place, count in enumerate(bars["y"]) if count)
     panel.send("click_bar", idx=first)
     lowest = both.exists("ecif_influence").sort_by("ecif_influence").values("id")
@@ -241,7 +271,7 @@ def test_a_slice_of_groups(made, score):
     score(images.match_tags("train"), images.match_tags("val"))
     panel = Panel(grouped)
     worst = images.exists("ecif_influence").sort_by("ecif_influence")
-    panel.send("choose_share", value=10)
+    panel.enter("share", 10)
     assert panel.send("show_cut").shown() == worst.limit(-(-len(worst) // 10)).values("id")
     panel.send("tag_cut")
     assert len(images.match_tags("harmful")) == -(-len(worst) // 10)

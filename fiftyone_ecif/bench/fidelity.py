@@ -243,7 +243,7 @@ def edit(world: World, sizes: Sizes) -> list[Row]:
     for name, pairs in (("heads", sizes.pairs), (sizes.lora, sizes.lora_pairs)):
         study = _study_for(world, name, pairs)
         gradient, _ = study.target.gradient_and_value(study.theta)
-        solver = "hessian" if name == "heads" else "ggn"  # as edits do
+        solver = "hessian"
         influence = np.sum(study.influence(study.solution(solver, gradient)), axis=0)
         for kind, order in _orders(influence, seed=0).items():
             for fraction in (0.01, 0.05, 0.1, 0.2) if name == "heads" else sizes.edits:
