@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import venv
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ def measure() -> list[dict[str, Any]]:
     rows = []
     for name in library_jobs.JOBS:
         program = sys.executable if name in library_jobs.OURS else str(python)
+        command = [program, library_jobs.__file__, name]
         try:
-            done = subprocess.run(
-                [program, library_jobs.__file__, name], capture_output=True, text=True, timeout=60 * _MINUTES
-            )
+            with tempfile.TemporaryDirectory() as folder:  # some leave files where they run
+                done = subprocess.run(command, capture_output=True, text=True, timeout=60 * _MINUTES, cwd=folder)
             last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]
             rows.append({"library": name} | (json.loads(last) if done.returncode == 0 else {"reason": last}))
         except subprocess.TimeoutExpired:

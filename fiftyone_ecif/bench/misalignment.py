@@ -385,7 +385,10 @@ def _tuned_lemon(trained: Trained) -> np.ndarray:
 
 
 def _review(wrong: np.ndarray, scores: Mapping[str, np.ndarray], rate: float, steps: Sequence[int]) -> list[Row]:
-    """AUROC on the pairs that are not reviewed, as more and more are, chosen as the tool proposes."""
+    """AUROC as more and more pairs are reviewed, chosen as the tool proposes: on the others, and on all.
+
+    In the list of all pairs, as a person sees it after a review, the reviewed ones are where they belong.
+    """
     signals = _signals(scores)
     labels = np.full(len(wrong), -1)
     guess = probability = first_guess(scores["fused"], rate)
@@ -397,9 +400,12 @@ def _review(wrong: np.ndarray, scores: Mapping[str, np.ndarray], rate: float, st
             continue  # nothing to learn from yet
         probability = refit(signals, guess, labels)
         left = labels < 0
+        listed = np.where(left, probability, labels)
         rows.append(
             {
                 "labels": number,
+                "auroc_all": float(roc_auc_score(wrong, listed)),
+                "auroc_all_without": float(roc_auc_score(wrong, scores["fused"])),
                 "auroc": float(roc_auc_score(wrong[left], probability[left])),
                 "auroc_without": float(roc_auc_score(wrong[left], scores["fused"][left])),
             }

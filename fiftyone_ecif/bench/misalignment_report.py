@@ -34,8 +34,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         table(
             _mean(result["noise_rates"], ("noise", "ratio"), ("wrong", "rate", "low", "high", "duplicate_count_auroc"))
         ),
-        "### Review and refit: AUROC (%) on the pairs that were not reviewed",
-        table(_mean(result["review"], ("noise", "ratio", "labels"), ("auroc", "auroc_without"))),
+        "### Review and refit: AUROC (%) on the pairs that were not reviewed, and on all",
+        table(_mean(result["review"], ("noise", "ratio", "labels"), _REVIEW)),
         "### If all pairs were reviewed: AUROC (%) of each fifth, judged by the others",
         table(_mean(result["review_ceiling"], ("noise", "ratio"), ("auroc", "auroc_without"))),
         "### Recall@5 (%) on clean pairs after dropping the most suspicious and training the heads again",
@@ -87,6 +87,9 @@ def _draw_auroc(axes: Any, result: Mapping[str, Any], noise: str) -> None:
         across = [100 * row["ratio"] for row in rows]
         up, spread = [100 * row["auroc"] for row in rows], [100 * row["auroc_sd"] for row in rows]
         axes.errorbar(across, up, yerr=spread, marker="o", markersize=3, label=detector)
+
+
+_REVIEW = ("auroc", "auroc_without", "auroc_all", "auroc_all_without")
 
 
 def _draw_review(axes: Any, result: Mapping[str, Any], noise: str) -> None:
