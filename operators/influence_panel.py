@@ -13,8 +13,18 @@ from fiftyone_ecif.samples import every_sample
 
 from .forms import MISSING
 from .jobs import has_jobs, running_jobs, show_finished_jobs, stop_job
-from .panel_pages import DRAW, PROPOSALS, head, jobs_bar, nothing_yet
-from .panel_state import current_cut, current_page, get, run_config, run_fields, run_keys, run_results, scoreboard
+from .panel_pages import DRAW, PROPOSALS, head, jobs_bar, nothing_left, nothing_yet
+from .panel_state import (
+    current_cut,
+    current_field,
+    current_page,
+    get,
+    run_config,
+    run_fields,
+    run_keys,
+    run_results,
+    scoreboard,
+)
 
 _GROUPS = 5  # tags with a colour of their own
 _MARGIN = {"componentsProps": {"container": {"sx": {"px": 2, "pt": 1, "pb": 4}}}}
@@ -130,13 +140,13 @@ class InfluencePanel(foo.Panel):
         ids = [point["id"] for point in ctx.params.get("data") or [] if point.get("id")]
         if ids:
             _draw_scatter(ctx, ids)
-            _show(ctx, scoreboard(ctx).ordered(get(ctx, "field"), ids)[:: _towards_end(ctx)])
+            _show(ctx, scoreboard(ctx).ordered(current_field(ctx), ids)[:: _towards_end(ctx)])
 
     # the cut
 
     def show_cut(self, ctx: Any) -> None:
         """Shows what the cut takes, the extreme ones first."""
-        cut, field = current_cut(ctx), get(ctx, "field")
+        cut, field = current_cut(ctx), current_field(ctx)
         if cut.threshold is None:
             return
         low, high = sorted((cut.threshold, scoreboard(ctx).value(field, cut.ids[0])))
@@ -228,22 +238,19 @@ class InfluencePanel(foo.Panel):
             panel.md("Open a dataset first", name="nothing")
         else:
             jobs_bar(self, ctx, panel)
-            if get(ctx, "key") in run_keys(ctx):
+            if get(ctx, "key") not in run_keys(ctx):
+                nothing_yet(self, panel, waiting=bool(get(ctx, "busy")))
+            elif not current_field(ctx):
+                nothing_left(self, ctx, panel)
+            else:
                 head(self, ctx, panel)
                 DRAW[current_page(ctx)](self, ctx, panel)
-            else:
-                nothing_yet(self, panel, waiting=bool(get(ctx, "busy")))
         return types.Property(panel, view=types.GridView(orientation="vertical", gap=1, **_MARGIN))
 
 
 def _choose_run(ctx: Any, key: str | None) -> None:
-    ctx.panel.set_state("key", key)
-    if key is None:
-        return
-    ctx.panel.set_state("head.key", key)
-    for name in ("queue", "learned"):
-        ctx.panel.set_state(name, None)
-    fields = run_fields(ctx)
+    ctx.panel.set_state({"key": key, "head.key": key, "queue": None, "learned": None})
+    fields = [] if key is None else run_fields(ctx)
     if fields:
         _choose_field(ctx, fields[0])
 
@@ -256,16 +263,17 @@ def _choose_field(ctx: Any, field: str) -> None:
     share = 5.0
     if config.type == "misalignment":
         share = round(100 * min(0.5, run_results(ctx).noise_rate.rate), 1)
-    for name, value in (
-        ("field", field),
-        ("head.field", field),
-        ("direction", direction),
-        ("share", share),
-        ("act.tag", "suspect" if direction == "suspicious" else direction),
-        ("other", (across or others or [None])[0]),
-        ("first", 0),
-    ):
-        ctx.panel.set_state(name, value)
+    ctx.panel.set_state(
+        {
+            "field": field,
+            "head.field": field,
+            "direction": direction,
+            "share": share,
+            "act.tag": "suspect" if direction == "suspicious" else direction,
+            "other": (across or others or [None])[0],
+            "first": 0,
+        }
+    )
     _draw(ctx)
 
 
@@ -280,24 +288,29 @@ def _draw(ctx: Any) -> None:
     _draw_scatter(ctx)
 
 
+def _has_scores(ctx: Any) -> bool:
+    return get(ctx, "key") in run_keys(ctx) and current_field(ctx) != ""
+
+
 def _draw_histogram(ctx: Any) -> None:
     from .plots import histogram_bars
 
-    bars = histogram_bars(scoreboard(ctx), get(ctx, "field"), get(ctx, "direction"), current_cut(ctx).threshold)
+    if not _has_scores(ctx):
+        return
+    bars = histogram_bars(scoreboard(ctx), current_field(ctx), get(ctx, "direction"), current_cut(ctx).threshold)
     ctx.panel.set_data("histogram", bars)
 
 
 def _draw_scatter(ctx: Any, lassoed: list[str] | None = None) -> None:
     from .plots import scatter_points
 
-    other = get(ctx, "other")
-    if other is None or get(ctx, "key") not in run_keys(ctx):
+    board, other = scoreboard(ctx), get(ctx, "other")
+    if not _has_scores(ctx) or other not in board.columns:
         return
-    board = scoreboard(ctx)
-    counts = every_sample(ctx.dataset).exists(get(ctx, "field")).count_sample_tags()
+    counts = every_sample(ctx.dataset).exists(current_field(ctx)).count_sample_tags()
     rarest = sorted((tag for tag in counts if counts[tag] < len(board.ids)), key=counts.__getitem__)[:_GROUPS]
     groups = {tag: set(every_sample(ctx.dataset).match_tags(tag).values("id")) for tag in rarest}
-    points = scatter_points(board, get(ctx, "field"), other, groups, ctx.selected or [], lassoed)
+    points = scatter_points(board, current_field(ctx), other, groups, ctx.selected or [], lassoed)
     ctx.panel.set_data("scatter", points)
 
 
@@ -307,14 +320,14 @@ def _show(ctx: Any, ids: list[str]) -> None:
 
 def _show_scores(ctx: Any, low: float, high: float) -> None:
     """Shows the samples with a score in ``[low, high]``, which is quick however many they are."""
-    field = get(ctx, "field")
+    field = current_field(ctx)
     score = ViewField(field)
     found = every_sample(ctx.dataset).match((score >= low) & (score <= high))
     ctx.ops.set_view(view=found.sort_by(field, reverse=_towards_end(ctx) < 0))
 
 
 def _show_bins(ctx: Any, bins: list[int]) -> None:
-    edges, _ = scoreboard(ctx).histogram(get(ctx, "field"))
+    edges, _ = scoreboard(ctx).histogram(current_field(ctx))
     _show_scores(ctx, float(edges[min(bins)]), float(edges[max(bins) + 1]))
 
 

@@ -11,6 +11,7 @@ from .jobs import running_jobs
 from .panel_state import (
     PAGES,
     current_cut,
+    current_field,
     current_page,
     get,
     is_audit,
@@ -56,6 +57,18 @@ def nothing_yet(events: Any, page: Any, waiting: bool) -> None:
     )
 
 
+def nothing_left(events: Any, ctx: Any, page: Any) -> None:
+    key = get(ctx, "key")
+    page.md(f"The fields of run `{key}` are no longer there. Make it again, or delete it.", name="nothing")
+    page.btn(
+        "manage",
+        "Manage runs",
+        variant="outlined",
+        on_click=events.prompt,
+        params={"operator": "manage_influence_runs", "prefill": {"brain_key": key}},
+    )
+
+
 def jobs_bar(events: Any, ctx: Any, page: Any) -> None:
     jobs = running_jobs(ctx)
     for number, (key, job) in enumerate(jobs.items()):
@@ -87,7 +100,7 @@ def head(events: Any, ctx: Any, page: Any) -> None:
 def overview(events: Any, ctx: Any, page: Any) -> None:
     from .plots import histogram_layout, scatter_layout
 
-    field, direction = get(ctx, "field"), get(ctx, "direction")
+    field, direction = current_field(ctx), get(ctx, "direction")
     page.md(f"{ctx.dataset.get_field(field).description}.", name="meaning")
     page.plot(
         "histogram",
@@ -144,7 +157,7 @@ def _ends(events: Any, ctx: Any, page: Any) -> None:
 
 
 def ranking(events: Any, ctx: Any, page: Any) -> None:
-    field, board, first = get(ctx, "field"), scoreboard(ctx), get(ctx, "first") or 0
+    field, board, first = current_field(ctx), scoreboard(ctx), get(ctx, "first") or 0
     _ends(events, ctx, page)
     ranked = board.cut(field, get(ctx, "direction"), 1.0).ids
     shown = ranked[first : first + _ROWS]
@@ -173,7 +186,7 @@ def _strip(events: Any, ctx: Any, page: Any, name: str, links: list[Any], word: 
 
 def pair(events: Any, ctx: Any, page: Any) -> None:
     sample, board = get(ctx, "pair"), scoreboard(ctx)
-    if sample is None or board.value(get(ctx, "field"), sample) is None:
+    if sample is None or board.value(current_field(ctx), sample) is None:
         page.md("Select one scored sample in the grid, or press **Look** in the ranking", name="none")
         return
     from fiftyone_ecif.portrait import look_at
@@ -276,7 +289,7 @@ def run(events: Any, ctx: Any, page: Any) -> None:
     next_steps = page.h_stack("next", gap=1)
     run = {"brain_key": key}
     offers = [
-        ("tag_by_influence", "Tag", {"field": get(ctx, "field"), "direction": get(ctx, "direction")}),
+        ("tag_by_influence", "Tag", {"field": current_field(ctx), "direction": get(ctx, "direction")}),
         ("export_pairs", "Export", {"caption_field": results.config.caption_field}),
         ("manage_influence_runs", "Manage runs", run),
     ]

@@ -52,8 +52,14 @@ def run_fields(ctx: Any) -> list[str]:
     return score_fields(ctx.dataset, get(ctx, "key"), run_config(ctx))
 
 
+def current_field(ctx: Any) -> str:
+    """The score that is shown, "" if none is left; what was remembered may be gone, or belong to another run."""
+    fields, field = run_fields(ctx), get(ctx, "field")
+    return field if field in fields else next(iter(fields), "")
+
+
 def current_cut(ctx: Any) -> Any:
-    return scoreboard(ctx).cut(get(ctx, "field"), get(ctx, "direction"), (get(ctx, "share") or 0) / 100)
+    return scoreboard(ctx).cut(current_field(ctx), get(ctx, "direction"), (get(ctx, "share") or 0) / 100)
 
 
 def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:

@@ -131,6 +131,28 @@ def test_a_new_run_is_opened(both, made):
     assert panel.send("look_for_jobs").state["key"] == "ecif"
 
 
+def test_scores_may_go_while_they_are_shown(both):
+    """Another run is opened, and a run's fields go before the run itself."""
+    panel = Panel(both).send("choose_run", value="audit")
+    panel.state["key"] = "ecif"  # the App passes on what it was told piece by piece
+    assert "positive = valuable, negative = harmful" in panel.send("choose_page", value="overview").text
+    panel.send("choose_run", value="audit")
+    both.delete_sample_field("ecif_influence")
+    both.delete_sample_field("audit_misalignment")
+    events = {
+        "choose_direction": {"direction": "harmful"},
+        "choose_share": {"value": 5},
+        "choose_other": {"value": "ecif_influence"},
+        "choose_page": {"value": "ranking"},
+        "on_change_selected": {},
+        "on_load": {},
+    }
+    for event, params in events.items():
+        assert "The fields of run `audit` are no longer there" in panel.send(event, **params).text
+        assert panel.notices() == []
+    assert "ecif_influence" not in panel.send("choose_run", value="ecif").text
+
+
 def test_the_axis_fits_the_counts():
     steep, flat = np.random.default_rng(0).normal(size=5000), np.linspace(0, 1, 5000)
     board = Scoreboard([str(number) for number in range(5000)], {"steep": steep, "flat": flat})
