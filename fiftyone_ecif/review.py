@@ -20,7 +20,7 @@ from .verdicts import ALIGNED, LEAST, MISALIGNED
 from .writing import write_scores
 
 _SLOPE = 2.0  # of the first guess, in log odds for a standard deviation of the score
-_RIDGE = 30.0  # what a weight costs: with less, few labels do harm (docs/misalignment.md)
+_RIDGE = 10.0  # what a weight costs
 _ELSEWHERE = 0.25  # share of the proposals that are drawn from everywhere
 _DRAWS = 1000
 
@@ -144,25 +144,32 @@ def read_labels(results: MisalignmentResults) -> np.ndarray:
 def refit(signals: Mapping[str, np.ndarray], guess: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The probability that each pair is misaligned, learned from some, shape ``(N,)``.
 
-    The log odds are those of the guess plus a linear function of the signals,
-    with a ridge penalty on its weights, so that few labels change little.
+    The log odds are a linear function of those of the guess and of the signals,
+    with a ridge penalty for being another one than the guess alone, so that few
+    labels change little. No weight is below zero: every signal is higher for
+    worse pairs, but among pairs that were picked because the guess is in doubt,
+    signals that it was made of seem to speak against one another.
 
     Args:
         signals: scores by detector, shape ``(N,)`` each.
         guess: probabilities before anything was learned, shape ``(N,)``.
         labels: 0, 1, or -1 where nothing is known, shape ``(N,)``.
     """
-    inputs = np.stack([normal_scores(signals[name]) for name in sorted(signals)] + [np.ones(len(guess))], axis=1)
-    ridge = np.array([_RIDGE] * len(signals) + [0.1])
+    start = logit(guess)
+    spread = start.std() or 1.0
+    columns = [normal_scores(signals[name]) for name in sorted(signals)]
+    inputs = np.stack([*columns, (start - start.mean()) / spread, np.ones(len(guess))], axis=1)
+    bounds = [(0, None)] * len(signals) + [(-spread, None), (None, None)]  # of what is added to the guess
+    ridge = np.array([_RIDGE] * len(signals) + [_RIDGE, 0.1])
     known = labels >= 0
-    seen, truth, start = inputs[known], labels[known], logit(guess)
+    seen, truth = inputs[known], labels[known]
 
     def penalised_loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         odds = start[known] + seen @ weights
         loss = (np.logaddexp(0, odds) - truth * odds).sum() + ridge @ weights**2 / 2
         return loss, seen.T @ (expit(odds) - truth) + ridge * weights
 
-    weights = minimize(penalised_loss, np.zeros(len(ridge)), jac=True, method="L-BFGS-B").x
+    weights = minimize(penalised_loss, np.zeros(len(ridge)), jac=True, method="L-BFGS-B", bounds=bounds).x
     probability: np.ndarray = expit(start + inputs @ weights)
     return probability
 
