@@ -6,59 +6,21 @@ failed; 2: the command was misused.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
+from .bench.commands import bench
 from .choices import DETECTORS, ROLES, SOLVERS, TARGET_LOSSES
+from .console import AS_JSON, job, print_result
 from .errors import EcifError
 from .verdicts import ALIGNED, LEAST, MISALIGNED, review_or_propose
 
 if TYPE_CHECKING:
     from .ranks import Ranks
-
-_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-
-
-@functools.cache
-def _messages() -> TextIO:
-    """A second stream to stderr, for what FiftyOne prints.
-
-    Not stderr itself: FiftyOne's progress bars take over every log handler of
-    the stream that they draw on. Never closed: FiftyOne's log keeps it.
-    """
-    return open(os.dup(2), "w", buffering=1)
-
-
-@contextlib.contextmanager
-def _job(shared: bool = False) -> Iterator[None]:
-    """Keeps stdout for results and turns the library's errors into one line and exit code 1.
-
-    Args:
-        shared: whether several processes can share the job.
-    """
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
-    logging.getLogger("fiftyone_ecif").setLevel(logging.INFO)
-    with contextlib.redirect_stdout(_messages()):
-        try:
-            if not shared and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise EcifError("Only score can be shared between processes. Run this command without torchrun")
-            yield
-        except EcifError as error:
-            raise click.ClickException(str(error)) from error
-
-
-def _print(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
-    click.echo(json.dumps(result) if as_json else text(result))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -67,25 +29,28 @@ def main() -> None:
     """Which image-caption pairs help a CLIP-style model, which hurt it, and why."""
 
 
+main.add_command(bench)
+
+
 @main.command()
 @click.option("--pairs", default=2000, show_default=True, help="Training pairs to make.")
 @click.option("--noise", default=0.2, show_default=True, help="Share of the captions to spoil.")
 @click.option("--seed", default=0, show_default=True, help="Fixes everything.")
 @click.option("--no-app", is_flag=True, help="Do not open the App.")
 @click.option("--port", type=int, help="The App's port; FiftyOne's default otherwise.")
-@_AS_JSON
+@AS_JSON
 def demo(pairs: int, noise: float, seed: int, no_app: bool, port: int | None, as_json: bool) -> None:
     """Make captioned scenes of handwritten digits, train a small CLIP on them, score them, open the App.
 
     Example: fiftyone-ecif demo --pairs 1000 --noise 0.3
     """
-    with _job():
+    with job():
         from .demo import open_demo, run_demo
 
         result = run_demo(pairs, noise, seed)
-    _print(result, as_json, _demo_report)
+    print_result(result, as_json, _demo_report)
     if not no_app:
-        with _job():
+        with job():
             open_demo(result["dataset"], port)
 
 
@@ -131,7 +96,7 @@ def _demo_report(result: dict[str, Any]) -> str:
 @click.option("--device", help="cpu or cuda.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be scored.")
 @click.option("--overwrite", is_flag=True, help="Replace a run of the same key.")
-@_AS_JSON
+@AS_JSON
 def score(
     dataset: str,
     tags: tuple[str, ...],
@@ -151,7 +116,7 @@ def score(
     """
     if not (target_tags or target_view):
         raise click.UsageError("Say what to measure influence on: --target-tag or --target-view")
-    with _job(shared=True):
+    with job(shared=True):
         from .ranks import join
 
         ranks = join()
@@ -175,7 +140,7 @@ def score(
         }
         ranks.wait()  # FiftyOne's database can go when the process that started it ends
     if ranks.first:
-        _print(
+        print_result(
             result,
             as_json,
             lambda r: f"Scored {r['scored']} pairs of {dataset!r}, skipped {len(r['skipped'])}. Field: {key}_influence",
@@ -199,7 +164,7 @@ def score(
 @click.option("--device", help="cpu or cuda.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be trained on.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint.")
-@_AS_JSON
+@AS_JSON
 def fit(
     dataset: str,
     path: str,
@@ -215,11 +180,11 @@ def fit(
 
     Example: fiftyone-ecif fit my-pairs tuned.pt --tag train --model ViT-B-32 --pretrained laion2b_s34b_b79k
     """
-    with _job():
+    with job():
         from .tuning import fit_model
 
         result = fit_model(_narrow(_load(dataset), tags, view), path, skip_failures=not strict, **options)
-    _print(
+    print_result(
         result,
         as_json,
         lambda r: (
@@ -253,7 +218,7 @@ def fit(
 @click.option("--device", help="cpu or cuda.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be scored.")
 @click.option("--overwrite", is_flag=True, help="Replace a run of the same key.")
-@_AS_JSON
+@AS_JSON
 def misalignment(
     dataset: str,
     tags: tuple[str, ...],
@@ -270,7 +235,7 @@ def misalignment(
 
     Example: fiftyone-ecif misalignment my-pairs --model ViT-B-32 --pretrained laion2b_s34b_b79k --mark suspect
     """
-    with _job():
+    with job():
         from .misalignment import compute_misalignment
 
         found = _load(dataset)
@@ -291,7 +256,7 @@ def misalignment(
             "tagged": results.diagnostics.get("tagged"),
             "diagnostics": results.diagnostics,
         }
-    _print(result, as_json, lambda r: _misalignment_report(r, mark))
+    print_result(result, as_json, lambda r: _misalignment_report(r, mark))
 
 
 def _misalignment_report(result: dict[str, Any], mark: str | None) -> str:
@@ -310,13 +275,13 @@ def _misalignment_report(result: dict[str, Any], mark: str | None) -> str:
 @click.argument("dataset")
 @click.option("--key", default="audit", show_default=True, help="The run of misalignment.")
 @click.option("--count", default=20, show_default=True, help="Pairs to propose.")
-@_AS_JSON
+@AS_JSON
 def review(dataset: str, key: str, count: int, as_json: bool) -> None:
     """Refit a run on DATASET to the pairs tagged aligned or misaligned, and propose pairs to look at next.
 
     Example: fiftyone-ecif review my-pairs --count 20
     """
-    with _job():
+    with job():
         found = _load(dataset)
         results = _load_run(found, key, "misalignment")
         verdicts, learned, proposals = review_or_propose(results, count)
@@ -333,7 +298,7 @@ def review(dataset: str, key: str, count: int, as_json: bool) -> None:
                 for row in zip(*columns, strict=True)
             ],
         }
-    _print(result, as_json, _review_report)
+    print_result(result, as_json, _review_report)
 
 
 def _review_report(result: dict[str, Any]) -> str:
@@ -360,18 +325,18 @@ def _review_report(result: dict[str, Any]) -> str:
 @click.option("--share", type=float, help="Which share of the scored pairs.")
 @click.option("--threshold", type=float, help="All pairs beyond this score.")
 @click.option("--tag", help="The tag; by default the direction.")
-@_AS_JSON
+@AS_JSON
 def tag(dataset: str, field: str, direction: str, tag: str | None, as_json: bool, **limit: Any) -> None:
     """Tag the most harmful or the most valuable pairs of DATASET.
 
     Example: fiftyone-ecif tag my-pairs --count 100
     """
-    with _job():
+    with job():
         from .curation import tag_by_influence
 
         view = tag_by_influence(_load(dataset), field, tag, direction, **limit)
         result = {"dataset": dataset, "tag": tag or direction, "tagged": len(view)}
-    _print(result, as_json, lambda r: f"Tagged {r['tagged']} pairs of {dataset!r} as {r['tag']!r}")
+    print_result(result, as_json, lambda r: f"Tagged {r['tagged']} pairs of {dataset!r} as {r['tag']!r}")
 
 
 @main.command()
@@ -381,7 +346,7 @@ def tag(dataset: str, field: str, direction: str, tag: str | None, as_json: bool
 @click.option("--view", help="Export this saved view only.")
 @click.option("--caption-field", default="caption", show_default=True, help="The string field of the captions.")
 @click.option("--overwrite", is_flag=True, help="Replace the file.")
-@_AS_JSON
+@AS_JSON
 def export(
     dataset: str,
     path: str,
@@ -395,120 +360,13 @@ def export(
 
     Example: fiftyone-ecif export my-pairs harmful.csv --tag harmful
     """
-    with _job():
+    with job():
         from .curation import export_pairs
 
         count = export_pairs(_narrow(_load(dataset), tags, view), path, caption_field, overwrite=overwrite)
-    _print(
+    print_result(
         {"dataset": dataset, "path": path, "exported": count}, as_json, lambda r: f"Exported {count} pairs to {path}"
     )
-
-
-@main.group()
-def bench() -> None:
-    """Measure this software against retraining and against other methods."""
-
-
-@bench.command()
-@click.option("--quick", is_flag=True, help="One seed and smaller parts: minutes instead of a quarter of an hour.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md, result.json and plots.")
-@_AS_JSON
-def fidelity(quick: bool, out: Path | None, as_json: bool) -> None:
-    """Hold predicted effects of removing pairs against real retraining, beside other attribution methods.
-
-    Example: fiftyone-ecif bench fidelity --quick --out fidelity
-    """
-    with _job():
-        from .bench.fidelity import QUICK, Sizes, run
-        from .bench.report import markdown, plot
-
-        def keep(found: dict[str, Any]) -> None:
-            if out:
-                out.mkdir(parents=True, exist_ok=True)
-                (out / "result.json").write_text(json.dumps(found))
-
-        result = run(QUICK if quick else Sizes(), lambda name: click.echo(name, err=True), keep)
-        if out:
-            plot(result, out)
-            (out / "report.md").write_text(markdown(result))
-    _print(result, as_json, markdown)
-
-
-@bench.command()
-@click.option("--rounds", type=click.IntRange(min=4), default=200, show_default=True, help="How often to do it.")
-@click.option("--pairs", default=200, show_default=True, help="Pairs of the demo set that it is done on.")
-@_AS_JSON
-def soak(rounds: int, pairs: int, as_json: bool) -> None:
-    """Score, trace and delete on one dataset, over and over, and see whether memory and disk stay flat.
-
-    Example: fiftyone-ecif bench soak --rounds 200
-    """
-    with _job():
-        from .bench import soak as job
-        from .demo import demo_model, load_demo
-
-        dataset = load_demo(pairs, name="ecif-soak")
-        result = job.soak(
-            dataset, demo_model(dataset), rounds, lambda done, total: click.echo(f"{done} of {total}", err=True)
-        )
-        dataset.delete()
-    _print(result, as_json, job.markdown)
-
-
-@bench.command("misalignment")
-@click.option("--data", required=True, help="digits, shapes, emoji, emoji-twitter, or a folder with pairs.csv.")
-@click.option("--frozen", is_flag=True, help="Train heads on frozen pretrained towers instead of a small model.")
-@click.option("--noise", "noises", multiple=True, help="Kind of noise, repeatable. Default: all that the pairs allow.")
-@click.option("--quick", is_flag=True, help="One seed and one ratio on at most 600 pairs.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md, result.json and plots.")
-@_AS_JSON
-def bench_misalignment(
-    data: str, frozen: bool, noises: tuple[str, ...], quick: bool, out: Path | None, as_json: bool
-) -> None:
-    """Hold detectors of misaligned pairs against each other on clean pairs whose captions are permuted.
-
-    Example: fiftyone-ecif bench misalignment --data digits --quick --out misalignment
-    """
-    with _job():
-        from .bench.misalignment import QUICK, Sizes, run
-        from .bench.misalignment_report import markdown, plot
-        from .bench.pairs import load_pairs
-
-        def keep(found: dict[str, Any]) -> None:
-            if out:
-                out.mkdir(parents=True, exist_ok=True)
-                (out / "result.json").write_text(json.dumps(found))
-
-        sizes = QUICK if quick else Sizes()
-        result = run(load_pairs(data), sizes, frozen, noises, lambda text: click.echo(text, err=True), keep)
-        if out:
-            plot(result, out)
-            (out / "report.md").write_text(markdown(result))
-    _print(result, as_json, markdown)
-
-
-@bench.command("speed")
-@click.option("--quick", is_flag=True, help="Fewer pairs and smaller models: minutes instead of an hour.")
-@click.option("--peers", is_flag=True, help="Install other libraries, apart from this software, and run them too.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md and result.json.")
-@_AS_JSON
-def bench_speed(quick: bool, peers: bool, out: Path | None, as_json: bool) -> None:
-    """Hold seconds and memory of scoring against embeddings, forward passes, hooks and the disk.
-
-    Example: fiftyone-ecif bench speed --quick --out speed
-    """
-    with _job():
-        from .bench.speed import QUICK, Sizes, markdown, run
-
-        def keep(found: dict[str, Any]) -> None:
-            if out:
-                out.mkdir(parents=True, exist_ok=True)
-                (out / "result.json").write_text(json.dumps(found))
-
-        result = run(QUICK if quick else Sizes(), peers, lambda text: click.echo(text, err=True), keep)
-        if out:
-            (out / "report.md").write_text(markdown(result))
-    _print(result, as_json, markdown)
 
 
 @main.command()
@@ -523,7 +381,7 @@ def trace(dataset: str, key: str, as_json: bool, **options: Any) -> None:
 
     Example: fiftyone-ecif trace my-pairs --count 5
     """
-    with _job():
+    with job():
         from .tracing import trace as find
 
         found = _load(dataset)
@@ -538,7 +396,7 @@ def trace(dataset: str, key: str, as_json: bool, **options: Any) -> None:
             }
             for one in traces
         ]
-    _print(result, as_json, lambda r: _trace_report(r, texts))
+    print_result(result, as_json, lambda r: _trace_report(r, texts))
 
 
 def _captions(dataset: Any, key: str, traces: Any) -> dict[str, str]:
@@ -570,7 +428,7 @@ def _trace_report(traces: list[dict[str, Any]], captions: dict[str, str]) -> str
 @click.option("--view", help="Take out this saved view.")
 @click.option("--device", help="cpu or cuda.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint.")
-@_AS_JSON
+@AS_JSON
 def edit(
     dataset: str, path: str, key: str, tags: tuple[str, ...], view: str | None, as_json: bool, **options: Any
 ) -> None:
@@ -578,26 +436,26 @@ def edit(
 
     Example: fiftyone-ecif edit my-pairs edited.pt --tag harmful
     """
-    with _job():
+    with job():
         from .editing import Edit, edit_model
 
         if not (tags or view):
             raise click.UsageError("Say what to take out: --tag or --view")
         found = _load(dataset)
         result = edit_model(_load_run(found, key), _narrow(found, tags, view), path, **options)._asdict()
-    _print(result, as_json, lambda r: str(Edit(**r)))
+    print_result(result, as_json, lambda r: str(Edit(**r)))
 
 
 @main.command()
 @click.argument("dataset")
 @click.argument("key", required=False)
-@_AS_JSON
+@AS_JSON
 def runs(dataset: str, key: str | None, as_json: bool) -> None:
     """List the runs on DATASET, with their size on disk and what changed since, or describe the run KEY.
 
     Example: fiftyone-ecif runs my-pairs
     """
-    with _job():
+    with job():
         from .catalogue import describe_run, list_runs, staleness
 
         found = _load(dataset)
@@ -611,7 +469,7 @@ def runs(dataset: str, key: str | None, as_json: bool) -> None:
                 for run, since in zip(entries, stale, strict=True)
             ],
         }
-    _print(result, as_json, lambda r: about or _runs_report(r["runs"], [str(since) for since in stale]))
+    print_result(result, as_json, lambda r: about or _runs_report(r["runs"], [str(since) for since in stale]))
 
 
 def _runs_report(runs: list[dict[str, Any]], stale: list[str]) -> str:
@@ -634,17 +492,17 @@ def _runs_report(runs: list[dict[str, Any]], stale: list[str]) -> str:
 @click.argument("dataset")
 @click.argument("key")
 @click.argument("new_key")
-@_AS_JSON
+@AS_JSON
 def rename(dataset: str, key: str, new_key: str, as_json: bool) -> None:
     """Rename the run KEY on DATASET, and its fields with it.
 
     Example: fiftyone-ecif rename-run my-pairs ecif first_try
     """
-    with _job():
+    with job():
         from .catalogue import rename_run
 
         rename_run(_load(dataset), key, new_key)
-    _print(
+    print_result(
         {"dataset": dataset, "key": new_key}, as_json, lambda _: f"The run {key!r} of {dataset!r} is now {new_key!r}"
     )
 
@@ -652,17 +510,17 @@ def rename(dataset: str, key: str, new_key: str, as_json: bool) -> None:
 @main.command("delete-run")
 @click.argument("dataset")
 @click.argument("key")
-@_AS_JSON
+@AS_JSON
 def delete(dataset: str, key: str, as_json: bool) -> None:
     """Delete the run KEY on DATASET with its fields, and its cache unless another run uses it.
 
     Example: fiftyone-ecif delete-run my-pairs ecif
     """
-    with _job():
+    with job():
         from .catalogue import delete_run
 
         gone = delete_run(_load(dataset), key)
-    _print(
+    print_result(
         {"dataset": dataset, "key": key, **gone._asdict()},
         as_json,
         lambda _: f"Deleted the run {key!r} of {dataset!r}, with {gone}",
@@ -671,19 +529,19 @@ def delete(dataset: str, key: str, as_json: bool) -> None:
 
 @main.command()
 @click.option("--free", is_flag=True, help="Delete caches of deleted datasets, and what stopped jobs left.")
-@_AS_JSON
+@AS_JSON
 def cache(free: bool, as_json: bool) -> None:
     """Say how much disk the cache takes and how much of it nothing uses, and free that.
 
     Example: fiftyone-ecif cache --free
     """
-    with _job():
+    with job():
         from .catalogue import cache_size, free_disk, size_text, unused_size
         from .store import cache_folder
 
         freed = free_disk() if free else 0
         result = {"folder": str(cache_folder()), "bytes": cache_size(), "unused": unused_size(), "freed": freed}
-    _print(
+    print_result(
         result,
         as_json,
         lambda r: (
@@ -699,26 +557,28 @@ def plugin() -> None:
 
 
 @plugin.command()
-@_AS_JSON
+@AS_JSON
 def install(as_json: bool) -> None:
     """Make FiftyOne find the plugin, from a pip install or a clone."""
-    with _job():
+    with job():
         from .install import install_plugin
 
         place = str(install_plugin())
-    _print({"plugin": place}, as_json, lambda r: f"FiftyOne finds the plugin at {place}. Restart the App if it runs")
+    print_result(
+        {"plugin": place}, as_json, lambda r: f"FiftyOne finds the plugin at {place}. Restart the App if it runs"
+    )
 
 
 @main.command()
-@_AS_JSON
+@AS_JSON
 def doctor(as_json: bool) -> None:
     """Say what this machine has, what it lacks and how to get it."""
-    with _job():
+    with job():
         from .health import examine
 
         checks = examine()
         usable = all(check.ok for check in checks if check.required)
-    _print(
+    print_result(
         {"checks": [check._asdict() for check in checks], "ok": usable},
         as_json,
         lambda _: "\n".join(f"{'ok     ' if c.ok else 'missing'}  {c.name}: {c.found}" for c in checks),

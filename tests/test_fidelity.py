@@ -46,9 +46,9 @@ def test_exact_roles_with_the_hessian_predict_leave_one_out(world):
 def test_an_edit_is_the_retrained_model(world):
     study = fidelity.make_study(world, "heads", TINY.pairs, 0)
     removed = torch.arange(8)
-    step = fidelity._drive(fidelity.removal_step(study.objective, study.theta, removed, "hessian"))
+    step = fidelity.drive(fidelity.removal_step(study.objective, study.theta, removed, "hessian"))
     change = study.retrain(removed) - study.theta
-    assert fidelity._cosine(step, change) > 0.99
+    assert fidelity.cosine(step, change) > 0.99
     assert (step.norm() / change.norm()).item() == pytest.approx(1, abs=0.05)
 
 

@@ -8,30 +8,27 @@ effect. A goal of these measurements is to say where predictions stop matching.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata, spearmanr, zscore
 from torch import Tensor
 
 from ..cached import CachedGradients, gradient_covariance, mended
 from ..choices import ROLES
-from ..curvature import Solution, curvature_at, solve
+from ..curvature import curvature_at, solve
 from ..editing import group_gradient, removal_step
-from ..fitting import minimise
 from ..gradients import BasisProjection, HeadProjection, KroneckerProjection, gradient_basis, principal_projection
 from ..heads import FeatureBatches, HeadScope
 from ..objective import ContrastiveLoss
-from ..scope import Scope
-from ..scoring import direct_influence
-from ..targets import Target
 from ..truncation import truncated_gradients
+from .agreement import agreement, bootstrap, cosine, mean_pearson, mean_spearman, pearson, spearman
 from .peers import PEERS, Problem
 from .sketch import sketched_gradients
+from .study import Study, drive, leave_one_out, make_study, minimum, study_for
 from .world import World, make_world
 
 Row = dict[str, Any]
@@ -91,89 +88,6 @@ QUICK = Sizes(
 )
 
 
-@dataclass
-class Study:
-    """One scope at its minimum, with a target.
-
-    Attributes:
-        name: of the scope.
-        scope: what varies.
-        objective: over the training pairs.
-        theta: its minimum, shape ``(p,)``.
-        target: what influence is measured on.
-        tolerance: relative gradient norm that retraining reaches.
-    """
-
-    name: str
-    scope: Scope
-    objective: ContrastiveLoss
-    theta: Tensor
-    target: Target
-    tolerance: float
-
-    def retrain(self, removed: Tensor) -> Tensor:
-        """The minimum without some pairs, from this minimum."""
-        return _minimum(self.objective.without(removed), self.tolerance, self.theta)
-
-    def solution(self, solver: str, gradient: Tensor, tolerance: float | None = None) -> Tensor:
-        """``H^-1 gradient`` with the curvature of a solver, shape ``(p,)``."""
-        if solver == "identity":
-            return gradient
-        return _drive(solve(curvature_at(self.objective, self.theta, solver), gradient, tolerance=tolerance))
-
-    def influence(self, solution: Tensor, role: str = "exact") -> tuple[np.ndarray, np.ndarray]:
-        """The positive and the negative part for every pair, ``(N,)`` each."""
-        positive, negative = _result(direct_influence(self.objective, self.theta, [solution], role))
-        return positive[0], negative[0]
-
-    def change(self, theta: Tensor) -> float:
-        """Of the target's mean loss against this minimum."""
-        return (self.target.loss(theta) - self.target.loss(self.theta)).item()
-
-    def accuracy(self, theta: Tensor) -> float:
-        """Share of target pairs that find their partner in their batch."""
-        return 1 - self.target.mistakes(theta).double().mean().item()
-
-
-def make_study(
-    world: World,
-    name: str,
-    pairs: int,
-    seed: int,
-    *,
-    proximal: float = 1.0,
-    batch_size: int = 128,
-    tolerance: float = 1e-7,
-    scale: float | None = None,
-) -> Study:
-    """Fits a scope and sets up its target.
-
-    Args:
-        world: pairs and model.
-        name: of the scope.
-        pairs: training pairs to take, the first of them.
-        seed: of the partition.
-        proximal (1.0): pull to the loaded weights.
-        batch_size (128): of the partition.
-        tolerance (1e-7): of the fit and of retraining.
-        scale (None): another inverse temperature than the model's, for heads.
-    """
-    scope = world.scope(name)
-    if scale is not None:
-        assert isinstance(scope, HeadScope)
-        scope = HeadScope(*scope.split(scope.start), scale)
-    objective = ContrastiveLoss(scope, world.batches(name, torch.arange(pairs), batch_size, seed), pairs, proximal)
-    theta = _minimum(objective, tolerance)
-    count = world.validation if name == "heads" else min(world.validation, 256)
-    return Study(name, scope, objective, theta, world.target(name, scope, 32, count), tolerance)
-
-
-def leave_one_out(study: Study, count: int, seed: int) -> tuple[Tensor, np.ndarray]:
-    """Which pairs were left out, and the true change of the target's loss for each."""
-    rows = torch.randperm(study.objective.pairs, generator=torch.Generator().manual_seed(seed))[:count]
-    return rows, np.array([study.change(study.retrain(row[None])) for row in rows])
-
-
 def loo(world: World, sizes: Sizes) -> list[Row]:
     """Leave-one-out: every role with every solver against retraining."""
     found: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -190,7 +104,7 @@ def loo(world: World, sizes: Sizes) -> list[Row]:
                 found.setdefault((role, solver), []).append((scores[rows.numpy()], true))
     return [
         {"role": role, "solver": solver, "scope": "heads", "n": sizes.pairs, "removals": sizes.removals * sizes.seeds}
-        | _agreement(parts)
+        | agreement(parts)
         for (role, solver), parts in found.items()
     ]
 
@@ -202,7 +116,7 @@ def lds(world: World, sizes: Sizes) -> list[Row]:
         ("heads", sizes.pairs, sizes.subsets),
         (sizes.lora, sizes.lora_pairs, sizes.lora_subsets),
     ):
-        study = _study_for(world, name, pairs)
+        study = study_for(world, name, pairs)
         generator = torch.Generator().manual_seed(0)
         left_out = [torch.randperm(pairs, generator=generator)[: pairs // 2] for _ in range(subsets)]
         groups = _target_groups(study)
@@ -222,7 +136,7 @@ def lds(world: World, sizes: Sizes) -> list[Row]:
                 scores.setdefault(method, []).append(function(problem))
         for method, each in scores.items():
             predicted = np.array([[score[rows_out.numpy()].sum() for score in each] for rows_out in left_out])
-            mean, low, high = _bootstrap(predicted, true, _mean_spearman)
+            mean, low, high = bootstrap(predicted, true, mean_spearman)
             rows.append(
                 {
                     "method": method,
@@ -241,7 +155,7 @@ def edit(world: World, sizes: Sizes) -> list[Row]:
     """One Newton step against retraining, for groups of pairs; times side by side."""
     rows = []
     for name, pairs in (("heads", sizes.pairs), (sizes.lora, sizes.lora_pairs)):
-        study = _study_for(world, name, pairs)
+        study = study_for(world, name, pairs)
         gradient, _ = study.target.gradient_and_value(study.theta)
         solver = "hessian"
         influence = np.sum(study.influence(study.solution(solver, gradient)), axis=0)
@@ -249,10 +163,10 @@ def edit(world: World, sizes: Sizes) -> list[Row]:
             for fraction in (0.01, 0.05, 0.1, 0.2) if name == "heads" else sizes.edits:
                 removed = torch.from_numpy(order[: max(round(fraction * pairs), 1)])
                 start = time.perf_counter()
-                cold = _minimum(study.objective.without(removed), 1e-5)
+                cold = minimum(study.objective.without(removed), 1e-5)
                 retraining = time.perf_counter() - start
                 start = time.perf_counter()
-                step = _drive(removal_step(study.objective, study.theta, removed, solver))
+                step = drive(removal_step(study.objective, study.theta, removed, solver))
                 editing = time.perf_counter() - start
                 truth = study.retrain(removed)
                 change = truth - study.theta
@@ -272,7 +186,7 @@ def edit(world: World, sizes: Sizes) -> list[Row]:
                         "scope": name,
                         "kind": kind,
                         "fraction": fraction,
-                        "cosine": _cosine(step, change),
+                        "cosine": cosine(step, change),
                         "norm_ratio": (step.norm() / change.norm()).item(),
                         "gap_points": 100 * (study.accuracy(study.theta + step) - study.accuracy(truth)),
                         "loss_change_predicted": study.change(study.theta + step),
@@ -388,47 +302,47 @@ def sensitivity(world: World, sizes: Sizes) -> list[Row]:
     rows: list[Row] = []
     count, pairs = max(sizes.removals // 2, 8), min(sizes.pairs, sizes.sensitivity_pairs)
 
-    def agreement(study: Study, what: str, value: Any) -> Row:
+    def measured(study: Study, what: str, value: Any) -> Row:
         left_out, true = leave_one_out(study, count, 0)
         gradient, _ = study.target.gradient_and_value(study.theta)
         scores = np.sum(study.influence(study.solution("hessian", gradient)), axis=0)
-        return {"what": what, "value": value} | _agreement([(scores[left_out.numpy()], true)])
+        return {"what": what, "value": value} | agreement([(scores[left_out.numpy()], true)])
 
     for proximal in (0.3, 1.0, 3.0):
-        rows.append(agreement(make_study(world, "heads", pairs, 0, proximal=proximal), "proximal", proximal))
+        rows.append(measured(make_study(world, "heads", pairs, 0, proximal=proximal), "proximal", proximal))
     for batch_size in (32, 128, 512):
-        rows.append(agreement(make_study(world, "heads", pairs, 0, batch_size=batch_size), "batch_size", batch_size))
+        rows.append(measured(make_study(world, "heads", pairs, 0, batch_size=batch_size), "batch_size", batch_size))
     for scale in (5.0, 20.0):
-        rows.append(agreement(make_study(world, "heads", pairs, 0, scale=scale), "inverse_temperature", scale))
+        rows.append(measured(make_study(world, "heads", pairs, 0, scale=scale), "inverse_temperature", scale))
 
     study = make_study(world, "heads", pairs, 0)
     left_out, true = leave_one_out(study, count, 0)
     gradient, _ = study.target.gradient_and_value(study.theta)
     base = np.sum(study.influence(study.solution("hessian", gradient)), axis=0)
     for damping in (0.0, 0.1, 1.0):
-        solution = _drive(solve(curvature_at(study.objective, study.theta, "hessian"), gradient, damping))
+        solution = drive(solve(curvature_at(study.objective, study.theta, "hessian"), gradient, damping))
         scores = np.sum(study.influence(solution), axis=0)
-        rows.append({"what": "damping", "value": damping} | _agreement([(scores[left_out.numpy()], true)]))
+        rows.append({"what": "damping", "value": damping} | agreement([(scores[left_out.numpy()], true)]))
     for tolerance in (1e-1, 1e-2, 1e-3):
-        away = replace(study, theta=_minimum(study.objective, tolerance))
+        away = replace(study, theta=minimum(study.objective, tolerance))
         direction, _ = away.target.gradient_and_value(away.theta)
         scores = np.sum(away.influence(away.solution("hessian", direction)), axis=0)
         rows.append(
-            {"what": "relative_gradient_norm", "value": tolerance} | _agreement([(scores[left_out.numpy()], true)])
+            {"what": "relative_gradient_norm", "value": tolerance} | agreement([(scores[left_out.numpy()], true)])
         )
     rows += _projection_sensitivity(study, gradient, base)
     for validation in (32, 128):
         target = world.target("heads", study.scope, 32, validation)
         part, _ = target.gradient_and_value(study.theta)
         scores = np.sum(study.influence(study.solution("hessian", part)), axis=0)
-        rows.append({"what": "validation_pairs", "value": validation, "spearman": _spearman(scores, base)})
+        rows.append({"what": "validation_pairs", "value": validation, "spearman": spearman(scores, base)})
     each = []
     for seed in range(1, 5):
         other = make_study(world, "heads", pairs, seed)
         part, _ = other.target.gradient_and_value(other.theta)
         each.append(np.sum(other.influence(other.solution("hessian", part)), axis=0))
-    rows.append({"what": "n_partitions", "value": 1, "spearman": _spearman(each[0], each[1])})
-    rows.append({"what": "n_partitions", "value": 2, "spearman": _spearman(each[0] + each[1], each[2] + each[3])})
+    rows.append({"what": "n_partitions", "value": 1, "spearman": spearman(each[0], each[1])})
+    rows.append({"what": "n_partitions", "value": 2, "spearman": spearman(each[0] + each[1], each[2] + each[3])})
     return rows
 
 
@@ -446,7 +360,7 @@ def _projection_sensitivity(study: Study, gradient: Tensor, base: np.ndarray) ->
             ("hessian", mended(projection.objective_curvature(objective, theta, "hessian").numpy())),
         ):
             scores = np.sum(CachedGradients(positive, negative, matrix, len(positive)).influence(target), axis=0)[0]
-            yield {"what": f"projection_rank_{name}", "value": rank, "pearson": _pearson(scores, base)}
+            yield {"what": f"projection_rank_{name}", "value": rank, "pearson": pearson(scores, base)}
 
 
 def cached(world: World, sizes: Sizes) -> list[Row]:
@@ -455,7 +369,7 @@ def cached(world: World, sizes: Sizes) -> list[Row]:
     Both are kept in the same kind of directions and held against the direct
     influence on single target pairs, with the Gauss-Newton matrix as curvature.
     """
-    study = _study_for(world, sizes.lora, sizes.lora_pairs)
+    study = study_for(world, sizes.lora, sizes.lora_pairs)
     objective, theta, target = study.objective, study.theta, study.target
     rows_of, inputs = target.batches.partition[0], target.batches[0]
     gradients = torch.func.jacrev(lambda at: target.batch_losses(at, rows_of, inputs), chunk_size=8)(theta)[:4]
@@ -476,7 +390,7 @@ def cached(world: World, sizes: Sizes) -> list[Row]:
         positive, negative = (torch.cat([part[side] for part in parts])[order].numpy() for side in (0, 1))
         store = CachedGradients(positive, negative, mended(curvature[columns][:, columns].numpy()), len(positive))
         scores = np.sum(store.influence((gradients @ basis).numpy()), axis=0)
-        return {"way": way, "size": size, "seconds": seconds, "pearson": _mean_pearson(scores, direct)}
+        return {"way": way, "size": size, "seconds": seconds, "pearson": mean_pearson(scores, direct)}
 
     found = []
     for rank in (16, half, 2 * half):
@@ -542,33 +456,6 @@ SECTIONS: dict[str, Callable[[World, Sizes], list[Row]]] = {
 }
 
 
-def _study_for(world: World, name: str, pairs: int) -> Study:
-    if name == "heads":
-        return make_study(world, name, pairs, 0)
-    return make_study(world, name, pairs, 0, batch_size=32, tolerance=1e-5)
-
-
-def _minimum(objective: ContrastiveLoss, tolerance: float, start: Tensor | None = None) -> Tensor:
-    theta = objective.scope.start if start is None else start
-    for theta, _ in minimise(objective, tolerance, start=start):  # noqa: B007  # the last one
-        pass
-    return theta
-
-
-def _result(work: Generator[Any, None, Any]) -> Any:
-    """What a generator of progress returns."""
-    try:
-        while True:
-            next(work)
-    except StopIteration as end:
-        return end.value
-
-
-def _drive(steps: Generator[float, None, Solution]) -> Tensor:
-    vector: Tensor = _result(steps).vector
-    return vector
-
-
 def _full_logra(study: Study, gradient: Tensor, role: str) -> np.ndarray:
     """LoGra without the loss of a projection: the damped covariance of whole gradients."""
     scope = study.scope
@@ -630,54 +517,3 @@ def _couples(world: World, study: Study, count: int) -> dict[str, list[Tensor]]:
     tenth = study.objective.pairs // 10
     groups = [torch.randperm(study.objective.pairs, generator=generator)[:tenth] for _ in range(3)]
     return {"near-duplicates in one batch": together, "near-duplicates in two batches": apart, "random tenths": groups}
-
-
-def _agreement(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Row:
-    """Pearson, Spearman and slope of true against predicted, means over seeds, with a bootstrap interval."""
-    predicted, true = np.concatenate([p for p, _ in parts]), np.concatenate([t for _, t in parts])
-    if not np.isfinite(predicted).all():
-        return {"pearson": 0.0, "spearman": 0.0, "slope": 0.0}
-    mean, low, high = _bootstrap(predicted, true, _pearson)
-    slope = float(predicted @ true / (predicted @ predicted))
-    return {
-        "pearson": mean,
-        "pearson_low": low,
-        "pearson_high": high,
-        "spearman": _spearman(predicted, true),
-        "slope": slope,
-    }
-
-
-def _bootstrap(
-    a: np.ndarray, b: np.ndarray, statistic: Callable[[np.ndarray, np.ndarray], float], draws: int = 300
-) -> tuple[float, float, float]:
-    """The statistic and its 95 % percentile interval over rows drawn again."""
-    rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(draws):
-        rows = rng.integers(len(a), size=len(a))
-        drawn.append(statistic(a[rows], b[rows]))
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return statistic(a, b), float(low), float(high)
-
-
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) and np.std(b) else 0.0
-
-
-def _mean_pearson(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.mean([_pearson(x, y) for x, y in zip(a, b, strict=True)]))
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    return float(spearmanr(a, b).statistic)
-
-
-def _mean_spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the columns; all at once, since a bootstrap asks for it often."""
-    a, b = (zscore(rankdata(side, axis=0)) for side in (a, b))
-    return float(np.mean(a * b))
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return float(a.dot(b) / (a.norm() * b.norm()))
