@@ -19,7 +19,7 @@ inverted; :data:`fiftyone_ecif.choices.ROLES` has all forms.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,10 +43,51 @@ class Pull:
     weight: Tensor
     mean: Tensor
 
+    def matrix(self) -> Tensor:
+        """``weight`` as a matrix, shape ``(n, n)``."""
+        return self.weight
+
+    def carry(self, rows: Tensor) -> Tensor:
+        """``sum_k weight[k, n] rows[k]``: what anchors have, ``(n, ...)``, at the pairs whose role they carry."""
+        return self.weight.T @ rows
+
+    def scaled(self, factor: Tensor) -> Pull:
+        """The pull with ``weight * factor``, ``factor`` of shape ``(n, n)``."""
+        return replace(self, weight=self.weight * factor)
+
     def tangent(self, direction: Tensor) -> Tensor:
         """Change of the role of each pair when ``S`` moves along ``direction``, shape ``(n,)``."""
-        expected = (self.mean * direction).sum(1, keepdim=True)
-        return (self.weight * (direction - expected)).sum(0)
+        expected = (self.mean * direction).sum(1)
+        return (self.weight * direction).sum(0) - self.carry(expected)
+
+
+@dataclass(frozen=True)
+class SinglePull(Pull):
+    """A pull whose anchors carry the role of one pair each, which takes no products of matrices.
+
+    Attributes:
+        weight: shape ``(n,)``: that of ``pair[k]`` at anchor ``k``; all others are zero.
+        mean: as above.
+        pair: shape ``(n,)``.
+    """
+
+    pair: Tensor
+
+    def matrix(self) -> Tensor:
+        return torch.zeros_like(self.mean).scatter(1, self.pair[:, None], self.weight[:, None])
+
+    def carry(self, rows: Tensor) -> Tensor:
+        weighted = self.weight.view(-1, *[1] * (rows.dim() - 1)) * rows
+        return torch.zeros_like(weighted).index_add(0, self.pair, weighted)
+
+    def scaled(self, factor: Tensor) -> SinglePull:
+        return replace(self, weight=self.weight * self._of_pair(factor))
+
+    def tangent(self, direction: Tensor) -> Tensor:
+        return self.carry(self._of_pair(direction) - (self.mean * direction).sum(1))
+
+    def _of_pair(self, matrix: Tensor) -> Tensor:
+        return matrix.gather(1, self.pair[:, None])[:, 0]
 
 
 Pulls = tuple[list[Pull], list[Pull]]
@@ -139,21 +180,21 @@ class SoftmaxLoss(BatchLoss):
         no clamping.
         """
         mean = similarity.softmax(1)
-        positive = [Pull(-torch.eye(len(mean), dtype=mean.dtype, device=mean.device), mean)]
+        each = torch.arange(len(mean), device=mean.device)
+        positive: list[Pull] = [SinglePull(-torch.ones_like(mean[0]), mean, each)]
         if role == "positive":
             return positive, []
         if len(mean) == 1:
-            negative = [Pull(torch.zeros_like(mean), mean)]
+            negative: list[Pull] = [Pull(torch.zeros_like(mean), mean)]
         elif role == "taylor":
             negative = [Pull(mean.clone().fill_diagonal_(0), mean)]
         elif role == "as_printed":
             negative = [Pull(-mean.reciprocal().fill_diagonal_(0), mean)]
         else:
-            top = similarity.argmax(1, keepdim=True)
-            rest = similarity.scatter(1, top, -torch.inf).softmax(1)
-            heavy = torch.zeros_like(mean).scatter(1, top, mean.gather(1, top)).fill_diagonal_(0)
-            light = mean.scatter(1, top, 0).fill_diagonal_(0)
-            negative = [Pull(light / (1 - light), mean), Pull(heavy, rest)]
+            most, top = mean.max(1)
+            rest = similarity.scatter(1, top[:, None], -torch.inf).softmax(1)
+            light = mean.scatter(1, top[:, None], 0).fill_diagonal_(0)
+            negative = [Pull(light / (1 - light), mean), SinglePull(most.masked_fill(top == each, 0), rest, top)]
         return ([] if role == "negative" else positive), negative
 
 
@@ -185,6 +226,6 @@ class SigmoidLoss(BatchLoss):
             raise EcifError("role='as_printed' is a formula for the softmax loss; this model has a sigmoid loss")
         none = torch.zeros_like(similarity)
         own = -(-similarity.diagonal()).sigmoid() / 2  # half with images, half with captions as anchors
-        positive = [Pull(torch.diag(own), none)]
-        negative = [Pull(similarity.sigmoid().fill_diagonal_(0), none)]
+        positive: list[Pull] = [SinglePull(own, none, torch.arange(len(own), device=own.device))]
+        negative: list[Pull] = [Pull(similarity.sigmoid().fill_diagonal_(0), none)]
         return ([] if role == "negative" else positive), ([] if role == "positive" else negative)

@@ -289,19 +289,11 @@ def projection_from_state(scope: Scope, state: Mapping[str, Tensor]) -> Projecti
 
 @dataclass(frozen=True)
 class _Side:
-    """One tower of a batch: unit embeddings and projected pieces of its gradient."""
+    """One tower of a batch, and what its gradient is projected by."""
 
-    embedding: Tensor  # (n, d)
+    embedding: Tensor  # (n, d), of unit length
     lever: Tensor  # (n, a): scale * projected features / |embedding before normalisation|
     output: Tensor  # (d, b)
-
-    def outer(self, levers: Tensor, pulls: Tensor) -> Tensor:
-        """Row-wise outer products with the projected pulls, shape ``(n, a * b)``."""
-        return torch.einsum("ka,kb->kab", levers, pulls @ self.output).flatten(1)
-
-    @property
-    def width(self) -> int:
-        return self.lever.shape[1] * self.output.shape[1]
 
 
 def removal_gradients(
@@ -332,19 +324,17 @@ def removal_gradients(
     )
     cosine = images.embedding @ texts.embedding.T
     similarity = scope.logits(theta, cosine)
+    by_image = _Anchors(images, texts, cosine)
+    by_text = _Anchors(texts, images, cosine.T)
     roles = []
     for image_pulls, text_pulls in zip(
         scope.loss.removal_pulls(similarity, role), scope.loss.removal_pulls(similarity.T, role), strict=True
     ):
-        image_block = torch.zeros(len(cosine), images.width, dtype=cosine.dtype, device=cosine.device)
-        text_block = torch.zeros(len(cosine), texts.width, dtype=cosine.dtype, device=cosine.device)
-        for pull in image_pulls:
-            anchors, others = _pull_gradients(pull, images, texts, cosine)
-            image_block, text_block = image_block + anchors, text_block + others
-        for pull in text_pulls:
-            anchors, others = _pull_gradients(pull, texts, images, cosine.T)
-            image_block, text_block = image_block + others, text_block + anchors
-        roles.append(torch.cat([image_block, text_block], dim=1))
+        gradients = [(torch.zeros_like(by_image.along_anchor), torch.zeros_like(by_image.along_other))]
+        gradients += [by_image.gradients(pull) for pull in image_pulls]
+        gradients += [by_text.gradients(pull)[::-1] for pull in text_pulls]
+        blocks = [sum(parts) for parts in zip(*gradients, strict=True)]
+        roles.append(torch.cat(blocks, dim=1))
     if scope.with_scale:
         along_scale = scope.loss.removal_tangents(similarity, scale * cosine, role)
         roles = [torch.cat([block, part[:, None]], dim=1) for block, part in zip(roles, along_scale, strict=True)]
@@ -357,27 +347,51 @@ def _side(features: Tensor, head: Tensor, scale: Tensor | float, projection: Hea
     return _Side(normalize(embedding, dim=1), lever, projection.output)
 
 
-def _pull_gradients(pull: Pull, anchor: _Side, other: _Side, cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """What one pull contributes to the gradients of the anchors' head and of the others'.
+def _outer(levers: Tensor, pulls: Tensor) -> Tensor:
+    """Row-wise outer products, ``(n, a)`` and ``(n, b)`` to ``(n, a * b)``."""
+    return (levers[:, :, None] * pulls[:, None]).flatten(1)
+
+
+class _Anchors:
+    """What pulls contribute to the projected gradients of the anchors' head and of the others'.
 
     With ``u`` the anchors' and ``v`` the others' embeddings, the role of pair
     ``n`` pulls anchor ``k`` by ``weight[k, n] (v_n - mean_k V)`` and each other
     ``j`` by ``weight[k, n] ([j = n] - mean[k, j]) u_k``; the normalisation takes
-    off the part along the embedding itself.
+    off the part along the embedding itself. All of it is in projected
+    coordinates: no product is with an embedding of full width.
     """
-    u, v = anchor.embedding, other.embedding
-    weight, mean = pull.weight, pull.mean
 
-    centre = mean @ v
-    off_centre = centre - (u * centre).sum(1, keepdim=True) * u
-    to_anchor = (
-        anchor.outer(weight.T @ anchor.lever, v)
-        - weight.T @ anchor.outer(anchor.lever, off_centre)
-        - (weight * cosine).T @ anchor.outer(anchor.lever, u)
-    )
+    def __init__(self, anchor: _Side, other: _Side, cosine: Tensor) -> None:
+        self.anchor, self.other, self.cosine = anchor, other, cosine
+        # embeddings in the output coordinates of the anchors' head, and of the others'
+        self.u_anchor, self.v_anchor = (side.embedding @ anchor.output for side in (anchor, other))
+        self.u_other, self.v_other = (side.embedding @ other.output for side in (anchor, other))
+        self.along_anchor = _outer(anchor.lever, self.u_anchor)
+        self.along_other = _outer(other.lever, self.v_other)
+        self._centres: dict[
+            int, tuple[Tensor, Tensor, Tensor]
+        ] = {}  # by the id of a mean, which is kept so that it stays its own
 
-    pulled = weight.T @ u
-    own = pulled - (v * pulled).sum(1, keepdim=True) * v
-    shared = other.outer(mean @ other.lever, u) - (mean * cosine) @ other.outer(other.lever, v)
-    to_other = other.outer(other.lever, own) - weight.T @ shared
-    return to_anchor, to_other
+    def gradients(self, pull: Pull) -> tuple[Tensor, Tensor]:
+        """Of the anchors' head and of the others', ``(n, a * b)`` each."""
+        to_centre, shared = self._of_mean(pull.mean)
+        along = pull.scaled(self.cosine)
+        to_anchor = (
+            _outer(pull.carry(self.anchor.lever), self.v_anchor)
+            - pull.carry(to_centre)
+            - along.carry(self.along_anchor)
+        )
+        length = along.carry(torch.ones_like(self.cosine[:, :1]))
+        own = pull.carry(self.u_other) - length * self.v_other
+        to_other = _outer(self.other.lever, own) - pull.carry(shared)
+        return to_anchor, to_other
+
+    def _of_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """What the mean of the others does to the anchor, and to the others; pulls with one mean share it."""
+        if id(mean) not in self._centres:
+            weighted = mean * self.cosine
+            off_centre = mean @ self.v_anchor - weighted.sum(1, keepdim=True) * self.u_anchor
+            shared = _outer(mean @ self.other.lever, self.u_other) - weighted @ self.along_other
+            self._centres[id(mean)] = mean, _outer(self.anchor.lever, off_centre), shared
+        return self._centres[id(mean)][1:]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.func import jvp
 
 from .contrastive import BatchLoss, SoftmaxLoss
 from .rows import Rows
@@ -74,6 +75,12 @@ class HeadScope(Scope):
 
     def embed_captions(self, theta: Tensor, captions: Tensor) -> Tensor:
         return captions @ self.split(theta)[1]
+
+    def similarity_and_tangent(self, theta: Tensor, batch: Batch, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """As for any scope. Embeddings are linear in the heads, so they move by what ``direction`` embeds."""
+        embeddings, moves = self.embed(theta, batch), self.embed(direction, batch)
+        value, tangent = jvp(self.compare, (theta, *embeddings), (direction, *moves))[:2]
+        return value, tangent
 
     def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
         return self.scale(theta) * cosine + self._bias

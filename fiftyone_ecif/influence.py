@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.func import jvp
 
 from .scope import Scope
 
@@ -37,6 +36,6 @@ def batch_influence(
     Returns:
         ``(positive, negative)``, each of shape ``(n,)``; the influence is their sum
     """
-    similarity, direction = jvp(lambda at: scope.similarity(at, batch), (theta,), (solution,))[:2]
+    similarity, direction = scope.similarity_and_tangent(theta, batch, solution)
     positive, negative = scope.loss.removal_tangents(similarity, direction, role)
     return positive / pairs, negative / pairs

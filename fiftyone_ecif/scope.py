@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor
+from torch.func import jvp
 from torch.nn.functional import normalize
 
 from .contrastive import BatchLoss
@@ -42,8 +43,16 @@ class Scope(ABC):
 
     def similarity(self, theta: Tensor, batch: Any) -> Tensor:
         """``S`` of a batch under the parameters ``theta``, shape ``(n, n)``."""
-        images, captions = (normalize(part, dim=1) for part in self.embed(theta, batch))
-        return self.logits(theta, images @ captions.T)
+        return self.compare(theta, *self.embed(theta, batch))
+
+    def similarity_and_tangent(self, theta: Tensor, batch: Any, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """``S`` of a batch and its derivative as ``theta`` moves along ``direction``, ``(n, n)`` each."""
+        value, tangent = jvp(lambda at: self.similarity(at, batch), (theta,), (direction,))[:2]
+        return value, tangent
+
+    def compare(self, theta: Tensor, images: Tensor, captions: Tensor) -> Tensor:
+        """``S`` of embeddings before normalisation, shape ``(n, n)``."""
+        return self.logits(theta, normalize(images, dim=1) @ normalize(captions, dim=1).T)
 
     def embed(self, theta: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """Image and caption embeddings of a batch before normalisation, ``(n, d)`` each."""

@@ -316,9 +316,9 @@ def _column(file: h5py.File, name: str, rows: int, size: int) -> Any:
     """
     import h5py
 
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+    column = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(column, h5py.Dataset):
         raise ValueError(f"{name} is a link or a group")
-    column = file[name]
     made = column.id.get_create_plist()
     filters = [made.get_filter(number)[0] for number in range(made.get_nfilters())]
     if column.is_virtual or made.get_external_count():

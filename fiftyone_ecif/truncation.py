@@ -89,7 +89,7 @@ def _pulled(pull: Pull, anchors: Tensor, others: Tensor) -> tuple[Tensor, Tensor
     ``n`` pulls anchor ``k`` by ``weight[k, n] (v_n - mean_k V)``, and other ``j``
     by ``sum_k weight[k, n] ([j = n] - mean[k, j]) u_k``.
     """
-    weight, mean = pull.weight, pull.mean
+    weight, mean = pull.matrix(), pull.mean
     to_anchors = weight.T[:, :, None] * (others[:, None] - (mean @ others)[None])
     to_others = -torch.einsum("kn,kj,kd->njd", weight, mean, anchors)
     own = torch.arange(len(weight))

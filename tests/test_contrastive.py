@@ -5,7 +5,7 @@ import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 
 from fiftyone_ecif.choices import ROLES
-from fiftyone_ecif.contrastive import SigmoidLoss, SoftmaxLoss
+from fiftyone_ecif.contrastive import Pull, SigmoidLoss, SinglePull, SoftmaxLoss
 from fiftyone_ecif.errors import EcifError
 
 LOSSES = {"softmax": SoftmaxLoss(), "sigmoid": SigmoidLoss()}
@@ -114,6 +114,26 @@ def test_weights_cannot_overflow():
         for pull in pulls:
             assert pull.weight.abs().max() <= 1
             torch.testing.assert_close(pull.mean.sum(1), torch.ones(5, dtype=torch.float64))
+
+
+@each_loss
+def test_pulls_of_one_pair_each_are_sparse_matrices(loss):
+    """Whatever a pull is made of, it does what its matrix of weights does."""
+    similarity, direction, factor = (random_similarity(6, seed=seed) for seed in range(3))
+    similarity[0, 3] = similarity[4, 3] = 50.0  # two anchors carry one pair
+    rows = random_similarity(6, seed=4)[:, :2]
+    kinds = set()
+    for pull in (pull for pulls in loss.removal_pulls(similarity) for pull in pulls):
+        kinds.add(type(pull))
+        dense = Pull(pull.matrix(), pull.mean)
+        assert dense.weight.shape == similarity.shape
+        torch.testing.assert_close(pull.carry(rows), dense.carry(rows))
+        torch.testing.assert_close(pull.carry(rows[:, 0]), dense.carry(rows[:, 0]))
+        torch.testing.assert_close(pull.scaled(factor).matrix(), dense.weight * factor)
+        moved = dense.weight * (direction - (pull.mean * direction).sum(1, keepdim=True))
+        torch.testing.assert_close(pull.tangent(direction), moved.sum(0))
+        torch.testing.assert_close(dense.tangent(direction), moved.sum(0))
+    assert kinds == {Pull, SinglePull}
 
 
 def test_a_pair_alone_in_its_batch_changes_nothing():

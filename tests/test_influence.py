@@ -27,6 +27,16 @@ def fitted(objective):
     return theta
 
 
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_the_tangent_of_the_heads_is_the_derivative_of_their_similarity(with_scale):
+    plain, (images, texts), _ = make_problem(8)
+    scope = HeadScope(*plain.split(plain.start), 4.0, bias=-3.0, with_scale=with_scale)
+    direction = torch.randn(len(scope.start), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    value, tangent = scope.similarity_and_tangent(scope.start, (images, texts), direction)
+    expected = torch.func.jvp(lambda at: scope.similarity(at, (images, texts)), (scope.start,), (direction,))
+    torch.testing.assert_close((value, tangent), expected)
+
+
 def test_influence_predicts_leave_one_out_retraining():
     """Fit again without a pair, for real; the sign, size and order of the change must be as predicted."""
     scope, (images, texts), held_out = make_problem()
