@@ -1,17 +1,26 @@
 # make demo: set up and run the main job.  make test: set up and run the tests.
-# make guide: the pictures of docs/guide.md.
+# make guide: the pictures of docs/guide.md.  make oldest: the tests with the oldest libraries that are allowed.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
+PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 export FIFTYONE_DO_NOT_TRACK := 1
 
-.PHONY: demo test lint guide clean
+.PHONY: demo test oldest lint guide clean
 
 demo: $(VENV)/.ready
 	$(BIN)/fiftyone-ecif demo
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python $(PYTEST)
+
+oldest: $(VENV)/.ready-dev
+	$(BIN)/pip install -q uv
+	$(BIN)/uv venv -q --seed --allow-existing --python $(BIN)/python $(OLDEST)
+	$(BIN)/uv pip install -q --python $(OLDEST) --resolution lowest-direct -e '.[dev]'
+	$(OLDEST)/bin/python -m fiftyone_ecif.database
+	$(OLDEST)/bin/python $(PYTEST)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -34,4 +43,4 @@ $(BIN)/pip:
 	$(PYTHON) tools/make_venv.py $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
