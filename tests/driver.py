@@ -24,10 +24,8 @@ _FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-_SERVE = """
-import sys, fiftyone as fo
-fo.launch_app(port=int(sys.argv[1]), address="127.0.0.1", remote=True).wait(-1)
-"""
+# the server alone: a session in Python tells it, sometime after it has started, that no dataset is open
+_SERVE = "import sys; from fiftyone.server.main import start_server; start_server(int(sys.argv[1]), '127.0.0.1')"
 # what the thumbnails on screen say of some fields, in reading order
 _READ_GRID = """fields => [...document.querySelectorAll("[data-cy=looker]")]
     .map(tile => ({tile, at: tile.getBoundingClientRect()}))
@@ -180,7 +178,7 @@ class Form:
         return self
 
     def says(self, text):
-        self.body.get_by_text(text).first.wait_for()
+        expect(self.body.get_by_text(text).first).to_be_visible(timeout=PATIENCE)
         return self
 
     @property
