@@ -61,7 +61,7 @@ def plot(result: Mapping[str, Any], folder: Path) -> list[Path]:
     paths = []
     drawn = (
         ("auroc", "share of wrong captions (%)", "AUROC (%)", _draw_auroc),
-        ("review", "reviewed pairs", "AUROC on the others (%)", _draw_review),
+        ("review", "reviewed pairs", "AUROC of the whole list (%)", _draw_review),
         ("downstream", "pairs dropped (%)", "recall@5 on clean pairs (%)", _draw_downstream),
     )
     for name, across, up, draw in drawn:
@@ -93,17 +93,18 @@ _REVIEW = ("auroc", "auroc_without", "auroc_all", "auroc_all_without")
 
 
 def _draw_review(axes: Any, result: Mapping[str, Any], noise: str) -> None:
-    rows = _mean(result["review"], ("noise", "ratio", "labels"), ("auroc", "auroc_without"))
+    rows = _mean(result["review"], ("noise", "ratio", "labels"), ("auroc_all", "auroc_all_without"))
     for ratio in sorted({row["ratio"] for row in rows}):
         kept = [row for row in rows if (row["noise"], row["ratio"]) == (noise, ratio)]
         (line,) = axes.plot(
             [row["labels"] for row in kept],
-            [row["auroc"] for row in kept],
+            [row["auroc_all"] for row in kept],
             marker="o",
             markersize=3,
             label=f"{ratio:.0%}",
         )
-        axes.plot([row["labels"] for row in kept], [row["auroc_without"] for row in kept], "--", color=line.get_color())
+        without = [row["auroc_all_without"] for row in kept]
+        axes.plot([row["labels"] for row in kept], without, "--", color=line.get_color())
 
 
 def _draw_downstream(axes: Any, result: Mapping[str, Any], noise: str) -> None:
