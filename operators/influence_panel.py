@@ -28,6 +28,7 @@ from .panel_state import (
 
 _GROUPS = 5  # tags with a colour of their own
 _MARGIN = {"componentsProps": {"container": {"sx": {"px": 2, "pt": 1, "pb": 4}}}}
+_SET_HERE = {"choose_run": "key", "choose_field": "field"}
 _URI = "@ecif/fiftyone-ecif/"
 _HELP = """**Overview**: how a score is distributed. Drag over a plot to see those pairs in the grid; move the slider to
 see what a cut would tag.
@@ -56,8 +57,10 @@ class InfluencePanel(foo.Panel):
 
     def execute(self, ctx: Any) -> Any:
         """Runs an event and draws the panel anew; a failure is shown as a notice."""
-        idle = not (get(ctx, "busy") or has_jobs(ctx)) and (get(ctx, "runs") or []) == run_keys(ctx)
-        if ctx.params.get("__method__") == "look_for_jobs" and idle:
+        method = ctx.params.get("__method__")
+        if method in _SET_HERE and ctx.params["value"] == get(ctx, _SET_HERE[method]):
+            return None  # the App fires these when the panel itself has set an input, too
+        if method == "look_for_jobs" and _is_idle(ctx) and get(ctx, "drawn") == _what_to_draw(ctx):
             return None
         try:
             return super().execute(ctx)
@@ -87,12 +90,9 @@ class InfluencePanel(foo.Panel):
 
     # choices
 
-    # The App also fires these when the panel itself has set an input: to set it again from here would go on for ever.
-
     def choose_run(self, ctx: Any) -> None:
         """Another run."""
-        if ctx.params["value"] != get(ctx, "key"):
-            _choose_run(ctx, ctx.params["value"])
+        _choose_run(ctx, ctx.params["value"])
 
     def choose_page(self, ctx: Any) -> None:
         """Another page."""
@@ -101,8 +101,7 @@ class InfluencePanel(foo.Panel):
 
     def choose_field(self, ctx: Any) -> None:
         """Another score."""
-        if ctx.params["value"] != get(ctx, "field"):
-            _choose_field(ctx, ctx.params["value"])
+        _choose_field(ctx, ctx.params["value"])
 
     def choose_direction(self, ctx: Any) -> None:
         """The other end of the score."""
@@ -225,12 +224,18 @@ class InfluencePanel(foo.Panel):
         ctx.ops.notify("Stopping at the next step. What was computed so far is kept", variant="info")
 
     def look_for_jobs(self, ctx: Any) -> None:
-        """Looks what jobs do, every few seconds; once one has ended, the scores are read anew."""
-        if show_finished_jobs(ctx) or not running_jobs(ctx):
+        """Looks what jobs do, every few seconds; once one has ended, the scores are read anew.
+
+        It also draws anew what was overtaken: of two quick clicks the answer to the first may arrive last.
+        """
+        if _is_idle(ctx):
+            _draw(ctx)
+        elif show_finished_jobs(ctx) or not running_jobs(ctx):
             self.refresh(ctx)
 
     def render(self, ctx: Any) -> types.Property:
         """The page."""
+        ctx.panel.set_state("drawn", _what_to_draw(ctx))
         panel = types.Object()
         if MISSING:
             panel.md(f"{', '.join(MISSING)} cannot be imported. Run `pip install fiftyone-ecif`", name="missing")
@@ -246,6 +251,16 @@ class InfluencePanel(foo.Panel):
                 head(self, ctx, panel)
                 DRAW[current_page(ctx)](self, ctx, panel)
         return types.Property(panel, view=types.GridView(orientation="vertical", gap=1, **_MARGIN))
+
+
+def _is_idle(ctx: Any) -> bool:
+    """Whether no job runs or has ended, and no run has come or gone."""
+    return not (get(ctx, "busy") or has_jobs(ctx)) and (get(ctx, "runs") or []) == run_keys(ctx)
+
+
+def _what_to_draw(ctx: Any) -> list[Any]:
+    """All that decides what is on the page but the sliders and plots, which follow by themselves."""
+    return [get(ctx, name) for name in ("key", "page", "field", "direction", "first", "pair", "place")]
 
 
 def _choose_run(ctx: Any, key: str | None) -> None:

@@ -105,6 +105,20 @@ def test_what_the_panel_enters_itself_it_does_not_enter_again(both):
     assert json.dumps(panel.state, sort_keys=True) == before
 
 
+def test_what_an_older_answer_drew_over_is_drawn_again(both):
+    """Of two quick clicks the answer to the first may arrive last, drawn without the second."""
+    panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review").send("start_review")
+    queue = panel.state["queue"]
+    assert panel.send("look_for_jobs").text == ""
+    late = json.loads(json.dumps(panel.state))
+    panel.send("choose_page", value="run")
+    panel.state["drawn"] = late["drawn"]  # as the older answer leaves it
+    assert "How far to trust it" in panel.send("look_for_jobs").text
+    assert panel.send("look_for_jobs").text == ""
+    assert panel.state["queue"] == queue
+    assert panel.send("choose_run", value="audit").text == ""  # what the panel has set is not drawn again
+
+
 def test_a_run_that_is_seen_before_its_job_ends_is_opened_at_the_end(both, made):
     panel = Panel(both).send("choose_run", value="ecif")
     store = foo.ExecutionStore.create("fiftyone_ecif_jobs", both._doc.id)
