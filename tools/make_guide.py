@@ -5,6 +5,7 @@ Run: make guide. Everything lies in a folder, a database and a cache of its own,
 
 import argparse
 import io
+import math
 import os
 import re
 import shutil
@@ -94,7 +95,8 @@ class Walk:
         track.click(position={"x": track.bounding_box()["width"] * 0.3, "y": 10})
         share = float(slider.input_value())
         panel.get_by_text(f"The most suspicious: {share:.1f} % of the pairs").wait_for()
-        count = int(panel.get_by_text(re.compile(r"^\d+ pairs, with a score of")).inner_text().split()[0])
+        count = math.ceil(share / 100 * PAIRS)
+        panel.get_by_text(re.compile(f"^{count} pairs, with a score of")).wait_for()
         panel.get_by_role("button", name=f"Tag {count}", exact=True).click()
         app.said("Tagged ")
         panel.get_by_role("button", name="Show", exact=True).click()
@@ -140,6 +142,7 @@ class Walk:
         self.shoot("edit-form")
         form.run()
         app.said("Removed 50 pairs in ")
+        app.choose("Run", "ecif: influence")
         app.turn_to("Run")
         app.said("Last edit of the model")
         self.shoot("edited")
@@ -176,7 +179,8 @@ def main():
     shutil.copyfile(demo_model(dataset), home / "digits.pt")
     dataset.app_config.active_fields = fo.core.odm.ActiveFields(paths=["caption", "spoiled"])
     dataset.save()
-    with open_app(viewport={"width": width, "height": height}, color_scheme=options.theme) as new_page:
+    os.environ["FIFTYONE_APP_THEME"] = options.theme
+    with open_app(viewport={"width": width, "height": height}) as new_page:
         walk = Walk(new_page().open(dataset), dataset, home / "digits.pt", folder)
         for name in ("score", "inspect", "detect", "review", "trace", "edit", "manage"):
             getattr(walk, name)()
