@@ -103,7 +103,10 @@ def _numbers(index: Tensor | slice, count: int) -> np.ndarray:
     """Of the rows that are meant, out of ``count``, in a time that depends on how many those are."""
     if isinstance(index, slice):
         return np.arange(*index.indices(count))
-    chosen = index.tolist()  # as a function can be being differentiated, where tensors are wrapped and have no storage
+    try:  # no NumPy array: inside a function that is differentiated tensors are wrapped and have no storage
+        chosen = index.tolist()
+    except RuntimeError:  # nor a list, with older versions of torch
+        chosen = [row.item() for row in index]
     if index.dtype == torch.bool:
         return np.flatnonzero(chosen)
     if chosen and not 0 <= min(chosen) <= max(chosen) < count:
