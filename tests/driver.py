@@ -15,6 +15,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 120_000  # milliseconds
+expect.set_options(timeout=PATIENCE)
 _FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -54,7 +55,7 @@ class App:
     def wait_for_count(self, count):
         """Waits until the grid says how many samples it shows."""
         said = re.compile(rf"^{count:,} samples?$")
-        expect(self.page.locator("[data-cy=entry-counts]").first).to_have_text(said, timeout=PATIENCE)
+        expect(self.page.locator("[data-cy=entry-counts]").first).to_have_text(said)
 
     def thumbnails(self, expected, *fields):
         """Waits until the first thumbnails on screen say this of their fields, and says what they say."""
@@ -178,7 +179,7 @@ class Form:
         return self
 
     def says(self, text):
-        expect(self.body.get_by_text(text).first).to_be_visible(timeout=PATIENCE)
+        expect(self.body.get_by_text(text).first).to_be_visible()
         return self
 
     @property
@@ -186,7 +187,7 @@ class Form:
         return self.body.get_by_role("button", name="Execute").first
 
     def run(self):
-        expect(self.button).to_be_enabled(timeout=PATIENCE)
+        expect(self.button).to_be_enabled()
         _press(self.button)
 
 

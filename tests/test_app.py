@@ -73,7 +73,7 @@ def test_score_sort_inspect(app, dataset, made):
     app.tick(1)
     app.turn_to("Pair")
     panel = app.panel()
-    expect(panel.get_by_text(captions[1], exact=True).first).to_be_visible(timeout=PATIENCE)
+    expect(panel.get_by_text(captions[1], exact=True).first).to_be_visible()
     second = order.skip(1).first()
     for text in (f"{second.ecif_influence:.4g}", "no. 2 from the lowest", "Validation pairs it harms most"):
         expect(panel.get_by_text(text).first).to_be_visible()
@@ -86,7 +86,7 @@ def test_a_drag_over_the_histogram_shows_those_pairs(app, dataset, scored):
     counts = app.page.locator("[data-cy=entry-counts]").first
     before = counts.inner_text()
     app.drag_over_histogram(0.003, 0.6)
-    expect(counts).not_to_have_text(before, timeout=PATIENCE)
+    expect(counts).not_to_have_text(before)
     shown = app.thumbnails(ranked, "caption")
     assert len(shown) >= 3
     assert shown == ranked[: len(shown)]
@@ -99,7 +99,7 @@ def test_a_lasso_around_points_shows_those_pairs_and_stays(app, dataset, scored)
     panel.locator(".gl-canvas").first.wait_for(state="attached")
     said = app.page.locator("[data-cy=entry-counts]").first
     app.lasso(0.003, 0.6)
-    expect(said).not_to_have_text(f"{train} samples", timeout=PATIENCE)
+    expect(said).not_to_have_text(f"{train} samples")
     shown = app.thumbnails(dataset.exists("ecif_influence").sort_by("ecif_influence").values("caption"), "caption")
     assert shown
     count = int(said.inner_text().split()[0])
@@ -135,9 +135,10 @@ def test_detect_threshold_tag_export(app, dataset, scored, made, tmp_path):
     track.click(position={"x": track.bounding_box()["width"] * 0.6, "y": 10})
     share = float(slider.input_value())
     assert 25 < share < 35
-    expect(panel.get_by_text(f"The most suspicious: {share:.1f} % of the pairs")).to_be_visible(timeout=PATIENCE)
+    expect(panel.get_by_text(f"The most suspicious: {share:.1f} % of the pairs")).to_be_visible()
     count = math.ceil(share / 100 * train)
-    expect(panel.get_by_text(re.compile(rf"^{count} pairs, with a score of 0\.\d+ and above$"))).to_be_visible()
+    said = re.compile(rf"^{count} pairs, with a score of 0\.\d+ and above$")
+    expect(panel.get_by_text(said)).to_be_visible()
     panel.get_by_role("button", name=f"Tag {count}", exact=True).click()
     app.said(f"Tagged {count} pairs 'suspect'")
     dataset.reload()
@@ -172,7 +173,7 @@ def test_review_refit(app, dataset, audited):
     said = {}
     for number in range(1, 21):
         question = panel.get_by_text(f"Pair {number} of 20. Do image and caption belong together?")
-        expect(question).to_be_visible(timeout=PATIENCE)
+        expect(question).to_be_visible()
         picture = panel.locator("img").first
         sample = pairs[unquote(picture.get_attribute("src")).split("filepath=")[1]]
         assert panel.get_by_text(dataset[sample].caption, exact=True).is_visible()
@@ -186,7 +187,7 @@ def test_review_refit(app, dataset, audited):
             break
     misaligned = list(said.values()).count("Misaligned")
     text = f"So far {len(said) - misaligned} pairs are tagged aligned and {misaligned} misaligned"
-    expect(panel.get_by_text(text)).to_be_visible(timeout=PATIENCE)
+    expect(panel.get_by_text(text)).to_be_visible()
     for sample, verdict in said.items():
         assert verdict.lower() in dataset[sample].tags
 
@@ -257,10 +258,10 @@ def test_delete_a_run(app, dataset, scored, audited):
     form.tick("Yes, delete").run()
     app.said("Deleted the run 'audit', with ")
     for field in ("audit_misalignment", "audit_reason", "audit_duplicate"):
-        expect(app.sidebar(field)).to_have_count(0, timeout=PATIENCE)
+        expect(app.sidebar(field)).to_have_count(0)
     expect(app.sidebar("ecif_influence")).to_be_visible()
     app.close()
-    expect(panel.get_by_role("combobox").filter(has_text="ecif: influence")).to_be_visible(timeout=PATIENCE)
+    expect(panel.get_by_role("combobox").filter(has_text="ecif: influence")).to_be_visible()
     dataset.reload()
     assert dataset.list_brain_runs() == ["ecif"]
 
@@ -280,7 +281,7 @@ def test_stop_and_run_again(app, dataset, made):
     )
     stop.click()
     app.said("Stopped. What was computed so far is kept")
-    expect(stop).to_have_count(0, timeout=PATIENCE)
+    expect(stop).to_have_count(0)
     dataset.reload()
     assert dataset.list_brain_runs() == []
     assert not [field for field in dataset.get_field_schema() if field.startswith("ecif")]
