@@ -358,8 +358,8 @@ class _Anchors:
     With ``u`` the anchors' and ``v`` the others' embeddings, the role of pair
     ``n`` pulls anchor ``k`` by ``weight[k, n] (v_n - mean_k V)`` and each other
     ``j`` by ``weight[k, n] ([j = n] - mean[k, j]) u_k``; the normalisation takes
-    off the part along the embedding itself. All of it is in projected
-    coordinates: no product is with an embedding of full width.
+    off the part along the embedding itself. Weights and means are multiplied
+    with projected coordinates only, not with embeddings of full width.
     """
 
     def __init__(self, anchor: _Side, other: _Side, cosine: Tensor) -> None:
@@ -369,9 +369,8 @@ class _Anchors:
         self.u_other, self.v_other = (side.embedding @ other.output for side in (anchor, other))
         self.along_anchor = _outer(anchor.lever, self.u_anchor)
         self.along_other = _outer(other.lever, self.v_other)
-        self._centres: dict[
-            int, tuple[Tensor, Tensor, Tensor]
-        ] = {}  # by the id of a mean, which is kept so that it stays its own
+        # by the id of a mean, which is kept with them so that no other takes its id
+        self._centres: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def gradients(self, pull: Pull) -> tuple[Tensor, Tensor]:
         """Of the anchors' head and of the others', ``(n, a * b)`` each."""

@@ -319,8 +319,10 @@ def _draw_histogram(ctx: Any) -> None:
 def _draw_scatter(ctx: Any, lassoed: list[str] | None = None) -> None:
     from .plots import scatter_points
 
+    if not _has_scores(ctx):
+        return
     board, other = scoreboard(ctx), get(ctx, "other")
-    if not _has_scores(ctx) or other not in board.columns:
+    if other not in board.columns:
         return
     counts = every_sample(ctx.dataset).exists(current_field(ctx)).count_sample_tags()
     rarest = sorted((tag for tag in counts if counts[tag] < len(board.ids)), key=counts.__getitem__)[:_GROUPS]
