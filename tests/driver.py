@@ -90,7 +90,7 @@ class App:
         """Waits for a text that starts like that, and returns the whole of it."""
         found = self.page.get_by_text(text).first
         found.wait_for(timeout=PATIENCE)
-        return found.inner_text()
+        return found.text_content()  # it may be fading already
 
     def close(self):
         """Closes the form, which shows how a job went or what came of it."""
