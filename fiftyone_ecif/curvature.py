@@ -22,7 +22,7 @@ from .errors import EcifError
 from .objective import ContrastiveLoss
 
 _DENSE = 512  # parameters up to which the matrix is factorised
-_KEPT_BYTES = 2**30  # that the graphs of an objective may hold
+_KEPT_BYTES = 2**28  # that the graphs of an objective may hold
 _PROBES = 4
 _LEAST_DAMPING, _MOST_DAMPING = 2.0**-10, 2.0**20
 
@@ -69,8 +69,8 @@ def curvature_at(objective: ContrastiveLoss, theta: Tensor, solver: str) -> Prod
     The same as :meth:`ContrastiveLoss.hessian_product` and
     :meth:`~ContrastiveLoss.gauss_newton_product`, two to three times as fast: a
     product is a pass back through the graph of a gradient. The graphs of the
-    first batches are kept, as many as fit into a GiB; those of the others are
-    made anew for each product.
+    first batches are kept, as many as fit into 256 MiB; those of the others
+    are made anew for each product.
 
     Args:
         objective: what the curvature is of.

@@ -28,7 +28,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +213,41 @@ class Table:
             EcifError: if it is damaged, was written in another format, or is
                 no file as :meth:`write` makes them
         """
+        with self._columns(part, columns) as found:
+            return {name: column[()] for name, column in found.items()}
+
+    def read_each(self, *columns: str) -> Iterator[dict[str, np.ndarray]]:
+        """The columns of one part after another, while the system fetches those of the next part from the disk."""
+        ahead: Iterator[Any] = iter(())
+        for part in self.parts():
+            this, ahead = ahead, self._fetch(part, columns)
+            next(ahead)
+            yield from this
+        yield from ahead
+
+    def read_all(self, *columns: str) -> dict[str, np.ndarray]:
+        """The columns of all parts, one after another; empty arrays if there is none."""
+        found = [self.read(part, *columns) for part in self.parts()]
+        if not found:
+            return {name: np.empty(0) for name in columns}
+        try:
+            return {name: np.concatenate([part[name] for part in found]) for name in columns}
+        except ValueError as error:
+            raise self._damaged(self.folder, error) from error
+
+    def _fetch(self, part: str, columns: Sequence[str]) -> Iterator[dict[str, np.ndarray] | None]:
+        """Has the system fetch columns from the disk, without waiting for it; then, asked again, reads them."""
+        with self._columns(part, columns) as found, self._path(part).open("rb") as file:
+            for column in found.values():
+                if column.size and hasattr(os, "posix_fadvise"):
+                    chunk = column.id.get_chunk_info(0)  # there is one
+                    os.posix_fadvise(file.fileno(), chunk.byte_offset, chunk.size, os.POSIX_FADV_WILLNEED)
+            yield None
+            yield {name: column[()] for name, column in found.items()}
+
+    @contextlib.contextmanager
+    def _columns(self, part: str, names: Sequence[str]) -> Iterator[dict[str, h5py.Dataset]]:
+        """The columns of one part, known to be such, as long as it is open; errors as of :meth:`read`."""
         import h5py  # not above: the plugin must be able to say that it is missing
 
         path = self._path(part)
@@ -224,30 +259,11 @@ class Table:
                         f"{FORMAT}. Delete {self.folder} and run again"
                     )
                 rows, size = _number(file, "rows"), path.stat().st_size
-                return {name: _column(file, name, rows, size)[()] for name in columns}
+                yield {name: _column(file, name, rows, size) for name in names}
         except EcifError:
             raise
         except Exception as error:  # h5py raises many kinds on damaged files
             raise self._damaged(path, error) from error
-
-    def read_each(self, *columns: str) -> Iterator[dict[str, np.ndarray]]:
-        """The columns of one part after another, while the system fetches the part after that from the disk."""
-        parts = self.parts()
-        for part, following in zip(parts, [*parts[1:], None], strict=True):
-            if following is not None and hasattr(os, "posix_fadvise"):
-                with self._path(following).open("rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            yield self.read(part, *columns)
-
-    def read_all(self, *columns: str) -> dict[str, np.ndarray]:
-        """The columns of all parts, one after another; empty arrays if there is none."""
-        found = [self.read(part, *columns) for part in self.parts()]
-        if not found:
-            return {name: np.empty(0) for name in columns}
-        try:
-            return {name: np.concatenate([part[name] for part in found]) for name in columns}
-        except ValueError as error:
-            raise self._damaged(self.folder, error) from error
 
     def _path(self, part: str) -> Path:
         if not _SAFE_PART.fullmatch(part):

@@ -24,6 +24,19 @@ def test_rows_come_back_in_the_order_of_the_parts(store):
     assert found["y"].sum(1).tolist() == [0, 0, 0, 4, 4]
 
 
+def test_parts_are_read_one_after_another(store):
+    table = store.table("rows")
+    assert list(table.read_each("x")) == []
+    for part, count in enumerate((2, 0, 3)):
+        table.write(str(part), {"x": np.full((count, 2), part), "y": np.ones(count)})
+    found = [part["x"].tolist() for part in table.read_each("x")]
+    assert found == [[[0, 0]] * 2, [], [[2, 2]] * 3]
+    path = table.folder / "2.h5"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(EcifError, match=r"2\.h5 is damaged"):
+        list(table.read_each("x"))
+
+
 def test_a_write_that_fails_leaves_no_part(store):
     table = store.table("rows")
     with pytest.raises(TypeError):
