@@ -132,6 +132,35 @@ def list_runs(dataset: Any) -> list[RunEntry]:
     return [_entry(dataset, key) for key in dataset.list_brain_runs(method=METHOD)]
 
 
+def finished_runs(dataset: Any) -> list[str]:
+    """Keys of the runs that are written to their end, the newest last."""
+    documents = dataset._doc.brain_methods
+    keys = [key for key in dataset.list_brain_runs(method=METHOD) if documents[key].results]
+    return sorted(keys, key=lambda key: documents[key].timestamp)
+
+
+def load_run(dataset: Any, key: str, kind: str = "influence") -> Any:
+    """The results of a run as they are now, not as this process has seen them last.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        key: of the run.
+        kind ("influence"): or ``"misalignment"``.
+
+    Raises:
+        EcifError: if there is no such run, or it was stopped before its results
+            were written
+    """
+    finish_writing(dataset)
+    known = dataset.list_brain_runs(type=kind, method=METHOD)
+    if key not in known:
+        raise EcifError(f"{dataset.name!r} has no {kind} run {key!r}. Runs: {', '.join(known) or 'none'}")
+    results = _results(dataset, key)
+    if results is None:
+        raise EcifError(f"The run {key!r} was stopped before it was done. Run it again, replacing it, or delete it")
+    return results
+
+
 def staleness(dataset: Any, key: str) -> Stale:
     """Which of a run's pairs are not what they were when it was made.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,31 @@ _CHOICES = {
     "image_interpolation": ("bicubic", "bilinear", "random"),
     "image_resize_mode": ("shortest", "longest", "squash"),
 }
+
+
+def new_checkpoint(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    """The path of a checkpoint that is to be written, known to be one that can be.
+
+    Args:
+        path: of the file; ``~`` stands for the user's home. Its folder is made.
+        overwrite: whether there may be such a file.
+
+    Raises:
+        EcifError: if it is a folder or a file that is there, or cannot be written
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise EcifError(f"{path} is a folder. Give the path of the checkpoint to write, such as {path / 'model.pt'}")
+    if path.exists() and not overwrite:
+        raise EcifError(f"There is a file {path} already. Choose another name, or set overwrite=True")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise EcifError(
+            f"The folder {path.parent} cannot be written ({error.strerror}). Choose a path in one that can"
+        ) from error
+    return path
 
 
 def save_checkpoint(

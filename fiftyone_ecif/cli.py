@@ -282,11 +282,14 @@ def review(dataset: str, key: str, count: int, as_json: bool) -> None:
     Example: fiftyone-ecif review my-pairs --count 20
     """
     with job():
+        from .catalogue import load_run
+        from .samples import every_sample
+
         found = _load(dataset)
-        results = _load_run(found, key, "misalignment")
+        results = load_run(found, key, "misalignment")
         verdicts, learned, proposals = review_or_propose(results, count)
         fields = [f"{key}_misalignment", results.config.caption_field, f"{key}_reason"]
-        columns = found.select(proposals, ordered=True).values(["id", *fields])
+        columns = every_sample(found).select(proposals, ordered=True).values(["id", *fields])
         result = {
             "dataset": dataset,
             "key": key,
@@ -382,10 +385,11 @@ def trace(dataset: str, key: str, as_json: bool, **options: Any) -> None:
     Example: fiftyone-ecif trace my-pairs --count 5
     """
     with job():
+        from .catalogue import load_run
         from .tracing import trace as find
 
         found = _load(dataset)
-        traces = find(_load_run(found, key), **options)
+        traces = find(load_run(found, key), **options)
         texts = _captions(found, key, traces)
         result = [
             {
@@ -400,10 +404,12 @@ def trace(dataset: str, key: str, as_json: bool, **options: Any) -> None:
 
 
 def _captions(dataset: Any, key: str, traces: Any) -> dict[str, str]:
-    """Captions of the training pairs that traces name."""
+    """Captions of the training pairs that traces name, as far as they are still there."""
+    from .samples import pairs_now
+
     config = dataset.get_brain_info(key).config
-    named = {pair.id for one in traces for pair in (*one.culprits, *one.helpers, *one.neighbours)}
-    return dict(zip(*dataset.select(list(named)).values(["id", config.caption_field]), strict=True))
+    named = [pair.id for one in traces for pair in (*one.culprits, *one.helpers, *one.neighbours)]
+    return {sample: caption for sample, (_, caption) in pairs_now(dataset, config.caption_field, named).items()}
 
 
 def _trace_report(traces: list[dict[str, Any]], captions: dict[str, str]) -> str:
@@ -412,11 +418,19 @@ def _trace_report(traces: list[dict[str, Any]], captions: dict[str, str]) -> str
     lines = []
     for one in traces:
         lines += ["", f"{one['id']}, loss {one['loss']:.3f}", "  Relative influence  Culprit                   Caption"]
-        lines += [f"  {c['relative_influence']:18.2e}  {c['id']}  {captions[c['id']]}" for c in one["culprits"]]
+        lines += [
+            f"  {c['relative_influence']:18.2e}  {c['id']}  {captions.get(c['id'], '(deleted)')}"
+            for c in one["culprits"]
+        ]
         lines += ["  Relative influence  Helper                    Caption"]
-        lines += [f"  {h['relative_influence']:18.2e}  {h['id']}  {captions[h['id']]}" for h in one["helpers"]]
+        lines += [
+            f"  {h['relative_influence']:18.2e}  {h['id']}  {captions.get(h['id'], '(deleted)')}"
+            for h in one["helpers"]
+        ]
         lines += ["          Similarity  Neighbour                 Caption"]
-        lines += [f"  {n['similarity']:18.3f}  {n['id']}  {captions[n['id']]}" for n in one["neighbours"]]
+        lines += [
+            f"  {n['similarity']:18.3f}  {n['id']}  {captions.get(n['id'], '(deleted)')}" for n in one["neighbours"]
+        ]
     return "\n".join(lines[1:])
 
 
@@ -437,12 +451,13 @@ def edit(
     Example: fiftyone-ecif edit my-pairs edited.pt --tag harmful
     """
     with job():
+        from .catalogue import load_run
         from .editing import Edit, edit_model
 
         if not (tags or view):
             raise click.UsageError("Say what to take out: --tag or --view")
         found = _load(dataset)
-        result = edit_model(_load_run(found, key), _narrow(found, tags, view), path, **options)._asdict()
+        result = edit_model(load_run(found, key), _narrow(found, tags, view), path, **options)._asdict()
     print_result(result, as_json, lambda r: str(Edit(**r)))
 
 
@@ -605,19 +620,6 @@ def _load_in_turn(name: str, ranks: Ranks) -> Any:
     if ranks.first:
         ranks.wait()
     return found
-
-
-def _load_run(dataset: Any, key: str, kind: str = "influence") -> Any:
-    from .writing import finish_writing
-
-    finish_writing(dataset)
-    known = dataset.list_brain_runs(type=kind, method="ecif")
-    if key not in known:
-        raise EcifError(f"{dataset.name!r} has no {kind} run {key!r}. Runs: {', '.join(known) or 'none'}")
-    results = dataset.load_brain_results(key)
-    if results is None:
-        raise EcifError(f"The run {key!r} was stopped before it was done. Run it again with --overwrite, or delete it")
-    return results
 
 
 def _narrow(dataset: Any, tags: tuple[str, ...], view: str | None) -> Any:

@@ -123,6 +123,16 @@ class BatchLoss(ABC):
 
         Returns:
             ``(positive, negative)``: the pulls that add up to each role
+
+        Raises:
+            EcifError: as :meth:`check_role`
+        """
+
+    def check_role(self, role: str) -> None:  # noqa: B027, most losses have all
+        """Checks that this loss has such a role.
+
+        Raises:
+            EcifError: if it has not
         """
 
     def removal_tangents(self, similarity: Tensor, direction: Tensor, role: str = "exact") -> tuple[Tensor, Tensor]:
@@ -221,9 +231,12 @@ class SigmoidLoss(BatchLoss):
     def own_losses(self, similarity: Tensor) -> Tensor:
         return softplus(-similarity.diagonal())
 
-    def removal_pulls(self, similarity: Tensor, role: str = "exact") -> Pulls:
+    def check_role(self, role: str) -> None:
         if role == "as_printed":
             raise EcifError("role='as_printed' is a formula for the softmax loss; this model has a sigmoid loss")
+
+    def removal_pulls(self, similarity: Tensor, role: str = "exact") -> Pulls:
+        self.check_role(role)
         none = torch.zeros_like(similarity)
         own = -(-similarity.diagonal()).sigmoid() / 2  # half with images, half with captions as anchors
         positive: list[Pull] = [SinglePull(own, none, torch.arange(len(own), device=own.device))]

@@ -16,7 +16,8 @@ import fiftyone.core.fields as fof
 from fiftyone import ViewField
 
 from .errors import EcifError
-from .samples import check_collection
+from .samples import check_collection, every_sample
+from .verdicts import check_mark
 
 #: Which end of a score each direction means: of influence, then of misalignment.
 DIRECTIONS = {"harmful": "lowest", "valuable": "highest", "suspicious": "highest"}
@@ -78,7 +79,9 @@ def select_by_influence(
     if share is not None:
         if not 0 < share <= 1:
             raise EcifError(f"share={share} must be in (0, 1]")
-        count = math.ceil(share * len(scored))
+        count = whole_pairs(share, len(scored))
+        if not count:
+            raise EcifError(f"None of these samples has a score in {field!r}")
     if count is None or count < 1:
         raise EcifError(f"count={count} must be at least 1")
     return ordered.limit(min(count, len(samples)))
@@ -111,12 +114,20 @@ def tag_by_influence(
         a view of the tagged samples, the extreme ones first
 
     Raises:
-        EcifError: as :func:`select_by_influence`
+        EcifError: as :func:`select_by_influence`, or if the tag is reserved for
+            what a person says
     """
+    check_mark(tag)
     selected = select_by_influence(samples, field, direction, count=count, share=share, threshold=threshold)
-    selected = samples._dataset.select(selected.values("id"), ordered=True)  # a tag may end the samples' own view
+    # a tag may end the samples' own view
+    selected = every_sample(samples._dataset).select(selected.values("id"), ordered=True)
     selected.tag_samples(tag or direction)
     return selected
+
+
+def whole_pairs(share: float, pairs: int) -> int:
+    """How many pairs a share of them is, rounded up."""
+    return math.ceil(round(share * pairs, 6))  # 0.07 * 100 is a little more than 7
 
 
 def export_pairs(

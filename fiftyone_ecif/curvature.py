@@ -139,7 +139,7 @@ class _HeldBytes:
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would be a cycle, never freed: saved outputs hold their graph
 
 
 def solve(

@@ -106,6 +106,7 @@ class Audit:
         gradients: of the pairs, if the model was trained on them.
         influence: of the pairs on a validation set, shape ``(N,)``, if there is one.
         seed: of partitions and folds.
+        device: where neighbours are looked for.
     """
 
     objective: ContrastiveLoss
@@ -114,6 +115,7 @@ class Audit:
     gradients: CachedGradients | None = None
     influence: np.ndarray | None = None
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def batches(self) -> FeatureBatches:
@@ -136,7 +138,7 @@ class Audit:
     @cached_property
     def model(self) -> Space:
         """The pairs as the audited model sees them."""
-        return Space(*self.embeddings(self.theta), torch.from_numpy(self.duplicates.pair))
+        return Space(*self.embeddings(self.theta), torch.from_numpy(self.duplicates.pair), self.device)
 
 
 class Space:
@@ -146,10 +148,11 @@ class Space:
         images: shape ``(N, d)``.
         captions: likewise.
         group: numbers of shape ``(N,)``; copies of a pair, which are not to vouch for it, share one.
+        device ("cpu"): where neighbours are looked for.
     """
 
-    def __init__(self, images: Tensor, captions: Tensor, group: Tensor) -> None:
-        self.images, self.captions, self.group = images, captions, group
+    def __init__(self, images: Tensor, captions: Tensor, group: Tensor, device: str = "cpu") -> None:
+        self.images, self.captions, self.group, self.device = images, captions, group, device
 
     @cached_property
     def distance(self) -> Tensor:
@@ -159,7 +162,10 @@ class Space:
     @cached_property
     def neighbours(self) -> tuple[Neighbours, Neighbours]:
         """The nearest images and the nearest captions."""
-        return nearest(self.images, _NEIGHBOURS, self.group), nearest(self.captions, _NEIGHBOURS, self.group)
+        images, captions = (
+            nearest(side, _NEIGHBOURS, self.group, self.device) for side in (self.images, self.captions)
+        )
+        return images, captions
 
     def disagreement(self, count: int, near: float = 0.1, doubt: float = 5.0) -> tuple[Tensor, Tensor]:
         """LEMoN's terms ``a`` and ``b``, shape ``(N,)`` each: what nearest images and captions say.

@@ -61,28 +61,29 @@ class Duplicates:
         }
 
 
-def find_duplicates(images: Tensor, captions: Sequence[str]) -> Duplicates:
+def find_duplicates(images: Tensor, captions: Sequence[str], device: str = "cpu") -> Duplicates:
     """Finds duplicates by frozen image features and by text.
 
     Args:
         images: image features, shape ``(N, w)``.
         captions: one for each.
+        device ("cpu"): where images are compared.
     """
     numbers: dict[str, int] = {}  # an array of text would be as wide as the longest caption
     words = [numbers.setdefault(_words(caption), len(numbers)) for caption in captions]
-    return Duplicates(_same_images(images), np.array(words))
+    return Duplicates(_same_images(images, device), np.array(words))
 
 
 def _words(caption: str) -> str:
     return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", caption).casefold()).strip() or caption
 
 
-def _same_images(images: Tensor) -> np.ndarray:
+def _same_images(images: Tensor, device: str) -> np.ndarray:
     exact = _groups(images.numpy())
     first = np.unique(exact, return_index=True)[1]  # one of each, so that many copies do not fill the neighbours
     distinct = images[torch.from_numpy(first)]
     try:
-        found = nearest(distinct - distinct.mean(0), _NEAR)
+        found = nearest(distinct - distinct.mean(0), _NEAR, device=device)
     except EcifError:  # there is but one image
         return exact
     rows, places = torch.nonzero(found.similarity >= _SAME, as_tuple=True)

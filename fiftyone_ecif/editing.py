@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checkpoint import save_checkpoint
+from .checkpoint import new_checkpoint, save_checkpoint
 from .choices import parse_scope
 from .curvature import Solution, curvature_at, solve
 from .errors import EcifError
@@ -175,7 +174,7 @@ def edit_model(
 
     Raises:
         EcifError: if a pair was not scored, all would be removed, the run's
-            pairs changed since, or the file exists
+            pairs changed since, or the file exists or cannot be written
     """
     return follow(edit_steps(results, removed, path, overwrite=overwrite, device=device), progress)
 
@@ -184,9 +183,7 @@ def edit_steps(
     results: InfluenceResults, removed: Any, path: str, *, overwrite: bool = False, device: str | None = None
 ) -> Generator[Progress, None, Edit]:
     """:func:`edit_model` as a generator of its progress."""
-    out = Path(path)
-    if out.exists() and not overwrite:
-        raise EcifError(f"{path} exists. Choose another path, or set overwrite=True")
+    out = new_checkpoint(path, overwrite)
     rows = _rows(results, removed)
     problem, objective, theta = yield from reopen(results, device)
     gradient, before = _target_gradient(problem, theta)

@@ -56,11 +56,11 @@ class Head:
     transposed: bool
 
     def matrix(self, model: nn.Module) -> Tensor:
-        """Shape ``(w, d)``, in float64; with a bias, ``(w + 1, d)``."""
-        weight = model.get_parameter(self.weight).detach().double()
+        """Shape ``(w, d)``, on the CPU in float64, which not every device has; with a bias, ``(w + 1, d)``."""
+        weight = model.get_parameter(self.weight).detach().cpu().double()
         rows = [weight.T if self.transposed else weight]
         if self.bias:
-            rows.append(model.get_parameter(self.bias).detach().double()[None])
+            rows.append(model.get_parameter(self.bias).detach().cpu().double()[None])
         return torch.cat(rows)
 
     def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class Encoder:
         adapters: low-rank adapters that ``fiftyone-ecif fit`` wrote beside the
             checkpoint; they are part of the loaded weights.
         fingerprint: hex digest of all that the features depend on:
-            architecture, weights, preprocessing and tokenizer.
+            architecture, weights, preprocessing, tokenizer and precision.
 
     Raises:
         EcifError: if the model, the tag, the checkpoint or the device does not
@@ -151,7 +151,7 @@ class Encoder:
             if choice.rank is None:
                 return TowerScope(self.model, names, self.loss)
             return TowerScope(self.model, names, self.loss, choice.rank, self.adapters, seed)
-        image, text = (head.matrix(self.model).cpu() for head in self.heads.values() if head)
+        image, text = (head.matrix(self.model) for head in self.heads.values() if head)
         scale = self.model.logit_scale.detach().double().exp().item()
         bias = getattr(self.model, "logit_bias", None)
         shift = 0.0 if bias is None else bias.detach().double().item()
@@ -291,8 +291,8 @@ class Encoder:
         height, width = size if isinstance(size, tuple | list) else (size, size)
         noise = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
         inputs = noise.to(self.device) if tower == "image" else self.tokens(["a photo", "of two things"])
-        expected = self._run(tower, inputs, None).double()
-        found = self._run(tower, inputs, head).double() @ head.matrix(self.model)
+        expected = self._run(tower, inputs, None).cpu().double()
+        found = self._run(tower, inputs, head).cpu().double() @ head.matrix(self.model)
         close = torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
         return head if close else None
 
@@ -312,6 +312,7 @@ class Encoder:
             open_clip.get_model_preprocess_cfg(self.model),
             type(self.tokenizer).__name__,
             getattr(self.tokenizer, "context_length", None),
+            *["float16"] * self._half,
         ]
         digest.update(json.dumps(made_of, sort_keys=True, default=str).encode())
         for key, value in self.model.state_dict().items():

@@ -22,7 +22,7 @@ from .objective import ContrastiveLoss
 from .problem import Problem, prepare
 from .progress import Progress, follow
 from .runs import check_key
-from .samples import check_collection
+from .samples import check_collection, every_sample
 from .scoring import Method, keep_gradients, score_pairs, stationary_point
 from .store import Store
 from .verdicts import check_mark
@@ -258,7 +258,7 @@ def tag_misaligned(
         share = results.noise_rate.rate
         if share == 0:
             return 0
-    scored = results.samples._dataset.select(results.ids)
+    scored = every_sample(results.samples._dataset).select(results.ids)
     field = f"{results.key}_misalignment"
     return len(tag_by_influence(scored, field, tag, "suspicious", share=share, threshold=threshold))
 
@@ -293,7 +293,7 @@ def _open_audit(
     """The pairs and the model as detectors take them, and how far from a minimum the model is."""
     objective = ContrastiveLoss(problem.scope, problem.batches(config.seed), len(problem.pairs.ids), config.proximal)
     theta, norm = yield from stationary_point(store, objective, config.fit)
-    duplicates = find_duplicates(problem.features[0][:], problem.pairs.captions)
+    duplicates = find_duplicates(problem.features[0][:], problem.pairs.captions, problem.encoder.device)
     gradients = influence = None
     if config.fit or config.trained:
         method = Method(fit=config.fit, proximal=config.proximal)
@@ -303,7 +303,7 @@ def _open_audit(
         else:
             yield from keep_gradients(store, objective, theta, {}, method)
         gradients = read_cached(store, method.solver)
-    return Audit(objective, theta, duplicates, gradients, influence, config.seed), norm
+    return Audit(objective, theta, duplicates, gradients, influence, config.seed, problem.encoder.device), norm
 
 
 def _write_scores(store: Store, config: MisalignmentConfig, problem: Problem, findings: Findings) -> str:

@@ -25,8 +25,8 @@ class Neighbours(NamedTuple):
     similarity: Tensor
 
 
-def nearest(embeddings: Tensor, count: int, group: Tensor | None = None) -> Neighbours:
-    """The rows most alike to each row, on a GPU where there is one.
+def nearest(embeddings: Tensor, count: int, group: Tensor | None = None, device: str = "cpu") -> Neighbours:
+    """The rows most alike to each row.
 
     The cost is ``N^2 d`` multiplications, the memory a block of the similarity
     matrix beside the rows and the result.
@@ -36,11 +36,11 @@ def nearest(embeddings: Tensor, count: int, group: Tensor | None = None) -> Neig
         count: neighbours to find; fewer if there are not as many.
         group (None): rows of one number are never neighbours of one another;
             by default each row is its own group. Shape ``(N,)``.
+        device ("cpu"): where they are compared.
 
     Raises:
         EcifError: if a row has no possible neighbour
     """
-    device = "cuda" if torch.cuda.is_available() else embeddings.device
     units = normalize(embeddings.to(device).float(), dim=1)
     group = torch.arange(len(units)) if group is None else group
     count = min(count, len(units) - int(torch.bincount(group).max()))

@@ -45,12 +45,14 @@ def look_at(results: Any, sample: str, count: int = 5) -> Portrait:
     Args:
         results: of :func:`fiftyone_ecif.compute_influence` or
             :func:`fiftyone_ecif.compute_misalignment`.
-        sample: id of a scored sample.
+        sample: id of a sample.
         count (5): how many others to name, of each sort.
 
     Returns:
-        what there is: a run that kept no gradients leaves all lists empty
+        what there is: all lists are empty if the run kept no gradients or the sample is not among its pairs
     """
+    if sample not in results.ids:
+        return Portrait([], [], [])
     row = results.ids.index(sample)
     store = Store(*results.config.store)
     pair = stored_pair(store, row, "image", "positive", "negative")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import fiftyone as fo
 import fiftyone.core.labels as fol
 import fiftyone.utils.torch as fout
 import numpy as np
@@ -27,8 +26,8 @@ from .objective import Batches, ContrastiveLoss, random_partition
 from .progress import Progress
 from .ranks import ALONE, Ranks
 from .rows import Rows
-from .runs import InfluenceConfig, InfluenceResults, database_id
-from .samples import Pairs, check_collection, read_pairs, warn_skipped
+from .runs import InfluenceConfig, InfluenceResults, database_id, target_dataset
+from .samples import Pairs, check_collection, every_sample, read_pairs, warn_skipped
 from .scope import Scope
 from .scoring import stationary_point
 from .store import Store
@@ -128,6 +127,7 @@ def prepare(
     slices = dict(target) if isinstance(target, Mapping) else {"": target}
     aims = {name: _read_target(name, view, config, skip_failures) for name, view in slices.items()}
     _check_sizes(pairs, aims, config.batch_size)
+    _classes(aims, config)
     shared = _warn_shared(pairs, aims)
     home = Store(str(samples._dataset._doc.id))
     home.ensure_writable()
@@ -136,6 +136,7 @@ def prepare(
 
     yield Progress("Loading the model", 0, 1)
     encoder = Encoder(config.model, config.pretrained, device)
+    encoder.loss.check_role(config.role)
     scope = encoder.scope(choice, config.seed)
     store = home.inside(encoder.fingerprint)
     yield Progress("Loading the model", 1, 1)
@@ -157,9 +158,7 @@ def prepare(
     batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
 
     targets = {}
-    classes = sorted({label for group in aims.values() for label in group.captions})
-    if config.target_loss == "zero_shot" and len(classes) < 2:
-        raise EcifError(f"The target has one class only, {classes[0]!r}. Zero-shot classification needs at least 2")
+    classes = _classes(aims, config)
     for (label, group), chosen in zip(aims.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, config.seed)
         features = images.select(chosen), texts.select(chosen)
@@ -198,13 +197,13 @@ def reopen(
     """
     config = results.config
     dataset = results.samples._dataset
-    home = config.target["dataset"]
-    if home != dataset.name and not fo.dataset_exists(home):
-        raise EcifError(f"The target of run {results.key!r} is in dataset {home!r}, which is gone or has another name")
-    source = dataset if home == dataset.name else fo.load_dataset(home)
-    slices = {name: source.select(ids) for name, ids in config.target["ids"].items()}
+    source = target_dataset(dataset, config.target)
+    if source is None:
+        home = config.target["dataset"]
+        raise EcifError(f"The target of run {results.key!r} is in dataset {home!r}, which is gone")
+    slices = {name: every_sample(source).select(ids) for name, ids in config.target["ids"].items()}
     problem = yield from prepare(
-        dataset.select(results.ids),
+        every_sample(dataset).select(results.ids),
         slices if config.slices else slices[""],
         config,
         device=device,
@@ -227,6 +226,7 @@ def describe(target: Any, problem: Problem) -> dict[str, Any]:
     views = list(target.values()) if isinstance(target, Mapping) else [target]
     return {
         "dataset": views[0]._dataset.name,
+        "dataset_id": str(views[0]._dataset._doc.id),
         "samples": sum(len(view) for view in views),
         "view": views[0].view().name,
         "stages": "; ".join(str(view.view()) for view in views)[:2000],
@@ -249,6 +249,14 @@ def _read_target(name: str, view: Any, config: InfluenceConfig, skip_failures: b
         return read_pairs(view, field, skip_failures)
     except EcifError as error:
         raise EcifError(f"The target {name + ' ' if name else ''}cannot be used. {error}") from error
+
+
+def _classes(aims: Mapping[str, Pairs], config: InfluenceConfig) -> list[str]:
+    """The classes of the target's pairs, of which zero-shot classification needs two."""
+    classes = sorted({label for group in aims.values() for label in group.captions})
+    if config.target_loss == "zero_shot" and len(classes) < 2:
+        raise EcifError(f"The target has one class only, {classes[0]!r}. Zero-shot classification needs at least 2")
+    return classes
 
 
 def _make_target(

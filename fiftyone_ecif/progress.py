@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
 import fiftyone.core.utils as fou
-from pymongo.errors import PyMongoError
+from pymongo.errors import ConnectionFailure
 
 from .errors import EcifError
 
@@ -47,6 +47,21 @@ class Progress(NamedTuple):
         return (STAGES.index(self.stage) + share) / len(STAGES)
 
 
+def explain(error: Exception) -> EcifError | None:
+    """What to do about a failure that is nobody's fault; None of any other."""
+    if isinstance(error, ConnectionFailure):
+        return EcifError(
+            f"FiftyOne's database does not answer any more ({str(error)[:200]}). Start it, and run again: what was "
+            "computed is kept, and what was begun to be written is finished then"
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
+        return EcifError(
+            f"There is not enough memory ({str(error)[:200]}). Use a smaller batch_size or a smaller scope, or "
+            "device='cpu' if it was a GPU's; what was encoded is kept"
+        )
+    return None
+
+
 def follow(work: Generator[Progress, None, T], progress: bool | Callable[..., None] | None = None) -> T:
     """Drives work to its end behind FiftyOne's progress bars, one a stage.
 
@@ -59,7 +74,7 @@ def follow(work: Generator[Progress, None, T], progress: bool | Callable[..., No
         what the work returns
 
     Raises:
-        EcifError: as the work does, or if the database is lost
+        EcifError: as the work does, or if the database is lost or memory runs out
     """
     stage = ""
     bar: Any = None
@@ -75,11 +90,10 @@ def follow(work: Generator[Progress, None, T], progress: bool | Callable[..., No
             bar.set_iteration(step.done)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
-    except PyMongoError as error:
-        raise EcifError(
-            f"FiftyOne's database does not answer any more ({str(error)[:200]}). Start it, and run again: what was "
-            "computed is kept, and what was begun to be written is finished then"
-        ) from error
+    except Exception as error:
+        if explained := explain(error):
+            raise explained from error
+        raise
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)

@@ -88,8 +88,9 @@ def join() -> Ranks:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if place < torch.cuda.device_count():  # those without a GPU of their own share the first, or use the CPU
+        torch.cuda.set_device(place)
     try:
         dist.init_process_group(timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:

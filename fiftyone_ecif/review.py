@@ -77,14 +77,15 @@ def review_misalignment(
     known = labels >= 0
     probability[known] = labels[known]
     auroc, low, high = _confidence(signals, guess, labels, seed)
-    proposals = propose(probability, known, count, seed)
+    gone = _gone(results)
+    proposals = propose(probability, known | gone, count, seed)
     review = Review(
         int((labels == 0).sum()),
         int((labels == 1).sum()),
         auroc,
         low,
         high,
-        float(probability.sum()),
+        float(probability[~gone].sum()),
         [results.ids[row] for row in proposals],
     )
     results.config.reviewed = datetime.now(timezone.utc).isoformat()
@@ -98,7 +99,7 @@ def propose_pairs(results: MisalignmentResults, count: int = 20, seed: int = 0) 
     """Sample ids to look at while too few are tagged to learn from.
 
     Most of them around the estimated noise rate, where the score says least, and
-    some from everywhere; none that is tagged already.
+    some from everywhere; none that is tagged already, or deleted.
 
     Args:
         results: of :func:`fiftyone_ecif.compute_misalignment`.
@@ -107,8 +108,14 @@ def propose_pairs(results: MisalignmentResults, count: int = 20, seed: int = 0) 
     """
     scores = results.detector_scores()[results.config.detector]
     said = set(every_sample(results.samples._dataset).match_tags([ALIGNED, MISALIGNED]).values("id"))
-    known = np.array([sample in said for sample in results.ids])
+    known = np.array([sample in said for sample in results.ids]) | _gone(results)
     return [results.ids[row] for row in propose(first_guess(scores, results.noise_rate.rate), known, count, seed)]
+
+
+def _gone(results: MisalignmentResults) -> np.ndarray:
+    """Which pairs are no longer in the dataset, bool, shape ``(N,)``."""
+    there = set(every_sample(results.samples._dataset).select(results.ids).values("id"))
+    return np.array([sample not in there for sample in results.ids])
 
 
 def first_guess(scores: np.ndarray, noise_rate: float) -> np.ndarray:

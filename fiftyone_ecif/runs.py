@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import fiftyone.core.brain as fob
+import fiftyone.core.dataset as fod
 import fiftyone.core.fields as fof
 import numpy as np
+from bson import ObjectId
 from fiftyone.core.odm import get_db_conn
 
 from .appearance import forget_fields, show_fields
 from .cached import CachedGradients, read_cached, read_effects
 from .choices import ROLES, SOLVERS, TARGET_LOSSES, parse_scope
 from .errors import EcifError
+from .samples import every_sample
 from .store import Store, Table
 
 PairFunction = Callable[..., Any]
@@ -220,6 +223,22 @@ def slice_names(target: Any) -> list[str]:
         if not isinstance(name, str) or not f"_{name}".isidentifier():
             raise EcifError(f"{name!r} is not a name for a slice of the target. Use letters, digits and _")
     return names
+
+
+def target_dataset(dataset: Any, target: Mapping[str, Any]) -> Any:
+    """The dataset that holds the samples of a run's target, whatever it is called now; None if it is gone.
+
+    Args:
+        dataset: that the run is on; a clone has the samples of the first one.
+        target: as the run's configuration records it.
+    """
+    samples = {sample for ids in target["ids"].values() for sample in ids}
+    if target.get("dataset_id") == str(dataset._doc.id) or every_sample(dataset).select(list(samples)).count() == len(
+        samples
+    ):
+        return dataset
+    found = get_db_conn()["datasets"].find_one({"_id": ObjectId(target.get("dataset_id"))})
+    return found and fod.load_dataset(found["name"])
 
 
 def check_key(dataset: Any, brain_key: str, overwrite: bool, config: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,8 @@ def caption_fields(samples: Any) -> list[str]:
 
 
 def every_sample(dataset: Any) -> Any:
-    """All samples of a dataset, of every slice if it is grouped."""
-    return dataset.select_group_slices(_allow_mixed=True) if dataset.media_type == "group" else dataset
+    """All samples of a dataset; the images of every slice if it is grouped."""
+    return dataset.select_group_slices(media_type="image") if dataset.media_type == "group" else dataset
 
 
 def check_collection(samples: Any, caption_field: str | None) -> None:
@@ -147,9 +147,17 @@ def _what_is_wrong(path: str, caption: Any, open_image: bool) -> str | None:
     return None
 
 
-def pairs_now(dataset: Any, caption_field: str) -> dict[str, tuple[str, Any]]:
-    """Path and caption by sample id, of all slices of a grouped dataset; None where there is no such field."""
+def pairs_now(dataset: Any, caption_field: str, ids: Sequence[str] | None = None) -> dict[str, tuple[str, Any]]:
+    """Path and caption by sample id, of all slices of a grouped dataset.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        caption_field: where the captions are; they are None where it is gone.
+        ids (None): of some samples only, in this order, those that are gone left out.
+    """
     samples = every_sample(dataset)
+    if ids is not None:
+        samples = samples.select(list(dict.fromkeys(ids)), ordered=True)
     there = samples.get_field(caption_field) is not None
     ids, paths, *captions = samples.values(["id", "filepath"] + [caption_field] * there)
     return dict(zip(ids, zip(paths, *(captions or [[None] * len(ids)]), strict=True), strict=True))

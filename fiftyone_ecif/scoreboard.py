@@ -16,7 +16,8 @@ import fiftyone.core.fields as fof
 import numpy as np
 from fiftyone import ViewField
 
-from .curation import DIRECTIONS
+from .catalogue import finished_runs
+from .curation import DIRECTIONS, whole_pairs
 from .samples import every_sample
 
 
@@ -130,7 +131,7 @@ class Scoreboard:
         order = self._ascending(field)
         if DIRECTIONS[direction] == "highest":
             order = order[::-1]
-        rows = order[: math.ceil(share * len(order))]
+        rows = order[: whole_pairs(share, len(order))]
         return Cut(list(self.ids[rows]), float(self.columns[field][rows[-1]]) if len(rows) else None)
 
     def _ascending(self, field: str) -> np.ndarray:
@@ -140,16 +141,19 @@ class Scoreboard:
 
 
 def read_scoreboard(dataset: Any) -> Scoreboard:
-    """The scores of all runs on a dataset, kept in memory until one is written anew or samples come or go."""
-    runs = {key: dataset.get_brain_info(key) for key in dataset.list_brain_runs(method="ecif")}
+    """The scores of all runs on a dataset, kept in memory until one is written anew or samples come or go.
+
+    Runs that are not written to their end are left out.
+    """
+    keys = finished_runs(dataset)
     version = (
         str(dataset._doc.id),
         every_sample(dataset).count(),
-        *(f"{key} {info.timestamp} {info.config.serialize()}" for key, info in runs.items()),
+        *(f"{key} {dataset._doc.brain_methods[key].results.grid_id}" for key in keys),  # new with each writing
     )
     found = _latest.get(version)
     if found is None:
-        fields = [name for key, info in runs.items() for name in score_fields(dataset, key, info.config)]
+        fields = [name for key in keys for name in score_fields(dataset, key, dataset.get_brain_info(key).config)]
         found = _read(dataset, fields)
         _latest.clear()
         _latest[version] = found

@@ -121,7 +121,7 @@ def score_pairs(
         "parameters": len(theta),
         "relative_gradient_norm": relative_gradient_norm,
         "smallest_norm": smallest_norm,
-        "training_loss": objective.loss(theta).item(),
+        "training_loss": ContrastiveLoss(scope, batches, pairs, ranks=ranks).loss(theta).item(),  # without the pull
         "target_loss": float(np.mean(losses)),
     }
     if solutions:

@@ -11,6 +11,7 @@ from .cached import read_effects, stored_influence, stored_products
 from .errors import EcifError
 from .progress import Progress, follow
 from .runs import TRACE, InfluenceConfig, InfluenceResults
+from .samples import every_sample
 from .store import Store
 from .writing import write_scores
 
@@ -221,7 +222,7 @@ def mark_traces(results: InfluenceResults, traces: Sequence[Trace]) -> Any:
         raise EcifError(f"There is a field {field!r} already, which no run wrote. Rename it, or the run")
     config.traced = True
     write_scores(results, {field: {pair: "; ".join(said) for pair, said in says.items()}})
-    return dataset.select(list(dict.fromkeys(order)), ordered=True)
+    return every_sample(dataset).select(list(dict.fromkeys(order)), ordered=True)
 
 
 def _lowest(values: np.ndarray, count: int) -> Sequence[int]:

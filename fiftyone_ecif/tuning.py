@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from open_clip.factory import parse_model_name
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from .checkpoint import save_checkpoint
+from .checkpoint import new_checkpoint, save_checkpoint
 from .choices import ScopeChoice, parse_scope
 from .encoder import Encoder, check_names, choose_device
 from .errors import EcifError
@@ -184,8 +183,7 @@ def fit_steps(
     choice = settings.check()
     choose_device(device)
     check_collection(samples, settings.caption_field)
-    path = Path(path).expanduser()
-    _check_path(path, overwrite)
+    path = new_checkpoint(path, overwrite)
 
     yield Progress("Reading pairs", 0, 1)
     pairs = read_pairs(samples, settings.caption_field, settings.skip_failures)
@@ -323,20 +321,6 @@ def _find_unreadable(encoder: Encoder, pairs: Pairs, skip_failures: bool) -> Gen
                 )
     yield Progress("Reading images", len(images), len(images))
     return failures
-
-
-def _check_path(path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        raise EcifError(f"{path} is a folder. Give the path of the checkpoint to write, such as {path / 'tuned.pt'}")
-    if path.exists() and not overwrite:
-        raise EcifError(f"There is a file {path} already. Choose another name, or set overwrite=True")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise EcifError(
-            f"The folder {path.parent} cannot be written ({error.strerror}). Choose a path in one that can"
-        ) from error
 
 
 def _check_count(pairs: Pairs) -> None:

@@ -24,7 +24,7 @@ from bson import json_util
 from fiftyone.core.brain import BrainMethodConfig, BrainResults
 from fiftyone.core.view import DatasetView
 from filelock import FileLock, Timeout
-from pymongo.errors import PyMongoError
+from pymongo.errors import ConnectionFailure, OperationFailure
 
 from .appearance import forget_fields, show_fields
 from .errors import EcifError
@@ -169,7 +169,7 @@ def _finish(dataset: Any, file: Path) -> list[str]:
         results = BrainResults.from_dict(found["results"], view, config, found["key"])
         replaced = found["replaced"] and BrainMethodConfig.from_dict(found["replaced"])
         _carry_out(results, Writing(found["key"], found["new"], found["scores"], replaced))
-    except PyMongoError:
+    except ConnectionFailure:
         raise
     except Exception as error:  # whatever it is, it must not come back each time that runs are listed
         logger.warning("A run that was stopped while it was written cannot be finished (%s): %s", file, error)
@@ -195,7 +195,8 @@ def _carry_out(results: Any, writing: Writing) -> None:
             dataset.add_sample_field(name, fields[name].type, description=fields[name].description)
     for name, values in writing.scores.items():
         dataset.set_values(name, dict(values), key_field="id")
-        dataset.create_index(name)
+        with contextlib.suppress(OperationFailure):  # MongoDB allows 64 for a dataset; sorting only takes longer
+            dataset.create_index(name)
         written = dataset.get_field(name)
         if written.description != fields[name].description:  # what was there before may have meant something else
             written.description = fields[name].description

@@ -9,6 +9,8 @@ from typing import Any
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
+from fiftyone_ecif.samples import every_sample
+
 from .forms import (
     ask_background,
     ask_new_file,
@@ -117,8 +119,10 @@ def _ask_removed(inputs: Any, ctx: Any, key: str) -> None:
         description="The model will be as if it had never been trained on them",
     )
     chosen = ctx.params.get("remove")
-    if chosen in offered:
-        view, scored = _removed(ctx, chosen), ctx.dataset.count(f"{key}_influence")
+    if not ctx.dataset.has_sample_field(f"{key}_influence"):
+        refuse(removed, f"The field {key}_influence is no longer there. Make the run again, or choose another one")
+    elif chosen in offered:
+        view, scored = _removed(ctx, chosen), every_sample(ctx.dataset).count(f"{key}_influence")
         count = view.count(f"{key}_influence")
         if count == 0:
             refuse(removed, f"None of these {len(view):,} samples was scored by run {key!r}")
@@ -138,15 +142,16 @@ def _ask_removed(inputs: Any, ctx: Any, key: str) -> None:
 
 
 def _removed(ctx: Any, remove: str) -> Any:
-    return ctx.dataset.select(ctx.selected) if remove == _SELECTION else target_view(ctx.dataset, remove)
+    return every_sample(ctx.dataset).select(ctx.selected) if remove == _SELECTION else target_view(ctx.dataset, remove)
 
 
 def _edit(ctx: Any, job: Job) -> Iterator[Any]:
+    from fiftyone_ecif.catalogue import load_run
     from fiftyone_ecif.editing import edit_steps
 
     key = ctx.params.get("brain_key", _KEY)
     removed = _removed(ctx, ctx.params["remove"]).exists(f"{key}_influence").values("id")
-    results = ctx.dataset.load_brain_results(key, cache=False)  # another process may have renewed the run
+    results = load_run(ctx.dataset, key)
     work = edit_steps(results, removed, str(new_file(ctx)), overwrite=ctx.params.get("overwrite", False))
     edit = yield from with_progress(ctx, job, work)
     yield report(ctx, str(edit), 1.0)

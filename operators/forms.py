@@ -10,6 +10,7 @@ from typing import Any
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.samples import every_sample
 
 from .models import model_names, pretrained_tags
 
@@ -87,7 +88,7 @@ def ask_pairs(inputs: Any, ctx: Any) -> Any:
 
 def target_names(dataset: Any) -> list[str]:
     """What can serve as validation pairs: tags and saved views."""
-    tags = [f"tag: {tag}" for tag in dataset.distinct("tags")]
+    tags = [f"tag: {tag}" for tag in every_sample(dataset).distinct("tags")]
     return tags + [f"saved view: {name}" for name in dataset.list_saved_views()]
 
 
@@ -95,7 +96,7 @@ def target_view(dataset: Any, target: str) -> Any:
     """The validation pairs that one of :func:`target_names` means."""
     kind, _, name = target.partition(": ")
     if kind == "tag":
-        return dataset.match_tags(name)
+        return every_sample(dataset).match_tags(name)
     if kind == "saved view" and dataset.has_saved_view(name):
         return dataset.load_saved_view(name)
     raise EcifError(f"target={target!r} is neither 'tag: NAME' nor 'saved view: NAME' of this dataset")

@@ -44,7 +44,7 @@ def has_jobs(ctx: Any) -> bool:
 
 def running_jobs(ctx: Any) -> dict[str, dict[str, Any]]:
     """Jobs on the dataset by their id: ``name``, ``label`` and ``progress`` in [0, 1] as last reported."""
-    return {key: job for key, job in _entries(ctx).items() if "progress" in job and not _is_dead(job)}
+    return {key: job for key, job in _entries(ctx).items() if "progress" in job}
 
 
 def _is_dead(job: dict[str, Any]) -> bool:
@@ -77,6 +77,9 @@ def show_finished_jobs(ctx: Any, moving: bool = True) -> bool:
 def _entries(ctx: Any) -> dict[str, dict[str, Any]]:
     store = ctx.store(_STORE)
     found = {key: store.get(key) for key in store.list_keys() if not key.startswith(_STOP)}
+    for key in [key for key, entry in found.items() if entry and "progress" in entry and _is_dead(entry)]:
+        store.delete(key)
+        del found[key]
     return {key: entry for key, entry in found.items() if entry}  # one can go meanwhile
 
 
@@ -99,7 +102,7 @@ class Job:
     def tell(self, label: str, progress: float) -> None:
         """Says how far it is, in [0, 1]."""
         told = {"name": self._name, "label": label, "progress": progress}
-        self._store.set(self._key, {**told, "host": socket.gethostname(), "process": os.getpid()}, ttl=_FORGET)
+        self._set({**told, "host": socket.gethostname(), "process": os.getpid()}, _FORGET)
 
     @property
     def is_to_stop(self) -> bool:
@@ -115,8 +118,12 @@ class Job:
         if asked is None:
             self._store.delete(self._key)
         else:
-            self._store.set(self._key, {"asked": asked, "ended": time.time()}, ttl=_REMEMBER)
+            self._set({"asked": asked, "ended": time.time()}, _REMEMBER)
         self._store.delete(_STOP + self._key)
+
+    def _set(self, entry: dict[str, Any], seconds: int) -> None:
+        self._store.set(self._key, entry, ttl=seconds)
+        self._store.update_ttl(self._key, seconds)  # which setting leaves as it was
 
 
 def run_job(ctx: Any, name: str, work: Callable[[Any, Job], Iterator[Any]]) -> Iterator[Any]:

@@ -186,13 +186,14 @@ def _strip(events: Any, ctx: Any, page: Any, name: str, links: list[Any], word: 
 
 def pair(events: Any, ctx: Any, page: Any) -> None:
     sample, board = get(ctx, "pair"), scoreboard(ctx)
-    if sample is None or board.value(current_field(ctx), sample) is None:
-        page.md("Select one scored sample in the grid, or press **Look** in the ranking", name="none")
+    shown = pairs_of(ctx, [sample]) if sample else {}
+    if not shown:
+        page.md("Select one sample in the grid, or press **Look** in the ranking", name="none")
         return
     from fiftyone_ecif.portrait import look_at
 
     results = run_results(ctx)
-    ((image, caption),) = pairs_of(ctx, [sample]).values()
+    image, caption = shown[sample]
     top = page.h_stack("top", gap=2)
     top.str("image", default=image, view=types.ImageView(height="150px", alt=caption))
     lines = [f"**{plain(caption)}**", ""]
@@ -201,6 +202,8 @@ def pair(events: Any, ctx: Any, page: Any) -> None:
         if value is not None:
             place, end = board.place(field, sample)
             lines.append(f"- `{field}` **{value:.4g}**, no. {place:,} from the {end}")
+    if len(lines) == 2:
+        lines.append(f"No score: it is not among the pairs of run `{get(ctx, 'key')}`, but perhaps one of its targets")
     reason = value_of(ctx, sample, f"{get(ctx, 'key')}_reason")
     if reason:
         lines.append(f"\nAgainst it: {reason}")
@@ -230,14 +233,18 @@ def review(events: Any, ctx: Any, page: Any) -> None:
         name="so_far",
     )
     if place < len(queue):
-        sample = queue[place]
-        ((image, caption),) = pairs_of(ctx, [sample]).values()
-        page.md(f"Pair {place + 1} of {len(queue)}. Do image and caption belong together?", name="question")
-        page.str("image", default=image, view=types.ImageView(height="260px", alt=caption))
-        page.md(f"**{plain(caption)}**", name="caption")
+        shown = pairs_of(ctx, [queue[place]])
+        asked = "Do image and caption belong together?" if shown else "It was deleted meanwhile."
+        page.md(f"Pair {place + 1} of {len(queue)}. {asked}", name="question")
+        for image, caption in shown.values():
+            page.str("image", default=image, view=types.ImageView(height="260px", alt=caption))
+            page.md(f"**{plain(caption)}**", name="caption")
         answers = page.h_stack("answers", gap=1)
-        answers.btn("aligned", "Aligned", icon="check", variant="contained", on_click=events.say_aligned)
-        answers.btn("misaligned", "Misaligned", icon="link_off", variant="contained", on_click=events.say_misaligned)
+        if shown:
+            answers.btn("aligned", "Aligned", icon="check", variant="contained", on_click=events.say_aligned)
+            answers.btn(
+                "misaligned", "Misaligned", icon="link_off", variant="contained", on_click=events.say_misaligned
+            )
         answers.btn("skip", "Skip", icon="skip_next", variant="outlined", on_click=events.skip)
         answers.btn("back", "Back", icon="undo", variant="outlined", on_click=events.back, disabled=place == 0)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
-from fiftyone_ecif.samples import every_sample
+from fiftyone_ecif.samples import every_sample, pairs_now
 
 #: The pages by name, with their titles.
 PAGES = {"overview": "Overview", "ranking": "Ranking", "pair": "Pair", "review": "Review", "run": "Run"}
@@ -21,11 +21,10 @@ def current_page(ctx: Any) -> str:
 
 
 def run_keys(ctx: Any) -> list[str]:
-    """The runs on the dataset, the newest last."""
-    if ctx.dataset is None:
-        return []
-    keys = ctx.dataset.list_brain_runs(method="ecif")
-    return sorted(keys, key=lambda key: ctx.dataset.get_brain_info(key).timestamp)
+    """The runs on the dataset that are written to their end, the newest last."""
+    from fiftyone_ecif.catalogue import finished_runs
+
+    return [] if ctx.dataset is None else finished_runs(ctx.dataset)
 
 
 def run_config(ctx: Any) -> Any:
@@ -37,7 +36,7 @@ def is_audit(ctx: Any) -> bool:
 
 
 def run_results(ctx: Any) -> Any:
-    return ctx.dataset.load_brain_results(get(ctx, "key"))
+    return ctx.dataset.load_brain_results(get(ctx, "key"), load_view=False)  # which may name a field that is gone
 
 
 def scoreboard(ctx: Any) -> Any:
@@ -64,10 +63,13 @@ def current_cut(ctx: Any) -> Any:
 
 def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:
     """Address of the image and caption of some samples, in their order; without those that are gone."""
+    pairs = pairs_now(ctx.dataset, run_config(ctx).caption_field, ids)
     media = ctx.dataset.app_config.grid_media_field or "filepath"
-    view = every_sample(ctx.dataset).select(list(dict.fromkeys(ids)), ordered=True)
-    rows = zip(*view.values(["id", media, run_config(ctx).caption_field]), strict=True)
-    return {sample: (f"/media?filepath={quote(path)}", caption or "") for sample, path, caption in rows}
+    shown = dict(zip(*every_sample(ctx.dataset).select(list(pairs)).values(["id", media]), strict=True))
+    return {
+        sample: (f"/media?filepath={quote(shown.get(sample) or path)}", caption or "")
+        for sample, (path, caption) in pairs.items()
+    }
 
 
 def value_of(ctx: Any, sample: str, field: str) -> Any:

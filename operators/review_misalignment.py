@@ -7,6 +7,7 @@ from typing import Any
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
+from fiftyone_ecif.samples import every_sample
 from fiftyone_ecif.verdicts import ALIGNED, LEAST, MISALIGNED, count_verdicts, review_or_propose
 
 from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
@@ -56,8 +57,10 @@ class ReviewMisalignment(foo.Operator):
         return form
 
     def execute(self, ctx: Any) -> dict[str, Any]:
+        from fiftyone_ecif.catalogue import load_run
+
         key = ctx.params.get("brain_key", _KEY)
-        results = ctx.dataset.load_brain_results(key, cache=False)  # another process may have renewed the run
+        results = load_run(ctx.dataset, key, "misalignment")
         verdicts, review, proposals = review_or_propose(results, ctx.params.get("count", _COUNT))
         found: dict[str, Any] = {"aligned": verdicts.aligned, "misaligned": verdicts.misaligned}
         if review is None:
@@ -70,10 +73,10 @@ class ReviewMisalignment(foo.Operator):
             )
             found |= {"auroc": auroc, "expected": f"{review.expected:,.0f} of {len(results.ids):,}"}
         field = f"{key}_misalignment"
-        view = ctx.dataset.select(proposals, ordered=True)
+        view = every_sample(ctx.dataset).select(proposals, ordered=True)
         if not proposals:
             said += ". No pairs are left to look at"
-            view = ctx.dataset.exists(field).sort_by(field, reverse=True)
+            view = every_sample(ctx.dataset).exists(field).sort_by(field, reverse=True)
         for _ in show(ctx, view, results.config.caption_field, field, f"{key}_reason"):
             pass
         ctx.ops.notify(said, variant="success")

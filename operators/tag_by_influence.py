@@ -8,8 +8,9 @@ import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.samples import every_sample
 
-from .forms import blocked, dropdown, menu_button, refuse, unusable
+from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
 from .jobs import call
 
 _LIMITS = {"count": "A number of pairs", "share": "A share of the pairs", "threshold": "All beyond a score"}
@@ -38,15 +39,20 @@ class TagByInfluence(foo.Operator):
         if unusable(inputs, ctx):
             return types.Property(inputs)
         from fiftyone_ecif.curation import DIRECTIONS, score_fields, select_by_influence
+        from fiftyone_ecif.verdicts import check_mark
 
         inputs.view_target(ctx, action_description="Tag among")
         fields = score_fields(ctx.dataset)
         if not fields:
             blocked(inputs, "no_scores", "No scores yet: run Compute ECIF influence first")
             return types.Property(inputs)
-        influence = [field for field in fields if field.endswith("_influence")]
-        dropdown(inputs, "field", fields, (influence or fields)[0], label="Score")
-        dropdown(inputs, "direction", list(DIRECTIONS), "harmful", label="Which end")
+        ours = [field for end in ("_influence", "_misalignment") for field in fields if field.endswith(end)]
+        default = (ours or fields)[0]
+        dropdown(inputs, "field", fields, default, label="Score")
+        is_audit = (ctx.params.get("field") or default).endswith("_misalignment")
+        dropdown(inputs, "direction", list(DIRECTIONS), "suspicious" if is_audit else "harmful", label="Which end")
+        if is_audit and DIRECTIONS.get(ctx.params.get("direction")) == "lowest":
+            warning(inputs, "end", "The lowest scores of misalignment are those of the least suspicious pairs")
         choice = types.RadioGroup()
         for name, label in _LIMITS.items():
             choice.add_choice(name, label=label)
@@ -58,7 +64,11 @@ class TagByInfluence(foo.Operator):
             value = inputs.float("share", required=True, default=0.1, label="Share, from 0 to 1")
         else:
             value = inputs.float("threshold", required=True, default=0.0, label="Score")
-        inputs.str("tag", required=True, default=ctx.params.get("direction", "harmful"), label="Tag")
+        tag = inputs.str("tag", required=True, default=ctx.params.get("direction", "harmful"), label="Tag")
+        try:
+            check_mark(ctx.params.get("tag"))
+        except EcifError as error:
+            refuse(tag, str(error))
         if ctx.params.get(limit) is not None and ctx.params.get("field") and ctx.params.get("direction"):
             try:
                 selected = select_by_influence(
@@ -79,7 +89,7 @@ class TagByInfluence(foo.Operator):
         view = tag_by_influence(ctx.target_view(), field, tag, direction, **{limit: ctx.params.get(limit)})
         count = len(view)
         ctx.ops.reload_dataset()
-        tagged = ctx.dataset.match_tags(tag).exists(field)
+        tagged = every_sample(ctx.dataset).match_tags(tag).exists(field)
         ctx.ops.set_view(view=tagged.sort_by(field, reverse=DIRECTIONS[direction] == "highest"))
         ctx.ops.notify(f"Tagged {count:,} pairs {tag!r}", variant="success")
         return {"tag": tag, "count": count}

@@ -8,6 +8,7 @@ import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.samples import pairs_now
 
 from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
 from .jobs import call, show
@@ -69,10 +70,11 @@ class TracePredictions(foo.Operator):
         return form
 
     def execute(self, ctx: Any) -> dict[str, Any]:
+        from fiftyone_ecif.catalogue import load_run
         from fiftyone_ecif.tracing import mark_traces, trace
 
         key = ctx.params.get("brain_key", _KEY)
-        results = ctx.dataset.load_brain_results(key, cache=False)  # another process may have renewed the run
+        results = load_run(ctx.dataset, key)
         queries = _chosen(ctx)
         limit = None if queries else ctx.params.get("limit", _LIMIT)
         traces = trace(results, queries or None, ctx.params.get("count", _COUNT), limit=limit, progress=False)
@@ -86,7 +88,8 @@ class TracePredictions(foo.Operator):
             "Each is followed by those that harm it, the worst first, then by those that help",
             variant="success",
         )
-        return {"pairs": _rows(traces, dict(zip(*view.values(["id", caption_field]), strict=True)))}
+        pairs = pairs_now(ctx.dataset, caption_field, view.values("id"))
+        return {"pairs": _rows(traces, {sample: caption for sample, (_, caption) in pairs.items()})}
 
     def resolve_output(self, ctx: Any) -> types.Property:
         outputs = types.Object()
@@ -126,6 +129,7 @@ def _chosen(ctx: Any) -> list[str]:
 
 
 def _ask_queries(inputs: Any, ctx: Any, key: str, run: Any) -> None:
+    from fiftyone_ecif.runs import target_dataset
     from fiftyone_ecif.tracing import count_mistakes
 
     config = ctx.dataset.get_brain_info(key).config
@@ -159,10 +163,11 @@ def _ask_queries(inputs: Any, ctx: Any, key: str, run: Any) -> None:
             refuse(asked, "The model makes no mistakes on these pairs. Select some of them to trace")
         limit = inputs.int("limit", required=True, default=_LIMIT, label="Mistakes to trace at most")
         _at_least_one(ctx, "limit", limit)
-    if config.target["dataset"] != ctx.dataset.name:
-        home = config.target["dataset"]
+    home = target_dataset(ctx.dataset, config.target)
+    if home is not ctx.dataset:
+        name = config.target["dataset"] if home is None else home.name
         warning(
-            inputs, "elsewhere", f"The validation pairs are in dataset {home!r}: here you see the pairs behind them"
+            inputs, "elsewhere", f"The validation pairs are in dataset {name!r}: here you see the pairs behind them"
         )
 
 

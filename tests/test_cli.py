@@ -148,7 +148,7 @@ def test_misalignment_passes_its_options_on(dataset, named):
     assert "caption: empty" in ran.stderr
 
 
-def test_trace_and_edit(dataset, named, score, tmp_path):
+def test_trace(dataset, named, score):
     name, _ = named
     train, val = dataset.match_tags("train"), dataset.match_tags("val")
     results = score(train, val, fit=True)
@@ -175,6 +175,16 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
     assert [one["id"] for one in exact] == [one.id for one in expected]
     assert exact[0]["culprits"][0]["influence"] != found[0]["culprits"][0]["influence"]
 
+    dataset.delete_samples([worst])
+    ran = invoke("trace", name, "--count", 3)
+    assert ran.exit_code == 0, ran.stderr
+    assert ran.stdout.splitlines()[2].split()[1:] == [worst, "(deleted)"]
+
+
+def test_edit(dataset, named, score, tmp_path):
+    name, _ = named
+    train, val = dataset.match_tags("train"), dataset.match_tags("val")
+    score(train, val, fit=True)
     path = tmp_path / "edited.pt"
     train.sort_by("ecif_rank").limit(3).tag_samples("out")
     ran = invoke("edit", name, path, "--tag", "out", "--json")
@@ -184,7 +194,7 @@ def test_trace_and_edit(dataset, named, score, tmp_path):
     assert edit["target_loss_after"] < edit["target_loss_before"]
     ran = invoke("edit", name, path, "--tag", "out")
     assert (ran.exit_code, ran.stdout) == (1, "")
-    assert "exists" in ran.stderr
+    assert "There is a file" in ran.stderr
     dataset.save_view("bad", dataset.match_tags("out").limit(2))
     ran = invoke("edit", name, path, "--view", "bad", "--overwrite")
     assert f"Target loss {edit['target_loss_before']:.4f} before, " in ran.stdout

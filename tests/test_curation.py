@@ -7,6 +7,7 @@ import fiftyone as fo
 import pytest
 
 from fiftyone_ecif import EcifError, export_pairs, select_by_influence, tag_by_influence
+from fiftyone_ecif.curation import whole_pairs
 
 SCORES = [0.5, -2.0, None, 3.0, -1.0, 0.0]
 
@@ -56,6 +57,24 @@ def test_selecting_never_takes_unscored_samples(scored, direction, limit, expect
 def test_bad_selections(scored, options, message):
     with pytest.raises(EcifError, match=message):
         select_by_influence(scored, **({"field": "ecif_influence"} | options))
+
+
+def test_a_share_is_rounded_up_to_whole_pairs():
+    assert [whole_pairs(share / 100, 100) for share in range(101)] == list(range(101))
+    assert whole_pairs(0.101, 10) == 2
+    assert whole_pairs(0.0001, 10) == 1
+
+
+def test_a_share_of_nothing_is_said(scored):
+    nothing = scored.exists("ecif_influence", False)
+    with pytest.raises(EcifError, match="None of these samples has a score in 'ecif_influence'"):
+        select_by_influence(nothing, "ecif_influence", share=0.1)
+
+
+def test_a_score_does_not_speak_for_a_person(scored):
+    with pytest.raises(EcifError, match="'aligned' is reserved"):
+        tag_by_influence(scored, tag="aligned", count=1)
+    assert not scored.match_tags("aligned")
 
 
 def test_tagging_twice_is_tagging_once_and_can_be_taken_back(scored):

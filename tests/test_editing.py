@@ -110,6 +110,15 @@ def test_the_gradient_of_a_group_of_one_gives_the_pairs_influence(run, twin):
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
+def test_renaming_the_dataset_changes_nothing(dataset, score):
+    results = score(dataset.match_tags("train"), dataset.match_tags("val"), fit=True)
+    before = group_influence(results, results.ids[:3])
+    name = dataset.name
+    dataset.name = f"{name}-renamed"
+    assert group_influence(results, results.ids[:3]) == before
+    dataset.name = name
+
+
 def test_what_cannot_be_removed_is_refused(run, tmp_path):
     results, harmful, _ = run
     taken = tmp_path / "taken.pt"
@@ -120,7 +129,9 @@ def test_what_cannot_be_removed_is_refused(run, tmp_path):
         ([*harmful, outside], out, f"{outside} was not scored by run 'ecif'"),
         ([], out, "No pairs were given"),
         (results.ids[1:], out, "Removing 71 of 72 pairs leaves no pairs"),
-        (harmful, str(taken), "exists. Choose another path"),
+        (harmful, str(taken), "There is a file"),
+        (harmful, str(tmp_path), "is a folder"),
+        (harmful, str(taken / "out.pt"), "cannot be written"),
     ):
         with pytest.raises(EcifError, match=message):
             edit_model(results, removed, path)
@@ -147,6 +158,8 @@ def test_a_target_that_is_gone_is_said(dataset, score, tmp_path):
     edit_model(results, results.ids[:2], str(tmp_path / "out.pt"))
     name = other.name
     other.delete()
+    edit_model(results, results.ids[:2], str(tmp_path / "same.pt"))  # the same samples are in the run's own dataset
+    dataset.delete_samples(dataset.match_tags("val"))
     with pytest.raises(EcifError, match=f"in dataset '{name}', which is gone"):
         edit_model(results, results.ids[:2], str(tmp_path / "other.pt"))
 

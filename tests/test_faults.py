@@ -11,6 +11,7 @@ from pathlib import Path
 import fiftyone as fo
 import numpy as np
 import pytest
+import torch
 from bson.errors import InvalidStringData
 from click.testing import CliRunner
 from PIL import Image
@@ -30,7 +31,7 @@ from fiftyone_ecif.api import influence_steps
 from fiftyone_ecif.cli import main
 from fiftyone_ecif.database import mongod
 from fiftyone_ecif.misalignment import compute_misalignment
-from fiftyone_ecif.progress import follow
+from fiftyone_ecif.progress import Progress, follow
 from fiftyone_ecif.runs import InfluenceConfig
 from fiftyone_ecif.store import Store
 
@@ -122,6 +123,28 @@ def test_a_job_that_was_killed_while_it_wrote_can_be_run_again_as_it_was(name, d
         score(train, val)
     assert [run.scored for run in list_runs(dataset)] == [72]
     assert dataset.count("ecif_influence") == dataset.count("ecif_rank") == 72
+
+
+def test_a_dataset_that_takes_no_more_indexes_is_scored(dataset, train, val, score):
+    """MongoDB allows 64."""
+    taken = len(dataset._sample_collection.index_information())
+    for number in range(64 - taken):
+        dataset.add_sample_field(f"own_{number}", fo.FloatField)
+        dataset.create_index(f"own_{number}")
+    score(train, val)
+    assert [run.scored for run in list_runs(dataset)] == [72]
+    assert dataset.count("ecif_influence") == 72
+    delete_run(dataset, "ecif")
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_too_little_memory_is_said(error):
+    def work():
+        yield Progress("Solving", 0, 1)
+        raise error
+
+    with pytest.raises(EcifError, match=f"not enough memory .{error}.. Use a smaller batch_size"):
+        follow(work(), progress=False)
 
 
 def test_a_run_of_another_machine_that_was_stopped_is_seen_as_such(dataset, train, val, score, monkeypatch):

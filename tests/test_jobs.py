@@ -1,6 +1,7 @@
 """Jobs in the background: seen, stopped, and their end shown by whoever looks next."""
 
 import time
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from fiftyone.operators.executor import ExecutionContext, Executor
@@ -121,4 +122,18 @@ def test_a_job_of_a_dead_process_is_not_running(dataset, monkeypatch):
     assert len(jobs.running_jobs(ctx)) == 1
     monkeypatch.setattr(jobs.psutil, "pid_exists", lambda process: False)
     assert jobs.running_jobs(ctx) == {}
+    assert not jobs.has_jobs(ctx)
     job.end()
+
+
+def test_the_end_of_a_job_waits_for_a_day(dataset):
+    ctx = context(dataset)
+    job = jobs.Job(ctx, "a job")
+    expires = lambda: ctx.store(jobs._STORE).get_metadata(job._key)["expires_at"]  # noqa: E731
+    first = expires()
+    time.sleep(0.01)
+    job.tell("Scoring", 0.5)
+    assert expires() > first
+    job.end([{"operator": "notify", "params": {"message": "Done"}}])
+    left = expires() - datetime.now(timezone.utc).replace(tzinfo=None)
+    assert timedelta(hours=23) < left < timedelta(hours=25)

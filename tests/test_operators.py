@@ -583,8 +583,22 @@ def test_the_tag_form_counts(dataset, options):
     operator("compute_influence")(dataset.match_tags("train"), **options)
     params = {"field": "ecif_influence", "direction": "valuable", "limit": "share", "share": 0.5}
     assert resolve(dataset, "tag_by_influence", params)["preview"]["view"]["label"] == "36 pairs will be tagged"
-    wrong = resolve(dataset, "tag_by_influence", params | {"share": 7})
+    wrong = resolve(dataset, "tag_by_influence", params | {"share": 7, "tag": "aligned"})
     assert "share=7" in wrong["share"]["error_message"]
+    assert "'aligned' is reserved" in wrong["tag"]["error_message"]
+
+
+def test_the_tag_form_starts_with_the_score_of_a_run(dataset):
+    for field in ("a_size", "audit_misalignment"):
+        dataset.add_sample_field(field, fo.FloatField)
+    form = resolve(dataset, "tag_by_influence", {})
+    assert form["field"]["default"] == "audit_misalignment"
+    assert form["direction"]["default"] == "suspicious"
+    wrong_end = {"field": "audit_misalignment", "direction": "harmful"}
+    assert "least suspicious" in resolve(dataset, "tag_by_influence", wrong_end)["end"]["view"]["label"]
+    dataset.add_sample_field("ecif_influence", fo.FloatField)
+    form = resolve(dataset, "tag_by_influence", {})
+    assert (form["field"]["default"], form["direction"]["default"]) == ("ecif_influence", "harmful")
 
 
 def test_the_export_form_protects_a_file(dataset, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fiftyone_ecif import EcifError, scoring
+from fiftyone_ecif import EcifError, problem, scoring
 from fiftyone_ecif.encoder import Encoder
 from fiftyone_ecif.runs import InfluenceConfig
 
@@ -53,6 +53,19 @@ def test_zero_shot_classes_are_strings_or_classifications(train, val, score):
     assert first.diagnostics["target_loss"] != other.diagnostics["target_loss"]
     target = first.target_pairs()
     assert np.isclose(target.losses.mean(), first.diagnostics["target_loss"])
+
+
+def test_what_cannot_be_is_said_before_the_model_is_loaded(train, val, score, monkeypatch):
+    val.set_field("colour", "red").save("colour")
+    monkeypatch.setattr(problem, "Encoder", None)
+    with pytest.raises(EcifError, match="The target has one class only, 'red'"):
+        score(train, val, target_loss="zero_shot", label_field="colour")
+
+
+def test_the_training_loss_is_the_mean_over_the_scored_pairs(train, score):
+    """Without the pull to the loaded weights; the target is the same pairs in the same batches."""
+    found = score(train, train, fit=True, proximal=0.01).diagnostics
+    assert found["training_loss"] == pytest.approx(found["target_loss"], rel=1e-9)
 
 
 def test_a_function_of_ones_own_is_measured(train, val, score):

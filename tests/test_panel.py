@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from fiftyone.operators.executor import ExecutionContext, Executor
 
-from fiftyone_ecif import compute_misalignment
+from fiftyone_ecif import compute_misalignment, group_influence, tag_by_influence, trace
 from fiftyone_ecif.scoreboard import Scoreboard
+from fiftyone_ecif.tracing import mark_traces
 from fiftyone_ecif.training import MODEL
+from operators.forms import target_view
 from operators.plots import histogram_layout
 
 URI = "@ecif/fiftyone-ecif/influence_panel"
@@ -235,7 +237,43 @@ def test_a_selected_pair_is_looked_at(both):
     assert "Validation pairs it harms most" in panel.text
     val = both.match_tags("val").first()
     panel.send("on_change_selected", selected=[val.id])
-    assert "Select one scored sample" in panel.text
+    assert val.caption in panel.text
+    assert "No score: it is not among the pairs of run `ecif`" in panel.text
+
+
+def test_a_pair_whose_thumbnail_or_caption_is_gone_is_drawn(both):
+    both.add_sample_field("thumbnail_path", fo.StringField)
+    both.app_config.media_fields = ["filepath", "thumbnail_path"]
+    both.app_config.grid_media_field = "thumbnail_path"
+    both.rename_sample_field("caption", "text")
+    both.save()
+    worst = both.exists("ecif_influence").sort_by("ecif_influence").first()
+    panel = Panel(both).send("choose_run", value="ecif")
+    assert worst.filepath in panel.send("choose_page", value="ranking").text
+    assert worst.filepath in panel.send("look", id=worst.id).text
+    assert "1 to 6" in panel.send("choose_page", value="ranking").text.replace("**", "")
+
+
+def test_a_run_that_is_not_written_to_its_end_is_not_offered(both):
+    document = both._doc.brain_methods["audit"]
+    results, document.results = document.results, None
+    document.save()
+    panel = Panel(both)
+    assert panel.state["runs"] == ["ecif"]
+    assert "audit" not in panel.text
+    document.results = results
+    document.save()
+    assert Panel(both).state["runs"] == ["ecif", "audit"]
+
+
+def test_a_pair_that_is_deleted_while_it_is_reviewed_is_skipped(both):
+    panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review").send("start_review")
+    queue = panel.state["queue"]
+    both.delete_samples(queue[0])
+    panel.send("choose_page", value="review")
+    assert "It was deleted meanwhile" in panel.text
+    assert "Misaligned" not in panel.text
+    assert both[queue[1]].caption in panel.send("skip").text
 
 
 def test_review(both):
@@ -312,4 +350,11 @@ def test_a_slice_of_groups(made, score):
     panel.send("tag_cut")
     assert len(images.match_tags("harmful")) == -(-len(worst) // 10)
     assert worst.first().caption in panel.send("choose_page", value="ranking").text
+    assert len(tag_by_influence(images, tag="few", count=5)) == len(images.match_tags("few")) == 5
+    results = grouped.load_brain_results("ecif")
+    gone = images.match_tags("few").values("id")
+    assert group_influence(results, gone).influence < 0
+    traces = trace(results, limit=1)
+    assert mark_traces(results, traces).values("id")[0] == traces[0].id
+    assert target_view(grouped, "tag: val").values("id") == images.match_tags("val").values("id")
     grouped.delete()

@@ -3,8 +3,11 @@
 Hypothesis draws the cases, the same ones each time, and shrinks what fails.
 """
 
+import gc
+
 import numpy as np
 import open_clip
+import psutil
 import pytest
 import torch
 from curvlinops import GGNLinearOperator, HessianLinearOperator
@@ -241,6 +244,20 @@ def test_curvature_products_are_those_of_curvlinops(objective, seed, kept):
         )
         expected = matrix @ vector + objective.proximal * vector
         assert_near([product(vector)], [expected.detach()], 1e-9)
+
+
+def test_graphs_go_with_the_product_that_they_were_made_for():
+    draw = normal(0)
+    images, texts = draw(256, 64), draw(256, 64)
+    scope = HeadScope(draw(64, 32), draw(64, 32), 5.0)
+    objective = ContrastiveLoss(scope, FeatureBatches(images, texts, [torch.arange(256)]), 256)
+    process, resident = psutil.Process(), []
+    for _ in range(60):
+        curvature_at(objective, scope.start, "hessian")
+        curvature_at(objective, scope.start, "ggn")
+        gc.collect()
+        resident.append(process.memory_info().rss / 2**20)
+    assert resident[-1] - resident[10] < 20  # each holds some 2 MiB
 
 
 @cases(50)

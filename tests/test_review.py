@@ -246,6 +246,10 @@ def test_samples_that_were_deleted_since_are_passed_over(dataset, reviewed):
     assert (learned.misaligned, learned.aligned) == (4, 5)
     assert value(dataset, wrong[1]) == 1
     assert dataset.count("audit_misalignment") == 70
+    assert not set(learned.proposals) & set(gone)
+    assert len(learned.proposals) == 72 - 10 - 1
+    assert not set(propose_pairs(results, 100)) & set(gone)
+    assert learned.expected <= 70
 
 
 def test_tags_of_other_samples_do_not_count(dataset, reviewed):

@@ -84,6 +84,16 @@ def test_the_scores_of_all_runs_are_read_anew_when_one_changes(dataset, score, m
     assert np.isnan(both.columns["ecif_influence"]).sum() == len(train) - 40
     dataset.delete_samples(train.first())
     assert len(read_scoreboard(dataset).ids) == len(train)
+    document = dataset._doc.brain_methods["ecif"]
+    results, document.results = document.results, None  # as while it is written
+    assert set(read_scoreboard(dataset).columns) == {"audit_misalignment"}
+    document.results = results
+    before = read_scoreboard(dataset).columns["ecif_influence"]
+    dataset.set_field("ecif_influence", 1.0).save("ecif_influence")
+    dataset.load_brain_results("ecif").save()
+    after = read_scoreboard(dataset).columns["ecif_influence"]
+    assert not np.array_equal(before, after)
+    assert (after == 1).all()
 
 
 def test_a_portrait_against_the_whole_matrix(dataset, scored):
