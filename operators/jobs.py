@@ -18,6 +18,7 @@ import psutil
 from fiftyone.operators.executor import ExecutionError
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.progress import explain
 
 from .pace import Watch
 
@@ -170,6 +171,7 @@ def _run(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> Itera
     except Exception as error:
         if ctx.delegated:
             raise
+        error = explain(error) or error
         message = str(error)
         if not isinstance(error, EcifError):
             logger.exception("%s failed", work.__module__.rpartition(".")[2])

@@ -7,7 +7,7 @@ import pytest
 from fiftyone.operators.executor import ExecutionContext, Executor
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.progress import Progress, explain
 from operators import jobs
 
 
@@ -97,6 +97,7 @@ def test_a_job_is_stopped(dataset):
     ("error", "message"),
     [
         (EcifError("Mend it"), "Mend it"),
+        (MemoryError("none left"), str(explain(MemoryError("none left")))),
         (ZeroDivisionError("by zero"), f"ZeroDivisionError: by zero. {jobs._UNFORESEEN}"),
     ],
 )
