@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 
 from .contrastive import Pull
 from .curvature import curvature_at
-from .heads import Batch, FeatureBatches, HeadScope
+from .heads import Batch, HeadScope
 from .objective import Batches, ContrastiveLoss
 from .ranks import ALONE, Ranks
 from .scope import Scope
@@ -190,7 +190,8 @@ class KroneckerProjection(Projection):
     def objective_curvature(self, objective: ContrastiveLoss, theta: Tensor, solver: str) -> Tensor:
         """As for any projection, in coordinates throughout: products in a few directions, not in all parameters."""
         moved = _MovedHeads(self, theta)
-        along = ContrastiveLoss(moved, moved.batches(objective.batches), objective.pairs, objective.proximal)
+        # of a scope the loss asks for the similarity only
+        along = ContrastiveLoss(moved, moved.batches(objective.batches), objective.pairs, objective.proximal)  # type: ignore[arg-type]
         product = along.gauss_newton_product if solver == "ggn" else along.hessian_product
         columns = torch.vmap(lambda row: product(moved.start, row), chunk_size=_PRODUCTS)
         matrix: Tensor = columns(torch.eye(self.rank).to(theta))
@@ -204,47 +205,60 @@ class KroneckerProjection(Projection):
         }
 
 
-class _MovedHeads(Scope):
-    """A head scope as a function of coordinates: ``theta`` plus what they lift to."""
+class _MovedSide(NamedTuple):
+    """One tower of a batch at ``theta``, and what moves it."""
+
+    lever: Tensor  # (n, a): projected features
+    along: Tensor  # (n, b): embeddings in the directions that they move in
+    across: Tensor  # (n, b of the other side): and in those of the other tower
+    squared: Tensor  # (n,): lengths of the embeddings
+
+    def moved(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """How far each embedding moves, ``(n, b)``, and its length then, ``(n,)``."""
+        by = self.lever @ coordinates.view(self.lever.shape[1], -1)
+        return by, (self.squared + (2 * self.along + by).mul(by).sum(1)).sqrt()
+
+
+class _MovedHeads:
+    """The similarity of a head scope as a function of coordinates: at ``theta`` plus what they lift to.
+
+    An embedding moves in the ``b`` output directions of its head only, so that
+    inner products of full width are computed once, at ``theta``.
+    """
 
     def __init__(self, projection: KroneckerProjection, theta: Tensor) -> None:
         self.projection, self.theta = projection, theta
         self.loss = projection.scope.loss
         self.start = theta.new_zeros(projection.rank)
 
-    def batches(self, batches: Batches) -> FeatureBatches:
-        """The same batches as embeddings, each followed by its projected features; all of them in memory."""
-        scope, heads = self.projection.scope, self.projection.heads
-        made = [
-            [
-                torch.cat([embedding, features @ head.input], dim=1)
-                for embedding, features, head in zip(scope.embed(self.theta, batch), batch, heads, strict=True)
-            ]
-            for batch in batches
-        ]
-        images, texts = (torch.cat(parts) for parts in zip(*made, strict=True))
-        sizes = [len(rows) for rows in batches.partition]
-        return FeatureBatches(images, texts, torch.split(torch.arange(len(images)), sizes))
+    def batches(self, batches: Batches) -> list[tuple[Tensor, _MovedSide, _MovedSide]]:
+        """The same batches as inner products of the embeddings at ``theta``, and both sides."""
+        scope, outputs = self.projection.scope, [head.output for head in self.projection.heads]
+        made = []
+        for batch in batches:
+            embeddings = scope.embed(self.theta, batch)
+            images, captions = (
+                _MovedSide(features @ head.input, rows @ own, rows @ other, rows.square().sum(1))
+                for features, rows, head, own, other in zip(
+                    batch, embeddings, self.projection.heads, outputs, outputs[::-1], strict=True
+                )
+            )
+            made.append((embeddings[0] @ embeddings[1].T, images, captions))
+        return made
 
-    def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
-        return self._embed(0, theta, images)
-
-    def embed_captions(self, theta: Tensor, captions: Tensor) -> Tensor:
-        return self._embed(1, theta, captions)
-
-    def _embed(self, side: int, coordinates: Tensor, batch: Tensor) -> Tensor:
-        head = self.projection.heads[side]
-        a, b = head.input.shape[1], head.output.shape[1]
-        first = self.projection.heads[0]
-        start = side * first.input.shape[1] * first.output.shape[1]
-        embedding, features = batch[:, :-a], batch[:, -a:]
-        return embedding + features @ coordinates[start : start + a * b].view(a, b) @ head.output.T
-
-    def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
-        scope = self.projection.scope
-        if not scope.with_scale:
-            return scope.logits(self.theta, cosine)
-        return scope.logits(torch.cat([self.theta[:-1], self.theta[-1:] + theta[-1:]]), cosine)
+    def similarity(self, theta: Tensor, batch: tuple[Tensor, _MovedSide, _MovedSide]) -> Tensor:
+        """``S`` of a batch at these coordinates, shape ``(n, n)``."""
+        inner, images, captions = batch
+        cut = images.lever.shape[1] * images.along.shape[1]
+        end = cut + captions.lever.shape[1] * captions.along.shape[1]
+        image, image_length = images.moved(theta[:cut])
+        caption, caption_length = captions.moved(theta[cut:end])
+        overlap = self.projection.heads[0].output.T @ self.projection.heads[1].output
+        inner = inner + image @ (captions.across + caption @ overlap.T).T + images.across @ caption.T
+        scope, at = self.projection.scope, self.theta
+        if scope.with_scale:
+            at = torch.cat([at[:-1], at[-1:] + theta[-1:]])
+        return scope.logits(at, inner / image_length[:, None] / caption_length)
 
 
 def principal_projection(
