@@ -214,9 +214,9 @@ class _MovedSide(NamedTuple):
     squared: Tensor  # (n,): lengths of the embeddings
 
     def moved(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """How far each embedding moves, ``(n, b)``, and its length then, ``(n,)``."""
+        """How far each embedding moves, ``(n, b)``, and one over its length then, ``(n,)``."""
         by = self.lever @ coordinates.view(self.lever.shape[1], -1)
-        return by, (self.squared + (2 * self.along + by).mul(by).sum(1)).sqrt()
+        return by, (self.squared + (2 * self.along + by).mul(by).sum(1)).rsqrt()
 
 
 class _MovedHeads:
@@ -251,14 +251,14 @@ class _MovedHeads:
         inner, images, captions = batch
         cut = images.lever.shape[1] * images.along.shape[1]
         end = cut + captions.lever.shape[1] * captions.along.shape[1]
-        image, image_length = images.moved(theta[:cut])
-        caption, caption_length = captions.moved(theta[cut:end])
+        image, image_unit = images.moved(theta[:cut])
+        caption, caption_unit = captions.moved(theta[cut:end])
         overlap = self.projection.heads[0].output.T @ self.projection.heads[1].output
         inner = inner + image @ (captions.across + caption @ overlap.T).T + images.across @ caption.T
         scope, at = self.projection.scope, self.theta
         if scope.with_scale:
             at = torch.cat([at[:-1], at[-1:] + theta[-1:]])
-        return scope.logits(at, inner / image_length[:, None] / caption_length)
+        return scope.logits(at, inner * (image_unit[:, None] * caption_unit))
 
 
 def principal_projection(
