@@ -28,6 +28,7 @@ from .panel_state import (
 
 _GROUPS = 5  # tags with a colour of their own
 _MARGIN = {"componentsProps": {"container": {"sx": {"px": 2, "pt": 1, "pb": 4}}}}
+_WITHOUT_RUN = {"on_load", "on_change_dataset", "refresh", "prompt", "stop", "look_for_jobs"}
 _SET_HERE = {"choose_run": "key", "choose_field": "field"}
 _URI = "@ecif/fiftyone-ecif/"
 _HELP = """**Overview**: how a score is distributed. Drag over a plot to see those pairs in the grid; move the slider to
@@ -57,7 +58,10 @@ class InfluencePanel(foo.Panel):
 
     def execute(self, ctx: Any) -> Any:
         """Runs an event and draws the panel anew; a failure is shown as a notice."""
-        method = ctx.params.get("__method__")
+        method = ctx.params.get("__method__", "on_load")
+        key = ctx.params["value"] if method == "choose_run" else get(ctx, "key")
+        if method not in _WITHOUT_RUN and key not in run_keys(ctx):
+            return None  # the run is gone meanwhile; the next look for jobs draws what is left
         if method in _SET_HERE and ctx.params["value"] == get(ctx, _SET_HERE[method]):
             return None  # the App fires these when the panel itself has set an input, too
         if method == "look_for_jobs" and _is_idle(ctx) and get(ctx, "drawn") == _what_to_draw(ctx):

@@ -266,6 +266,22 @@ def test_a_run_that_is_not_written_to_its_end_is_not_offered(both):
     assert Panel(both).state["runs"] == ["ecif", "audit"]
 
 
+def test_what_is_pressed_of_a_run_that_is_gone_does_nothing(both):
+    panel = Panel(both).send("choose_run", value="audit")
+    both.delete_brain_run("audit")
+    for event, params in (
+        ("choose_field", {"value": "ecif_influence"}),
+        ("choose_page", {"value": "review"}),
+        ("choose_share", {}),
+        ("show_cut", {}),
+        ("start_review", {}),
+        ("on_change_selected", {"selected": [both.first().id]}),
+        ("choose_run", {"value": "audit"}),
+    ):
+        assert panel.send(event, **params).asked == []
+    assert "ecif: influence" in panel.send("look_for_jobs").text
+
+
 def test_a_pair_that_is_deleted_while_it_is_reviewed_is_skipped(both):
     panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review").send("start_review")
     queue = panel.state["queue"]
