@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import EcifError
+from .store import make_writable
 
 Adapters = dict[str, tuple[Tensor, Tensor]]
 #: How images are prepared, as arguments of ``open_clip.create_model_and_transforms``.
@@ -41,13 +41,7 @@ def new_checkpoint(path: str | os.PathLike[str], overwrite: bool) -> Path:
         raise EcifError(f"{path} is a folder. Give the path of the checkpoint to write, such as {path / 'model.pt'}")
     if path.exists() and not overwrite:
         raise EcifError(f"There is a file {path} already. Choose another name, or set overwrite=True")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise EcifError(
-            f"The folder {path.parent} cannot be written ({error.strerror}). Choose a path in one that can"
-        ) from error
+    make_writable(path.parent, "Choose a path in one that can")
     return path
 
 

@@ -283,13 +283,14 @@ def review(dataset: str, key: str, count: int, as_json: bool) -> None:
     """
     with job():
         from .catalogue import load_run
-        from .samples import every_sample
+        from .samples import every_sample, pairs_now
 
         found = _load(dataset)
         results = load_run(found, key, "misalignment")
         verdicts, learned, proposals = review_or_propose(results, count)
-        fields = [f"{key}_misalignment", results.config.caption_field, f"{key}_reason"]
-        columns = every_sample(found).select(proposals, ordered=True).values(["id", *fields])
+        captions = [caption for _, caption in pairs_now(found, results.config.caption_field, proposals).values()]
+        view = every_sample(found).select(proposals, ordered=True)
+        ids, scores, reasons = view.values(["id", f"{key}_misalignment", f"{key}_reason"])
         result = {
             "dataset": dataset,
             "key": key,
@@ -298,7 +299,7 @@ def review(dataset: str, key: str, count: int, as_json: bool) -> None:
             **{name: getattr(learned, name, None) for name in ("auroc", "auroc_low", "auroc_high", "expected")},
             "proposals": [
                 dict(zip(("id", "misalignment", "caption", "reason"), row, strict=True))
-                for row in zip(*columns, strict=True)
+                for row in zip(ids, scores, captions, reasons, strict=True)
             ],
         }
     print_result(result, as_json, _review_report)
@@ -404,12 +405,13 @@ def trace(dataset: str, key: str, as_json: bool, **options: Any) -> None:
 
 
 def _captions(dataset: Any, key: str, traces: Any) -> dict[str, str]:
-    """Captions of the training pairs that traces name, as far as they are still there."""
+    """Captions of the training pairs that traces name, or what became of them."""
     from .samples import pairs_now
 
     config = dataset.get_brain_info(key).config
     named = [pair.id for one in traces for pair in (*one.culprits, *one.helpers, *one.neighbours)]
-    return {sample: caption for sample, (_, caption) in pairs_now(dataset, config.caption_field, named).items()}
+    there = pairs_now(dataset, config.caption_field, named)
+    return {sample: there[sample][1] or "(no caption)" if sample in there else "(deleted)" for sample in named}
 
 
 def _trace_report(traces: list[dict[str, Any]], captions: dict[str, str]) -> str:
@@ -418,19 +420,11 @@ def _trace_report(traces: list[dict[str, Any]], captions: dict[str, str]) -> str
     lines = []
     for one in traces:
         lines += ["", f"{one['id']}, loss {one['loss']:.3f}", "  Relative influence  Culprit                   Caption"]
-        lines += [
-            f"  {c['relative_influence']:18.2e}  {c['id']}  {captions.get(c['id'], '(deleted)')}"
-            for c in one["culprits"]
-        ]
+        lines += [f"  {c['relative_influence']:18.2e}  {c['id']}  {captions[c['id']]}" for c in one["culprits"]]
         lines += ["  Relative influence  Helper                    Caption"]
-        lines += [
-            f"  {h['relative_influence']:18.2e}  {h['id']}  {captions.get(h['id'], '(deleted)')}"
-            for h in one["helpers"]
-        ]
+        lines += [f"  {h['relative_influence']:18.2e}  {h['id']}  {captions[h['id']]}" for h in one["helpers"]]
         lines += ["          Similarity  Neighbour                 Caption"]
-        lines += [
-            f"  {n['similarity']:18.3f}  {n['id']}  {captions.get(n['id'], '(deleted)')}" for n in one["neighbours"]
-        ]
+        lines += [f"  {n['similarity']:18.3f}  {n['id']}  {captions[n['id']]}" for n in one["neighbours"]]
     return "\n".join(lines[1:])
 
 

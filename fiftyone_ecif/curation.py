@@ -127,7 +127,7 @@ def tag_by_influence(
 
 def whole_pairs(share: float, pairs: int) -> int:
     """How many pairs a share of them is, rounded up."""
-    return math.ceil(round(share * pairs, 6))  # 0.07 * 100 is a little more than 7
+    return math.ceil(share * pairs * (1 - 1e-12))  # 0.07 * 100 is a little more than 7
 
 
 def export_pairs(

@@ -211,10 +211,11 @@ class _MovedSide(NamedTuple):
     lever: Tensor  # (n, a): projected features
     along: Tensor  # (n, b): embeddings in the directions that they move in
     across: Tensor  # (n, b of the other side): and in those of the other tower
-    squared: Tensor  # (n,): lengths of the embeddings
+    squared: Tensor  # (n,): squared lengths of the embeddings
 
     def moved(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """How far each embedding moves, ``(n, b)``, and one over its length then, ``(n,)``."""
+        # the directions are orthonormal, so that what it moves by is as long as its coordinates
         by = self.lever @ coordinates.view(self.lever.shape[1], -1)
         return by, (self.squared + (2 * self.along + by).mul(by).sum(1)).rsqrt()
 

@@ -89,7 +89,7 @@ def join() -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     place = int(os.environ.get("LOCAL_RANK", "0"))
-    if place < torch.cuda.device_count():  # those without a GPU of their own share the first, or use the CPU
+    if place < torch.cuda.device_count():  # there may be fewer GPUs than processes: the heads are on the CPU
         torch.cuda.set_device(place)
     try:
         dist.init_process_group(timeout=_PATIENCE)

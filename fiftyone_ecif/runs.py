@@ -232,12 +232,11 @@ def target_dataset(dataset: Any, target: Mapping[str, Any]) -> Any:
         dataset: that the run is on; a clone has the samples of the first one.
         target: as the run's configuration records it.
     """
-    samples = {sample for ids in target["ids"].values() for sample in ids}
-    if target.get("dataset_id") == str(dataset._doc.id) or every_sample(dataset).select(list(samples)).count() == len(
-        samples
-    ):
+    home = target.get("dataset_id")
+    samples = list({sample for ids in target["ids"].values() for sample in ids})
+    if home == str(dataset._doc.id) or every_sample(dataset).select(samples).count() == len(samples):
         return dataset
-    found = get_db_conn()["datasets"].find_one({"_id": ObjectId(target.get("dataset_id"))})
+    found = get_db_conn()["datasets"].find_one({"_id": ObjectId(home)})
     return found and fod.load_dataset(found["name"])
 
 

@@ -128,14 +128,7 @@ class Store:
         Raises:
             EcifError: if that, or writing into it, is not allowed
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            raise EcifError(
-                f"The cache folder {self.folder} cannot be written ({error.strerror}). "
-                "Set FIFTYONE_ECIF_CACHE_DIR to a folder that can"
-            ) from error
+        make_writable(self.folder, "Set FIFTYONE_ECIF_CACHE_DIR to one that can")
 
     def delete(self) -> None:
         """Deletes the folder with all it holds, and folders above that are then empty."""
@@ -272,6 +265,19 @@ class Table:
 
     def _damaged(self, path: Path, error: Exception) -> EcifError:
         return EcifError(f"{path} is damaged ({error}). Delete {self.folder} and run again")
+
+
+def make_writable(folder: Path, remedy: str) -> None:
+    """Creates a folder, and tries to write into it.
+
+    Raises:
+        EcifError: if that fails, with the remedy
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise EcifError(f"The folder {folder} cannot be written ({error.strerror}). {remedy}") from error
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:

@@ -62,7 +62,7 @@ def test_bad_selections(scored, options, message):
 def test_a_share_is_rounded_up_to_whole_pairs():
     assert [whole_pairs(share / 100, 100) for share in range(101)] == list(range(101))
     assert whole_pairs(0.101, 10) == 2
-    assert whole_pairs(0.0001, 10) == 1
+    assert whole_pairs(1e-9, 10) == 1
 
 
 def test_a_share_of_nothing_is_said(scored):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fiftyone_ecif import EcifError, problem, scoring
+from fiftyone_ecif.contrastive import SigmoidLoss
 from fiftyone_ecif.encoder import Encoder
 from fiftyone_ecif.runs import InfluenceConfig
 
@@ -60,6 +61,13 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(train, val, score, mo
     monkeypatch.setattr(problem, "Encoder", None)
     with pytest.raises(EcifError, match="The target has one class only, 'red'"):
         score(train, val, target_loss="zero_shot", label_field="colour")
+
+
+def test_a_role_that_the_loss_has_not_is_said_before_anything_is_encoded(train, val, score, monkeypatch):
+    monkeypatch.setattr(Encoder, "loss", property(lambda self: SigmoidLoss(), lambda self, loss: None), raising=False)
+    monkeypatch.setattr(problem, "cached_features", None)
+    with pytest.raises(EcifError, match="formula for the softmax loss"):
+        score(train, val, role="as_printed")
 
 
 def test_the_training_loss_is_the_mean_over_the_scored_pairs(train, score):
