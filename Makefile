@@ -19,7 +19,7 @@ oldest: $(VENV)/.ready-dev
 	$(BIN)/pip install -q uv
 	$(BIN)/uv venv -q --seed --allow-existing --python $(BIN)/python $(OLDEST)
 	$(BIN)/uv pip install -q --python $(OLDEST) --resolution lowest-direct -e '.[dev]'
-	$(OLDEST)/bin/python -m fiftyone_ecif.database
+	$(OLDEST)/bin/python -m fiftyone_ecif.install.database
 	$(OLDEST)/bin/python $(PYTEST)
 
 lint: $(VENV)/.ready-dev
@@ -32,7 +32,7 @@ guide: $(VENV)/.ready-dev
 
 $(VENV)/.ready: pyproject.toml requirements.txt | $(BIN)/pip
 	$(BIN)/pip install -q -e .
-	$(BIN)/python -m fiftyone_ecif.database
+	$(BIN)/python -m fiftyone_ecif.install.database
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import EcifError
+from fiftyone_ecif.errors import EcifError
 
 if TYPE_CHECKING:
-    from .api import compute_influence
-    from .audits import MisalignmentResults
-    from .catalogue import cache_size, delete_run, free_disk, list_runs, rename_run, staleness
-    from .curation import export_pairs, select_by_influence, tag_by_influence
-    from .editing import edit_model, group_influence
-    from .misalignment import compute_misalignment, tag_misaligned
-    from .review import propose_pairs, review_misalignment
-    from .runs import InfluenceResults
-    from .tracing import trace
-    from .tuning import fit_model
+    from fiftyone_ecif.api.editing import edit_model, group_influence
+    from fiftyone_ecif.api.fine_tuning import fit_model
+    from fiftyone_ecif.api.influence import compute_influence
+    from fiftyone_ecif.api.misalignment import compute_misalignment, tag_misaligned
+    from fiftyone_ecif.api.review import propose_pairs, review_misalignment
+    from fiftyone_ecif.api.tracing import trace
+    from fiftyone_ecif.runs import InfluenceResults, MisalignmentResults
+    from fiftyone_ecif.runs.cache import cache_size, free_disk
+    from fiftyone_ecif.runs.manage import delete_run, list_runs, rename_run, staleness
+    from fiftyone_ecif.samples.export import export_pairs
+    from fiftyone_ecif.samples.selection import select_by_influence, tag_by_influence
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,25 +47,25 @@ __all__ = [
 
 _HOMES = {
     "InfluenceResults": ".runs",
-    "MisalignmentResults": ".audits",
-    "cache_size": ".catalogue",
-    "compute_influence": ".api",
-    "compute_misalignment": ".misalignment",
-    "delete_run": ".catalogue",
-    "edit_model": ".editing",
-    "export_pairs": ".curation",
-    "fit_model": ".tuning",
-    "free_disk": ".catalogue",
-    "group_influence": ".editing",
-    "list_runs": ".catalogue",
-    "propose_pairs": ".review",
-    "rename_run": ".catalogue",
-    "review_misalignment": ".review",
-    "select_by_influence": ".curation",
-    "staleness": ".catalogue",
-    "tag_by_influence": ".curation",
-    "tag_misaligned": ".misalignment",
-    "trace": ".tracing",
+    "MisalignmentResults": ".runs",
+    "cache_size": ".runs.cache",
+    "compute_influence": ".api.influence",
+    "compute_misalignment": ".api.misalignment",
+    "delete_run": ".runs.manage",
+    "edit_model": ".api.editing",
+    "export_pairs": ".samples.export",
+    "fit_model": ".api.fine_tuning",
+    "free_disk": ".runs.cache",
+    "group_influence": ".api.editing",
+    "list_runs": ".runs.manage",
+    "propose_pairs": ".api.review",
+    "rename_run": ".runs.manage",
+    "review_misalignment": ".api.review",
+    "select_by_influence": ".samples.selection",
+    "staleness": ".runs.manage",
+    "tag_by_influence": ".samples.selection",
+    "tag_misaligned": ".api.misalignment",
+    "trace": ".api.tracing",
 }
 
 

@@ -1,5 +1,5 @@
 """``python -m fiftyone_ecif`` is the command line."""
 
-from .cli import main
+from fiftyone_ecif.cli.main import main
 
 main(prog_name="fiftyone-ecif")

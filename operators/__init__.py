@@ -15,8 +15,8 @@ def register(plugin):  # type: ignore[no-untyped-def]
     from .detect_misalignment import DetectMisalignment
     from .edit_model import EditModel
     from .export_pairs import ExportPairs
-    from .influence_panel import InfluencePanel
     from .manage_influence_runs import ManageInfluenceRuns
+    from .panel.influence_panel import InfluencePanel
     from .review_misalignment import ReviewMisalignment
     from .tag_by_influence import TagByInfluence
     from .trace_predictions import TracePredictions

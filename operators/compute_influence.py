@@ -11,6 +11,7 @@ import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
 
+from .estimates import estimate, remember
 from .forms import (
     advanced,
     ask_background,
@@ -29,7 +30,6 @@ from .forms import (
     unusable,
 )
 from .jobs import Job, call, report, run_job, show, with_progress
-from .pace import estimate, remember
 
 _DEFAULTS: dict[str, Any] = {
     "caption_field": "caption",
@@ -92,7 +92,7 @@ class ComputeInfluence(foo.Operator):
         form = types.Property(inputs, view=types.View(label="Compute ECIF influence"))
         if unusable(inputs, ctx):
             return form
-        from fiftyone_ecif.runs import InfluenceConfig
+        from fiftyone_ecif.runs.influence import InfluenceConfig
 
         samples = ask_pairs(inputs, ctx)
         if samples is None:
@@ -100,11 +100,11 @@ class ComputeInfluence(foo.Operator):
         if not target_names(ctx.dataset):
             blocked(inputs, "no_target", "Tag some validation pairs, or save a view of them: influence needs a target")
             return form
-        aims = ask_target(inputs, ctx, samples)
-        if aims is not None:
-            counts = f"{len(samples):,} pairs will be scored towards {len(aims):,} validation pairs"
+        target_pairs = ask_target(inputs, ctx, samples)
+        if target_pairs is not None:
+            counts = f"{len(samples):,} pairs will be scored towards {len(target_pairs):,} validation pairs"
             params = _DEFAULTS | ctx.params
-            takes = estimate(_kind(params), len(samples) + len(aims), params["model"], params["scope"])
+            takes = estimate(_kind(params), len(samples) + len(target_pairs), params["model"], params["scope"])
             inputs.view("counts", types.Notice(label=counts, description=takes))
         ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_influence, KEY_positive, KEY_negative"
@@ -157,7 +157,7 @@ def _how(inputs: Any, ctx: Any) -> None:
 
 
 def _what_scope(inputs: Any, ctx: Any) -> None:
-    from fiftyone_ecif.choices import parse_scope
+    from fiftyone_ecif.options import parse_scope
 
     view = types.AutocompleteView(allow_user_input=True)
     for name in _SCOPES:
@@ -189,8 +189,8 @@ def _what_loss(inputs: Any, ctx: Any) -> None:
 
 
 def _score(ctx: Any, job: Job) -> Iterator[Any]:
-    from fiftyone_ecif.api import influence_steps
-    from fiftyone_ecif.runs import InfluenceConfig
+    from fiftyone_ecif.api.influence import influence_steps
+    from fiftyone_ecif.runs.influence import InfluenceConfig
 
     params = _DEFAULTS | {name: value for name, value in ctx.params.items() if value is not None}
     if is_from_form(ctx.params) and params["target_loss"] != "zero_shot":

@@ -9,8 +9,9 @@ import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.verdicts import check_mark
+from fiftyone_ecif.samples.review_tags import check_score_tag
 
+from .estimates import estimate, remember
 from .forms import (
     advanced,
     ask_background,
@@ -29,7 +30,6 @@ from .forms import (
     warning,
 )
 from .jobs import Job, call, report, run_job, show, with_progress
-from .pace import estimate, remember
 
 _LABEL, _ICON = "Detect misaligned pairs", "link_off"
 _DEFAULTS: dict[str, Any] = {
@@ -77,7 +77,7 @@ _TAGGING = {
 
 
 class DetectMisalignment(foo.Operator):
-    """Ranks pairs by how likely the caption does not belong to the image, and says why."""
+    """ProcessGroup pairs by how likely the caption does not belong to the image, and says why."""
 
     @property
     def config(self) -> foo.OperatorConfig:
@@ -101,7 +101,7 @@ class DetectMisalignment(foo.Operator):
         form = types.Property(inputs, view=types.View(label=_LABEL))
         if unusable(inputs, ctx):
             return form
-        from fiftyone_ecif.audits import MisalignmentConfig
+        from fiftyone_ecif.runs.misalignment import MisalignmentConfig
 
         samples = ask_pairs(inputs, ctx)
         if samples is None:
@@ -179,7 +179,7 @@ def _ask_tag(inputs: Any, ctx: Any) -> None:
         return
     tag = inputs.str("tag", required=True, default="suspect", label="Tag")
     try:
-        check_mark(ctx.params.get("tag"))
+        check_score_tag(ctx.params.get("tag"))
     except EcifError as error:
         refuse(tag, str(error))
     if tagging == "estimated":
@@ -199,7 +199,7 @@ def _ask_tag(inputs: Any, ctx: Any) -> None:
 
 
 def _ask_detector(inputs: Any, ctx: Any, samples: Any) -> None:
-    from fiftyone_ecif.choices import TRAINED_DETECTORS
+    from fiftyone_ecif.options import TRAINED_DETECTORS
 
     offered = {
         name: f"{name}: {label}"
@@ -215,8 +215,8 @@ def _ask_detector(inputs: Any, ctx: Any, samples: Any) -> None:
 
 
 def _detect(ctx: Any, job: Job) -> Iterator[Any]:
-    from fiftyone_ecif.audits import MisalignmentConfig
-    from fiftyone_ecif.misalignment import misalignment_steps
+    from fiftyone_ecif.api.misalignment import misalignment_steps
+    from fiftyone_ecif.runs.misalignment import MisalignmentConfig
 
     params = _DEFAULTS | {name: value for name, value in _chosen(ctx.params).items() if value is not None}
     samples = ctx.target_view()

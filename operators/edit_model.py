@@ -9,7 +9,7 @@ from typing import Any
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
-from fiftyone_ecif.samples import every_sample
+from fiftyone_ecif.samples.pairs import every_sample
 
 from .forms import (
     ask_background,
@@ -146,8 +146,8 @@ def _removed(ctx: Any, remove: str) -> Any:
 
 
 def _edit(ctx: Any, job: Job) -> Iterator[Any]:
-    from fiftyone_ecif.catalogue import load_run
-    from fiftyone_ecif.editing import edit_steps
+    from fiftyone_ecif.api.editing import edit_steps
+    from fiftyone_ecif.runs.manage import load_run
 
     key = ctx.params.get("brain_key", _KEY)
     removed = _removed(ctx, ctx.params["remove"]).exists(f"{key}_influence").values("id")

@@ -34,8 +34,8 @@ class ExportPairs(foo.Operator):
         inputs = types.Object()
         if unusable(inputs, ctx):
             return types.Property(inputs)
-        from fiftyone_ecif.curation import EXPORT_FORMATS
-        from fiftyone_ecif.samples import caption_fields
+        from fiftyone_ecif.samples.export import EXPORT_FORMATS
+        from fiftyone_ecif.samples.pairs import caption_fields
 
         inputs.view_target(ctx, action_description="Export")
         inputs.view("counts", types.Notice(label=f"{len(ctx.target_view()):,} pairs will be exported"))
@@ -55,7 +55,7 @@ class ExportPairs(foo.Operator):
         return types.Property(inputs, view=types.View(label="Export pairs"))
 
     def execute(self, ctx: Any) -> dict[str, Any]:
-        from fiftyone_ecif.curation import export_pairs
+        from fiftyone_ecif.samples.export import export_pairs
 
         path = new_file(ctx)
         caption_field = ctx.params.get("caption_field", "caption")

@@ -10,9 +10,8 @@ from typing import Any
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.samples import every_sample
-
-from .models import model_names, pretrained_tags
+from fiftyone_ecif.models.zoo import model_names, pretrained_tags
+from fiftyone_ecif.samples.pairs import every_sample
 
 MISSING = [name for name in ("torch", "open_clip", "h5py") if importlib.util.find_spec(name) is None]
 
@@ -67,7 +66,7 @@ def looks_like_a_path(text: str) -> bool:
 
 def ask_pairs(inputs: Any, ctx: Any) -> Any:
     """Asks which pairs to score and where their captions are; returns them, or None if there can be none."""
-    from fiftyone_ecif.samples import caption_fields, check_collection
+    from fiftyone_ecif.samples.pairs import caption_fields, check_collection
 
     inputs.view_target(ctx, action_description="Score")
     fields = caption_fields(ctx.dataset)
@@ -116,17 +115,17 @@ def ask_target(inputs: Any, ctx: Any, samples: Any) -> Any:
     chosen = ctx.params.get("target")
     if chosen not in names:
         return None
-    aims = target_view(ctx.dataset, chosen)
-    if len(aims) < 2:
-        refuse(target, f"The target needs at least 2 pairs, it has {len(aims)}")
-    shared = len(set(samples.values("id")) & set(aims.values("id")))
+    target_pairs = target_view(ctx.dataset, chosen)
+    if len(target_pairs) < 2:
+        refuse(target, f"The target needs at least 2 pairs, it has {len(target_pairs)}")
+    shared = len(set(samples.values("id")) & set(target_pairs.values("id")))
     if shared:
         warning(
             inputs,
             "shared",
             f"{shared:,} validation pairs are also scored. Show only training pairs to keep them apart",
         )
-    return aims
+    return target_pairs
 
 
 def ask_model(inputs: Any, ctx: Any, default: str) -> None:
@@ -206,7 +205,7 @@ def ask_key(inputs: Any, ctx: Any, default: str, description: str, config: Any) 
         description: what it names.
         config: of such a run.
     """
-    from fiftyone_ecif.runs import check_key
+    from fiftyone_ecif.runs.base import check_key
 
     key = inputs.str("brain_key", required=True, default=default, label="Key", description=description)
     name = ctx.params.get("brain_key")
@@ -251,7 +250,7 @@ def ask_fit_and_batches(inputs: Any, ctx: Any, defaults: Mapping[str, Any]) -> N
         "proximal",
         default=defaults["proximal"],
         label="Proximal strength",
-        description="Pull to the loaded weights, and the damping of the Hessian",
+        description="RoleGradient to the loaded weights, and the damping of the Hessian",
     )
     if not (ctx.params.get("proximal") or defaults["proximal"]) > 0:
         refuse(proximal, "Must be a positive number")

@@ -17,10 +17,10 @@ import fiftyone.operators as foo
 import psutil
 from fiftyone.operators.executor import ExecutionError
 
+from fiftyone_ecif.api.progress_bar import explain
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.progress import explain
 
-from .pace import Watch
+from .estimates import Watch
 
 logger = logging.getLogger(__name__)
 

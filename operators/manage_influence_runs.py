@@ -17,7 +17,7 @@ from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
 from .jobs import call
 
 if TYPE_CHECKING:
-    from fiftyone_ecif.catalogue import RunEntry, Stale
+    from fiftyone_ecif.runs.manage import RunEntry, Stale
 
 _LABEL, _ICON = "Manage influence runs", "inventory_2"
 _ACTIONS = {"describe": "Describe", "rename": "Rename", "delete": "Delete", "free": "Free disk"}
@@ -55,7 +55,8 @@ class ManageInfluenceRuns(foo.Operator):
         if action == "free":
             _say_what_is_freed(inputs)
             return form
-        from fiftyone_ecif.catalogue import describe_run, list_runs
+        from fiftyone_ecif.runs.describe import describe_run
+        from fiftyone_ecif.runs.manage import list_runs
 
         runs = {run.key: run for run in list_runs(ctx.dataset)}
         if not runs:
@@ -77,7 +78,9 @@ class ManageInfluenceRuns(foo.Operator):
         return form
 
     def execute(self, ctx: Any) -> dict[str, Any]:
-        from fiftyone_ecif.catalogue import delete_run, describe_run, free_disk, rename_run, size_text
+        from fiftyone_ecif.runs.cache import free_disk, size_text
+        from fiftyone_ecif.runs.describe import describe_run
+        from fiftyone_ecif.runs.manage import delete_run, rename_run
 
         action, key, dataset = ctx.params.get("action", "describe"), ctx.params.get("brain_key"), ctx.dataset
         if action == "describe":
@@ -110,7 +113,7 @@ class ManageInfluenceRuns(foo.Operator):
 
 
 def _say_what_is_freed(inputs: Any) -> None:
-    from fiftyone_ecif.catalogue import cache_size, size_text, unused_size
+    from fiftyone_ecif.runs.cache import cache_size, size_text, unused_size
 
     inputs.view(
         "unused",
@@ -122,7 +125,7 @@ def _say_what_is_freed(inputs: Any) -> None:
 
 
 def _ask_new_key(inputs: Any, ctx: Any, run: RunEntry) -> None:
-    from fiftyone_ecif.catalogue import check_rename
+    from fiftyone_ecif.runs.manage import check_rename
 
     asked = inputs.str(
         "new_key",
@@ -138,7 +141,7 @@ def _ask_new_key(inputs: Any, ctx: Any, run: RunEntry) -> None:
 
 
 def _ask_consent(inputs: Any, ctx: Any, run: RunEntry) -> None:
-    from fiftyone_ecif.catalogue import removal
+    from fiftyone_ecif.runs.manage import removal
 
     warning(inputs, "goes", f"The run will be deleted, with {removal(ctx.dataset, run.key)}")
     name = _CONFIRMED + run.key  # a tick is for one run: it stays when another is chosen
@@ -155,6 +158,6 @@ def _label(dataset: Any, run: RunEntry) -> str:
 @functools.lru_cache(maxsize=64)
 def _stale(name: str, key: str, when: datetime, period: int) -> Stale:
     """What changed since a run. That takes seconds where pairs are many, and a form asks at every keystroke."""
-    from fiftyone_ecif.catalogue import staleness
+    from fiftyone_ecif.runs.manage import staleness
 
     return staleness(fo.load_dataset(name), key)

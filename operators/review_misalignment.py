@@ -7,8 +7,9 @@ from typing import Any
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
-from fiftyone_ecif.samples import every_sample
-from fiftyone_ecif.verdicts import ALIGNED, LEAST, MISALIGNED, count_verdicts, review_or_propose
+from fiftyone_ecif.api.review import review_or_propose
+from fiftyone_ecif.samples.pairs import every_sample
+from fiftyone_ecif.samples.review_tags import ALIGNED, LEAST, MISALIGNED, count_review_tags
 
 from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
 from .jobs import call, show
@@ -57,12 +58,12 @@ class ReviewMisalignment(foo.Operator):
         return form
 
     def execute(self, ctx: Any) -> dict[str, Any]:
-        from fiftyone_ecif.catalogue import load_run
+        from fiftyone_ecif.runs.manage import load_run
 
         key = ctx.params.get("brain_key", _KEY)
         results = load_run(ctx.dataset, key, "misalignment")
-        verdicts, review, proposals = review_or_propose(results, ctx.params.get("count", _COUNT))
-        found: dict[str, Any] = {"aligned": verdicts.aligned, "misaligned": verdicts.misaligned}
+        tags, review, proposals = review_or_propose(results, ctx.params.get("count", _COUNT))
+        found: dict[str, Any] = {"aligned": tags.aligned, "misaligned": tags.misaligned}
         if review is None:
             said = _HOW_TO_TAG
         else:
@@ -104,12 +105,12 @@ class ReviewMisalignment(foo.Operator):
 
 
 def _say_what_happens(inputs: Any, ctx: Any) -> None:
-    verdicts = count_verdicts(ctx.dataset, ctx.params["brain_key"])
-    so_far = f"So far {verdicts.aligned:,} pairs are tagged {ALIGNED!r} and {verdicts.misaligned:,} {MISALIGNED!r}."
-    if verdicts.enough:
+    tags = count_review_tags(ctx.dataset, ctx.params["brain_key"])
+    so_far = f"So far {tags.aligned:,} pairs are tagged {ALIGNED!r} and {tags.misaligned:,} {MISALIGNED!r}."
+    if tags.enough:
         does = "The score will be refitted to them: it becomes the probability that a pair is misaligned."
     else:
         does = f"It takes {LEAST} of each to learn. You will be shown pairs to look at. {_HOW_TO_TAG}."
-    inputs.view("verdicts", types.Notice(label=f"{so_far} {does}"))
-    if verdicts.both:
-        warning(inputs, "both", f"{verdicts.both:,} pairs have both tags. Take one of the two away")
+    inputs.view("tags", types.Notice(label=f"{so_far} {does}"))
+    if tags.both:
+        warning(inputs, "both", f"{tags.both:,} pairs have both tags. Take one of the two away")

@@ -8,7 +8,7 @@ import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.samples import every_sample
+from fiftyone_ecif.samples.pairs import every_sample
 
 from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
 from .jobs import call
@@ -38,8 +38,8 @@ class TagByInfluence(foo.Operator):
         inputs = types.Object()
         if unusable(inputs, ctx):
             return types.Property(inputs)
-        from fiftyone_ecif.curation import DIRECTIONS, score_fields, select_by_influence
-        from fiftyone_ecif.verdicts import check_mark
+        from fiftyone_ecif.samples.review_tags import check_score_tag
+        from fiftyone_ecif.samples.selection import DIRECTIONS, score_fields, select_by_influence
 
         inputs.view_target(ctx, action_description="Tag among")
         fields = score_fields(ctx.dataset)
@@ -49,9 +49,11 @@ class TagByInfluence(foo.Operator):
         ours = [field for end in ("_influence", "_misalignment") for field in fields if field.endswith(end)]
         default = (ours or fields)[0]
         dropdown(inputs, "field", fields, default, label="Score")
-        is_audit = (ctx.params.get("field") or default).endswith("_misalignment")
-        dropdown(inputs, "direction", list(DIRECTIONS), "suspicious" if is_audit else "harmful", label="Which end")
-        if is_audit and DIRECTIONS.get(ctx.params.get("direction")) == "lowest":
+        is_misalignment = (ctx.params.get("field") or default).endswith("_misalignment")
+        dropdown(
+            inputs, "direction", list(DIRECTIONS), "suspicious" if is_misalignment else "harmful", label="Which end"
+        )
+        if is_misalignment and DIRECTIONS.get(ctx.params.get("direction")) == "lowest":
             warning(inputs, "end", "The lowest scores of misalignment are those of the least suspicious pairs")
         choice = types.RadioGroup()
         for name, label in _LIMITS.items():
@@ -66,7 +68,7 @@ class TagByInfluence(foo.Operator):
             value = inputs.float("threshold", required=True, default=0.0, label="Score")
         tag = inputs.str("tag", required=True, default=ctx.params.get("direction", "harmful"), label="Tag")
         try:
-            check_mark(ctx.params.get("tag"))
+            check_score_tag(ctx.params.get("tag"))
         except EcifError as error:
             refuse(tag, str(error))
         if ctx.params.get(limit) is not None and ctx.params.get("field") and ctx.params.get("direction"):
@@ -80,7 +82,7 @@ class TagByInfluence(foo.Operator):
         return types.Property(inputs, view=types.View(label="Tag by influence"))
 
     def execute(self, ctx: Any) -> dict[str, Any]:
-        from fiftyone_ecif.curation import DIRECTIONS, tag_by_influence
+        from fiftyone_ecif.samples.selection import DIRECTIONS, tag_by_influence
 
         direction = ctx.params.get("direction", "harmful")
         tag = ctx.params.get("tag") or direction

@@ -8,13 +8,13 @@ import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.samples import pairs_now
+from fiftyone_ecif.samples.pairs import pairs_now
 
 from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
 from .jobs import call, show
 
 if TYPE_CHECKING:
-    from fiftyone_ecif.tracing import Trace
+    from fiftyone_ecif.api.tracing import Trace
 
 _LABEL, _ICON = "Trace predictions", "troubleshoot"
 _KEY, _COUNT, _LIMIT = "ecif", 5, 5
@@ -70,8 +70,8 @@ class TracePredictions(foo.Operator):
         return form
 
     def execute(self, ctx: Any) -> dict[str, Any]:
-        from fiftyone_ecif.catalogue import load_run
-        from fiftyone_ecif.tracing import mark_traces, trace
+        from fiftyone_ecif.api.tracing import mark_traces, trace
+        from fiftyone_ecif.runs.manage import load_run
 
         key = ctx.params.get("brain_key", _KEY)
         results = load_run(ctx.dataset, key)
@@ -129,17 +129,17 @@ def _chosen(ctx: Any) -> list[str]:
 
 
 def _ask_queries(inputs: Any, ctx: Any, key: str, run: Any) -> None:
-    from fiftyone_ecif.runs import target_dataset
-    from fiftyone_ecif.tracing import count_mistakes
+    from fiftyone_ecif.api.tracing import count_mistakes
+    from fiftyone_ecif.runs.influence import target_dataset
 
     config = ctx.dataset.get_brain_info(key).config
-    aims = {sample for ids in config.target["ids"].values() for sample in ids}
+    target_pairs = {sample for ids in config.target["ids"].values() for sample in ids}
     try:
         mistakes = count_mistakes(key, config)
     except EcifError as error:
         refuse(run, str(error))
         return
-    worst = f"The worst of the {mistakes:,} mistakes on {len(aims):,} validation pairs"
+    worst = f"The worst of the {mistakes:,} mistakes on {len(target_pairs):,} validation pairs"
     offered = ctx.params.get("ids") or ctx.selected
     if offered:
         choice = types.RadioGroup()
@@ -151,7 +151,7 @@ def _ask_queries(inputs: Any, ctx: Any, key: str, run: Any) -> None:
             "mistakes", types.Notice(label=f"{worst} will be traced. Select some of them to trace others")
         )
     ids = _chosen(ctx)
-    outside = [sample for sample in ids if sample not in aims]
+    outside = [sample for sample in ids if sample not in target_pairs]
     if outside:
         refuse(
             asked,

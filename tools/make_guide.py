@@ -15,15 +15,18 @@ from pathlib import Path
 from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "browser")]
 
-import conftest  # noqa: E402, F401  a database, plugins folder and cache of its own
+import conftest  # noqa: E402, F401  a plugins folder and cache of its own
+import with_fiftyone  # noqa: E402, F401  and a database
+
+# isort: split
 import fiftyone as fo  # noqa: E402
 from driver import open_app  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from fiftyone_ecif.demo import demo_model, load_demo  # noqa: E402
-from fiftyone_ecif.training import MODEL  # noqa: E402
+from fiftyone_ecif.demo.demo import demo_model, load_demo  # noqa: E402
+from fiftyone_ecif.demo.training import MODEL  # noqa: E402
 
 PAIRS = 600
 MOVING = ("start", "score-form", "scored", "pair", "threshold", "review", "learned", "traced", "edited")

@@ -10,16 +10,20 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "browser")]
 
-import conftest  # noqa: F401  a database, plugins folder and cache of its own
-import fiftyone as fo
-import fiftyone.operators as foo
-from driver import PATIENCE, expect, open_app
+import conftest  # noqa: E402, F401  a plugins folder and cache of its own
+import with_fiftyone  # noqa: E402, F401  and a database
 
-from fiftyone_ecif import compute_influence
-from fiftyone_ecif.demo import demo_model, load_demo
-from fiftyone_ecif.training import MODEL
+# isort: split
+import fiftyone as fo  # noqa: E402
+import fiftyone.operators as foo  # noqa: E402
+from driver import PATIENCE, expect, open_app  # noqa: E402
+
+from fiftyone_ecif import compute_influence  # noqa: E402
+from fiftyone_ecif.demo.demo import demo_model, load_demo  # noqa: E402
+from fiftyone_ecif.demo.training import MODEL  # noqa: E402
 
 DISTINCT = 400
 TRACE = "@ecif/fiftyone-ecif/trace_predictions"

@@ -10,10 +10,11 @@ import numpy as np
 import psutil
 from fiftyone.core.odm import get_db_conn
 
-from ..api import compute_influence
-from ..catalogue import cache_size, delete_run
-from ..tracing import mark_traces, trace
-from ..training import MODEL
+from fiftyone_ecif.api.influence import compute_influence
+from fiftyone_ecif.api.tracing import mark_traces, trace
+from fiftyone_ecif.demo.training import MODEL
+from fiftyone_ecif.runs.cache import cache_size
+from fiftyone_ecif.runs.manage import delete_run
 
 _KEY = "soak"
 _MIB = 1 << 20

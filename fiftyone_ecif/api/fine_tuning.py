@@ -1,0 +1,234 @@
+"""Fine-tuning a model on a user's pairs, with low-rank adapters by default.
+
+What is trained is the flat vector of a deep scope (see ``models.tower_scope``),
+so that the same parameters can be attributed afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from fiftyone_ecif.api.progress_bar import follow
+from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.objective import random_partition
+from fiftyone_ecif.models.checkpoint import new_checkpoint, save_checkpoint
+from fiftyone_ecif.models.checks import choose_device
+from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.fine_tuning import (
+    FitSettings,
+    diverged,
+    load_state,
+    mean_loss,
+    train_scope,
+    warn_of_preprocessing,
+)
+from fiftyone_ecif.models.inputs import Images, ImageTextBatches
+from fiftyone_ecif.models.tower_scope import TowerScope
+from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.samples.pairs import Pairs, check_collection, read_pairs, warn_skipped
+from fiftyone_ecif.store.keys import pair_key
+
+logger = logging.getLogger(__name__)
+_READ_AT_ONCE = 64  # images
+
+
+def fit_model(
+    samples: Any,
+    path: str | os.PathLike[str],
+    caption_field: str = "caption",
+    model: str = "ViT-B-32",
+    pretrained: str | None = None,
+    *,
+    scope: str = "lora",
+    epochs: int = 5,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    device: str | None = None,
+    skip_failures: bool = True,
+    overwrite: bool = False,
+    progress: bool | Callable[..., None] | None = None,
+) -> dict[str, Any]:
+    """Fine-tunes a pretrained model on image-caption pairs and saves a checkpoint.
+
+    Minimises the model's own contrastive loss over random batches, new ones
+    each epoch, with AdamW; the learning rate warms up over the first tenth of
+    the steps and then falls to zero along a cosine. The model stays in
+    evaluation mode: no dropout, and batch norms keep their statistics.
+
+    While it runs, its state is saved to ``{path}.resume`` every few seconds. A
+    fit that was stopped goes on from there when it is run again with the same
+    arguments, and ends where it would have ended; on the CPU to the last bit.
+
+    The checkpoint is for ``pretrained=path`` with the same model name. Of a
+    ``local-dir:…`` or ``hf-hub:…`` model, it belongs into a folder with a copy
+    of the model's ``open_clip_config.json``.
+
+    Args:
+        samples: the training pairs, a FiftyOne dataset or view of images.
+        path: the checkpoint to write; safetensors if it ends in that, else
+            PyTorch's format. Adapters are written beside it, to
+            ``{path}.adapters``.
+        caption_field ("caption"): the string field that holds the captions.
+        model ("ViT-B-32"): the name of an open_clip model.
+        pretrained (None): one of its pretrained tags, or the path of a
+            checkpoint to start from. Needed unless the model name brings its
+            own weights (``local-dir:…``, ``hf-hub:…``).
+        scope ("lora"): the parameters to train: ``lora[:RANK[:BLOCKS]]``,
+            ``blocks:K`` or a regular expression over parameter names.
+        epochs (5): how often each pair is seen.
+        batch_size (64): pairs that compete in one softmax, at most.
+        learning_rate (1e-3): the highest, after the warm-up.
+        weight_decay (0.0): of the trained parameters to zero; decoupled from
+            the loss, as in AdamW.
+        seed (0): fixes new adapters and all batches.
+        device (None): where to train; by default a GPU where there is one.
+        skip_failures (True): whether to skip samples without a caption or with
+            an unreadable image, with a warning, rather than raise.
+        overwrite (False): whether to replace the checkpoint, and a saved state
+            of a fit with other arguments.
+        progress (None): whether to show progress bars, or a callback.
+
+    Returns:
+        ``checkpoint`` (the path), ``pairs``, ``steps`` and ``parameters``
+        (counts), ``loss_before`` and ``loss_after`` (mean pair loss in nats,
+        over the same random batches; it depends on their size), ``skipped``
+        (``{sample id: reason}``) and ``attributed`` (names of the parameters
+        that changed)
+
+    Raises:
+        EcifError: if an argument or the data is not usable, a file cannot be
+            written, or the loss does not stay finite; there is no new
+            checkpoint then
+    """
+    settings = FitSettings(
+        caption_field=caption_field,
+        model=model,
+        pretrained=pretrained,
+        scope=scope,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        seed=seed,
+        skip_failures=skip_failures,
+    )
+    return follow(fit_steps(samples, path, settings, device=device, overwrite=overwrite), progress)
+
+
+def fit_steps(
+    samples: Any,
+    path: str | os.PathLike[str],
+    settings: FitSettings,
+    *,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> Generator[Progress, None, dict[str, Any]]:
+    """:func:`fit_model` as a generator of its progress, for a caller that shows it or stops it."""
+    choice = settings.check()
+    choose_device(device)
+    check_collection(samples, settings.caption_field)
+    path = new_checkpoint(path, overwrite)
+
+    yield Progress("Reading pairs", 0, 1)
+    pairs = read_pairs(samples, settings.caption_field, settings.skip_failures)
+    _check_count(pairs)
+    yield Progress("Reading pairs", 1, 1)
+
+    yield Progress("Loading the model", 0, 1)
+    encoder = Encoder(settings.model, settings.pretrained, device)
+    scope = encoder.scope(choice, settings.seed)
+    assert isinstance(scope, TowerScope)  # heads were refused
+    resume = path.with_name(f"{path.name}.resume")
+    digest = _digest(settings, pairs, encoder, scope)
+    state = load_state(resume, digest, overwrite)
+    yield Progress("Loading the model", 1, 1)
+
+    if state is None:
+        unreadable = yield from _find_unreadable(encoder, pairs, settings.skip_failures)
+    else:
+        unreadable = state["unreadable"]
+    pairs = pairs.without(unreadable)
+    warn_skipped(pairs.skipped, "training")
+    _check_count(pairs)
+
+    partition = random_partition(len(pairs.ids), settings.batch_size, settings.seed)
+    batches = ImageTextBatches(encoder, pairs.paths, pairs.captions, partition)
+    if state is None:
+        before = yield from mean_loss(scope, scope.start, batches)
+        state = {
+            "digest": digest,
+            "unreadable": unreadable,
+            "loss_before": before,
+            "step": 0,
+            "theta": scope.start,
+            "optimiser": None,
+        }
+    theta = yield from train_scope(scope, batches, settings, state, resume)
+    after = yield from mean_loss(scope, theta, batches)
+    if not math.isfinite(after):
+        raise diverged(settings)
+
+    yield Progress("Saving", 0, 1)
+    adapters = scope.adapters(theta) if scope.rank else None
+    save_checkpoint(path, encoder.changed_state(scope, theta), adapters, encoder.preprocessing)
+    resume.unlink(missing_ok=True)
+    warn_of_preprocessing(encoder, path)
+    yield Progress("Saving", 1, 1)
+    return {
+        "checkpoint": str(path),
+        "pairs": len(pairs.ids),
+        "steps": settings.epochs * len(partition),
+        "parameters": len(theta),
+        "loss_before": state["loss_before"],
+        "loss_after": after,
+        "skipped": pairs.skipped,
+        "attributed": encoder.scope_names(choice),
+    }
+
+
+def _find_unreadable(encoder: Encoder, pairs: Pairs, skip_failures: bool) -> Generator[Progress, None, dict[int, str]]:
+    """Decodes every image once, so that none ends the training half-way.
+
+    Returns:
+        ``{index: reason}`` of those that cannot be read
+
+    Raises:
+        EcifError: for the first of them, unless it is skipped
+    """
+    images = Images(pairs.paths, encoder.preprocess)
+    failures: dict[int, str] = {}
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(images), _READ_AT_ONCE):
+            yield Progress("Reading images", start, len(images))
+            rows = range(start, min(start + _READ_AT_ONCE, len(images)))
+            failures |= {row: reason for row, _, reason in pool.map(images.__getitem__, rows) if reason is not None}
+            if failures and not skip_failures:
+                row, reason = next(iter(failures.items()))
+                raise EcifError(
+                    f"The image {pairs.paths[row]} cannot be read ({reason}). Mend it, or set skip_failures=True"
+                )
+    yield Progress("Reading images", len(images), len(images))
+    return failures
+
+
+def _check_count(pairs: Pairs) -> None:
+    if len(pairs.ids) < 2:
+        raise EcifError(f"Fine-tuning needs at least 2 readable pairs, there are {len(pairs.ids)}")
+
+
+def _digest(settings: FitSettings, pairs: Pairs, encoder: Encoder, scope: TowerScope) -> str:
+    """Of all that the result depends on: settings, pairs, weights and where the scope starts."""
+    keys = [pair_key(path, caption) for path, caption in zip(pairs.paths, pairs.captions, strict=True)]
+    digest = hashlib.blake2b(json.dumps([asdict(settings), encoder.fingerprint, keys]).encode(), digest_size=16)
+    digest.update(scope.start.cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,307 @@
+"""The public functions, shaped like FiftyOne Brain's: samples in, fields and a run out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fiftyone_ecif.api.preparation import PreparedRun, describe, prepare
+from fiftyone_ecif.api.progress_bar import follow
+from fiftyone_ecif.distributed import ProcessGroup
+from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.gradient_store import read_effects
+from fiftyone_ecif.influence.scoring import Scores, score_pairs
+from fiftyone_ecif.influence.scoring_options import ScoringOptions
+from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.runs.base import check_key
+from fiftyone_ecif.runs.diagnostics import diagnose
+from fiftyone_ecif.runs.influence import InfluenceConfig, InfluenceResults, PairFunction, influence_fields, slice_names
+from fiftyone_ecif.runs.writing import finish_writing, write_run
+from fiftyone_ecif.samples.pairs import Pairs, check_collection
+from fiftyone_ecif.store.tables import Store
+
+logger = logging.getLogger(__name__)
+
+
+def compute_influence(
+    samples: Any,
+    caption_field: str = "caption",
+    model: str = "ViT-B-32",
+    pretrained: str | None = None,
+    target: Any = None,
+    *,
+    target_loss: str | PairFunction = "contrastive",
+    label_field: str | None = None,
+    templates: Sequence[str] = ("a photo of a {}.",),
+    scope: str = "heads",
+    role: str = "exact",
+    solver: str | None = None,
+    damping: float = 0.0,
+    brain_key: str = "ecif",
+    fit: bool = False,
+    proximal: float = 1.0,
+    batch_size: int | None = None,
+    seed: int = 0,
+    n_partitions: int = 1,
+    scores: Sequence[str] = (),
+    keep_gradients: bool | None = None,
+    device: str | None = None,
+    num_workers: int | None = None,
+    skip_failures: bool = True,
+    overwrite: bool = False,
+    progress: bool | Callable[..., None] | None = None,
+) -> InfluenceResults:
+    """Computes what training on each image-caption pair does to a target.
+
+    The influence of a pair is the change of the target's mean loss if the pair
+    had not been trained on, to first order, for a model trained with the
+    contrastive loss (softmax, or sigmoid for a model with a ``logit_bias``):
+    **positive = valuable, negative = harmful**, in nats. It is the sum of two
+    parts, from the pair's own loss and from its serving as a negative of the
+    others in its batch.
+
+    Four fields are written: ``{brain_key}_influence``, its parts
+    ``{brain_key}_positive`` and ``{brain_key}_negative``, and
+    ``{brain_key}_rank`` (1 = most harmful). Samples that could not be scored
+    have no value.
+
+    .. note::
+
+        Runs of this method can be referenced later via brain key
+        ``brain_key``: ``dataset.load_brain_results(brain_key)``,
+        ``dataset.delete_brain_run(brain_key)``.
+
+    What is expensive is cached (see ``fiftyone_ecif.store``): a second run with
+    another target reads the features and encodes nothing that is unchanged.
+
+    Args:
+        samples: the training pairs, a FiftyOne dataset or view of images.
+        caption_field ("caption"): the string field that holds the captions.
+        model ("ViT-B-32"): the name of an open_clip model.
+        pretrained (None): one of its pretrained tags, or the path of a
+            checkpoint. Needed unless the model name brings its own weights
+            (``local-dir:…``, ``hf-hub:…``).
+        target: the validation pairs towards which influence is measured, a
+            dataset or view of images with the same caption field; or slices of
+            them as a dict of name -> view. Each slice then gets a field
+            ``{brain_key}_influence_on_{name}``, and ``{brain_key}_influence`` is
+            their mean.
+        target_loss ("contrastive"): what is measured on the target: the pairs'
+            own ``"contrastive"`` loss, ``"zero_shot"`` classification by
+            ``label_field``, ``"retrieval_margin"`` (logit of the strongest
+            wrong match minus that of the right one), or a function
+            ``loss(images, captions, logits)`` of a batch's unit embeddings,
+            ``(n, d)`` each, and its similarity matrix ``(n, n)``, returning a
+            loss for each pair, ``(n,)``, in torch.
+        label_field (None): a string or Classification field of the target's
+            classes; the classes are those found in it.
+        templates ("a photo of a {}.",): prompts of a class; their embeddings
+            are averaged.
+        scope ("heads"): the parameters to attribute: ``"heads"`` (both final
+            projections), ``"heads+logit_scale"``, ``"lora[:RANK[:BLOCKS]]"``
+            (adapters on attention and MLP weights, of the last BLOCKS blocks),
+            ``"blocks:K"`` (the last K blocks of both towers), or a regular
+            expression that parameter names are searched for.
+        role ("exact"): how a pair's part in its batch is taken: ``"exact"``,
+            ``"taylor"`` (the paper's first-order form), ``"positive"`` or
+            ``"negative"`` alone, or ``"as_printed"`` (the paper's formula as
+            printed, which is wrong; for comparison).
+        solver (None): the curvature: ``"hessian"`` (default for heads), ``"ggn"``
+            (default for deeper scopes), ``"logra"`` or ``"identity"``.
+        damping (0.0): added to the curvature, relative to its mean eigenvalue.
+        brain_key ("ecif"): names the run and its fields.
+        fit (False): whether to bring the scope to a stationary point of the
+            pairs' loss first, in memory, starting from the loaded weights.
+            Influence functions presume one.
+        proximal (1.0): strength of the pull to the loaded weights, in the
+            objective and in its curvature.
+        batch_size (None): pairs that compete in one softmax; by default 256,
+            or all pairs if there are fewer. Scores depend on it.
+        seed (0): which pairs share a batch.
+        n_partitions (1): how many random partitions into batches to average
+            over; with more than one, ``{brain_key}_error`` is the standard error.
+        scores: further fields to write: ``"relative_influence"``,
+            ``"self_influence"``, ``"leave_one_out_loss"``.
+        keep_gradients (None): whether to store projected gradients, which
+            :func:`fiftyone_ecif.trace` needs; by default for heads only, where
+            they cost little.
+        device (None): where the model runs; by default a GPU where there is
+            one. For the heads all that follows is float64 on the CPU.
+        num_workers (None): processes that load images.
+        skip_failures (True): whether to skip samples without a caption or with
+            an unreadable image, with a warning, rather than raise.
+        overwrite (False): whether to replace a run of the same key.
+        progress (None): whether to show progress bars, or a callback.
+
+    Returns:
+        :class:`fiftyone_ecif.InfluenceResults`. Its ``diagnostics`` hold
+        ``relative_gradient_norm`` (of the mean over a pair's, 0 at a stationary
+        point), ``damping`` (what was added to the curvature to make it positive,
+        relative to its mean eigenvalue), ``solve_residual``,
+        ``solve_iterations`` and ``condition_number`` of the solves,
+        ``smallest_norm`` (the shortest embedding over the median, before
+        normalisation), ``training_loss`` and ``target_loss`` (means over pairs),
+        ``cached_correlation`` (Pearson, of influence from the stored gradients
+        with the scores), ``pairs``, ``target_pairs``, ``shared_pairs``,
+        ``parameters`` (how many are in scope), ``attributed`` (their names) and
+        ``held_fixed`` (the names of all others).
+
+    Raises:
+        EcifError: if an argument or the data is not usable, or the result
+            could not be trusted; nothing on the samples is changed then
+    """
+    config = InfluenceConfig(
+        caption_field=caption_field,
+        model=model,
+        pretrained=pretrained,
+        scope=scope,
+        role=role,
+        solver=solver,
+        damping=damping,
+        fit=fit,
+        proximal=proximal,
+        batch_size=batch_size,
+        seed=seed,
+        n_partitions=n_partitions,
+        target_loss=target_loss,
+        label_field=label_field,
+        templates=templates,
+        scores=scores,
+        keep_gradients=keep_gradients,
+    )
+    work = influence_steps(
+        samples,
+        target,
+        config,
+        brain_key=brain_key,
+        device=device,
+        num_workers=num_workers,
+        skip_failures=skip_failures,
+        overwrite=overwrite,
+    )
+    return follow(work, progress)
+
+
+def influence_steps(
+    samples: Any,
+    target: Any,
+    config: InfluenceConfig,
+    *,
+    brain_key: str = "ecif",
+    device: str | None = None,
+    num_workers: int | None = None,
+    skip_failures: bool = True,
+    overwrite: bool = False,
+) -> Generator[Progress, None, InfluenceResults]:
+    """:func:`compute_influence` as a generator of its progress, for a caller that shows it or stops it."""
+    if target is None or target == {}:
+        raise EcifError("target is needed: a view of validation pairs, such as dataset.match_tags('val')")
+    config.slices = slice_names(target)
+    processes = ProcessGroup.here()
+    check_collection(samples, config.caption_field)
+    finished = processes.gather(finish_writing(samples._dataset) if processes.first else [])
+    overwrite = overwrite or brain_key in finished  # its job was killed, and is run again
+    prepared = yield from prepare(
+        samples,
+        target,
+        config,
+        device=device,
+        num_workers=num_workers,
+        skip_failures=skip_failures,
+        check=lambda: check_key(samples._dataset, brain_key, overwrite, config),
+        processes=processes,
+    )
+    config.batch_size = prepared.batch_size
+    config.encoder = prepared.encoder.fingerprint
+    method = ScoringOptions(
+        config.fit, config.proximal, config.role, config.solver, config.damping, config.keep_gradients
+    )
+    store = prepared.store.inside(prepared.run_name(config, config.seed))
+    config.store = store.names
+    found: list[Scores] = []
+    for number in range(config.n_partitions):
+        if number:  # in the first one's folder, so that they are deleted with it
+            store = Store(*config.store).inside(f"partition-{number}")
+        scores = yield from score_pairs(
+            store, prepared.scope, prepared.batches(config.seed + number), prepared.targets, method, processes
+        )
+        _check_scores(prepared.pairs, scores)
+        found.append(scores)
+        method = replace(method, keep_gradients=False)  # one partition's are enough
+    if samples._dataset.deleted:
+        raise EcifError("The dataset was deleted while it was scored. Nothing was written")
+    config.target = describe(target, prepared)
+    for scores in found:
+        for remark in diagnose(config, scores.diagnostics):
+            if not remark.fine:
+                logger.warning(remark.text)
+
+    yield Progress("Writing fields", 0, 1)
+    attributed = prepared.encoder.scope_names(prepared.choice)
+    names = [name for name, _ in prepared.encoder.model.named_parameters()]
+    diagnostics = found[0].diagnostics | {
+        "pairs": len(prepared.pairs.ids),
+        "target_pairs": sum(len(target_pairs.ids) for target_pairs in prepared.target_pairs.values()),
+        "shared_pairs": prepared.shared,
+        "attributed": attributed,
+        "held_fixed": [name for name in names if name not in set(attributed)],
+    }
+    if not processes.first:
+        processes.wait()  # for the first one to write
+        samples._dataset.reload()
+        return samples._dataset.load_brain_results(brain_key)  # type: ignore[no-any-return]
+    columns = _columns(found, config, prepared)
+    results = InfluenceResults(
+        samples,
+        config,
+        brain_key,
+        prepared.pairs.ids,
+        prepared.pairs.skipped,
+        diagnostics,
+        [pair.digest for pair in prepared.keys],
+    )
+    write_run(results, columns, overwrite)
+    processes.wait()
+    yield Progress("Writing fields", 1, 1)
+    fields = ", ".join(influence_fields(brain_key, config))
+    logger.info("Influence of %d pairs written to %s", len(prepared.pairs.ids), fields)
+    return results
+
+
+def _columns(found: Sequence[Scores], config: InfluenceConfig, prepared: PreparedRun) -> dict[str, np.ndarray]:
+    """What is written, by the end of the field's name: averages over partitions, then over slices."""
+    positive = np.mean([scores.positive for scores in found], axis=0)
+    negative = np.mean([scores.negative for scores in found], axis=0)
+    influence = (positive + negative).mean(0)
+    rank = np.empty(len(influence), dtype=int)
+    rank[np.argsort(influence, kind="stable")] = np.arange(1, len(influence) + 1)
+    columns = {"influence": influence, "positive": positive.mean(0), "negative": negative.mean(0), "rank": rank}
+    if len(found) > 1:
+        each = [(scores.positive + scores.negative).mean(0) for scores in found]
+        columns["error"] = np.std(each, axis=0, ddof=1) / len(found) ** 0.5
+    for name, row in zip(config.slices, positive + negative, strict=False):
+        columns[f"influence_on_{name}"] = row
+    if config.scores:
+        store = Store(*(config.store or ()))
+        effects = read_effects(store, config.solver, config.damping, len(influence))
+        if "relative_influence" in config.scores:
+            columns["relative_influence"] = influence / effects["length"]
+        if "self_influence" in config.scores:
+            columns["self_influence"] = effects["own"]
+        if "leave_one_out_loss" in config.scores:
+            table = store.table("gradients").read_all("row", "loss")
+            columns["leave_one_out_loss"] = effects["own"] + table["loss"][np.argsort(table["row"])]
+    return columns
+
+
+def _check_scores(pairs: Pairs, scores: Scores) -> None:
+    bad = np.flatnonzero(~np.isfinite(scores.positive + scores.negative).all(0))
+    if len(bad):
+        raise EcifError(
+            f"The scores of {len(bad)} samples are not finite; the first is {pairs.ids[bad[0]]}. "
+            "Check its image and caption, or raise proximal"
+        )

@@ -1,0 +1,78 @@
+"""One pair in depth: what resembles it, whom it harms and whom it helps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.linalg import cho_solve, cholesky
+
+from fiftyone_ecif.influence.gradient_store import read_curvature, stored_pair, stored_products
+from fiftyone_ecif.runs.influence import InfluenceResults
+from fiftyone_ecif.store.tables import Store
+
+
+class Link(NamedTuple):
+    """Another pair, and how it relates to the one that is looked at.
+
+    Attributes:
+        id: its sample.
+        value: cosine similarity in [-1, 1], or influence on its loss in nats
+            (positive = helps it, negative = harms it).
+    """
+
+    id: str
+    value: float
+
+
+class Inspection(NamedTuple):
+    """What is known of one pair.
+
+    Attributes:
+        harms: target pairs whose loss it raises, the most first; empty where the run has no target.
+        helps: target pairs whose loss it lowers, likewise.
+        neighbours: scored pairs with the most similar image.
+    """
+
+    harms: list[Link]
+    helps: list[Link]
+    neighbours: list[Link]
+
+
+def inspect_pair(results: Any, sample: str, count: int = 5) -> Inspection:
+    """Looks at one pair of a run, from the store and without the model.
+
+    Args:
+        results: of :func:`fiftyone_ecif.compute_influence` or
+            :func:`fiftyone_ecif.compute_misalignment`.
+        sample: id of a sample.
+        count (5): how many others to name, of each sort.
+
+    Returns:
+        what there is: all lists are empty if the run kept no gradients or the sample is not among its pairs
+    """
+    if sample not in results.ids:
+        return Inspection([], [], [])
+    row = results.ids.index(sample)
+    store = Store(*results.config.store)
+    pair = stored_pair(store, row, "image", "positive", "negative")
+    if pair is None:
+        return Inspection([], [], [])
+    similarity = stored_products(store, pair["image"][None], len(results.ids), "image")[0]
+    similarity[row] = -np.inf
+    neighbours = _links(results.ids, similarity, count)
+    if not isinstance(results, InfluenceResults):
+        return Inspection([], [], neighbours)
+    curvature = read_curvature(store, results.config.solver, results.config.damping)
+    change = cho_solve((cholesky(curvature, lower=True), True), pair["positive"] + pair["negative"])
+    target_pairs = [results.target_pairs(name) for name in results.slices]
+    influence = np.concatenate([slice_.gradients @ change for slice_ in target_pairs]) / len(results.ids)
+    names = [name for slice_ in target_pairs for name in slice_.ids]
+    helps = [link for link in _links(names, influence, count) if link.value > 0]
+    harms = [Link(link.id, -link.value) for link in _links(names, -influence, count) if link.value > 0]
+    return Inspection(harms, helps, neighbours)
+
+
+def _links(ids: list[str], values: np.ndarray, count: int) -> list[Link]:
+    order = np.argsort(-values, kind="stable")[:count]
+    return [Link(ids[place], float(values[place])) for place in order if np.isfinite(values[place])]

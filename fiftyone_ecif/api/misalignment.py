@@ -1,0 +1,303 @@
+"""Finding pairs whose caption does not belong to the image: samples in, fields and a run out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Generator
+from typing import Any
+
+from fiftyone_ecif.api.preparation import PreparedRun, prepare
+from fiftyone_ecif.api.progress_bar import follow
+from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.fitting import stationary_point
+from fiftyone_ecif.influence.gradient_store import read_cached
+from fiftyone_ecif.influence.objective import ContrastiveLoss
+from fiftyone_ecif.influence.projected_gradients import keep_gradients
+from fiftyone_ecif.influence.scoring import score_pairs
+from fiftyone_ecif.influence.scoring_options import ScoringOptions
+from fiftyone_ecif.misalignment.detectors import EVIDENCE, Findings, reasons, run_detectors
+from fiftyone_ecif.misalignment.duplicates import find_duplicates
+from fiftyone_ecif.misalignment.embeddings import DetectorInputs
+from fiftyone_ecif.misalignment.fusion import ranked
+from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
+from fiftyone_ecif.options import DETECTORS
+from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.runs.base import check_key
+from fiftyone_ecif.runs.misalignment import MisalignmentConfig, MisalignmentResults
+from fiftyone_ecif.runs.writing import finish_writing, write_run
+from fiftyone_ecif.samples.pairs import check_collection, every_sample
+from fiftyone_ecif.samples.review_tags import check_score_tag
+from fiftyone_ecif.samples.selection import tag_by_influence
+from fiftyone_ecif.store.tables import Store
+
+logger = logging.getLogger(__name__)
+
+
+def compute_misalignment(
+    samples: Any,
+    caption_field: str = "caption",
+    model: str = "ViT-B-32",
+    pretrained: str | None = None,
+    *,
+    detector: str = "fused",
+    brain_key: str = "audit",
+    fit: bool = True,
+    trained: bool = False,
+    target: Any = None,
+    tag: str | None = None,
+    share: float | None = None,
+    threshold: float | None = None,
+    proximal: float = 1.0,
+    batch_size: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    num_workers: int | None = None,
+    skip_failures: bool = True,
+    overwrite: bool = False,
+    progress: bool | Callable[..., None] | None = None,
+) -> MisalignmentResults:
+    """Finds image-caption pairs that do not belong together, without labels.
+
+    Three fields are written: ``{brain_key}_misalignment`` in [0, 1], the share of
+    the pairs that are less suspicious (a rank, not a probability: 0.9 says that
+    nine tenths of the pairs look better; :func:`review_misalignment` turns it
+    into a probability), ``{brain_key}_reason``, what speaks against the pair, and
+    ``{brain_key}_duplicate``, whether another sample has the same image. Samples
+    that could not be scored have no value.
+
+    Detectors and their sources are in :mod:`fiftyone_ecif.detectors`. Those that
+    use influence tell about pairs that the model was trained on, which ``fit``
+    sees to. Where neither ``fit`` nor ``trained`` is set they are left out, with a
+    warning.
+
+    .. note::
+
+        Runs of this method can be referenced later via brain key
+        ``brain_key``: ``dataset.load_brain_results(brain_key)``,
+        ``dataset.delete_brain_run(brain_key)``.
+
+    Args:
+        samples: the pairs, a FiftyOne dataset or view of images.
+        caption_field ("caption"): the string field that holds the captions.
+        model ("ViT-B-32"): the name of an open_clip model.
+        pretrained (None): one of its pretrained tags, or the path of a
+            checkpoint. Needed unless the model name brings its own weights.
+        detector ("fused"): what the score is, one of
+            :data:`fiftyone_ecif.choices.DETECTORS`.
+        brain_key ("audit"): names the run and its fields.
+        fit (True): whether to fit both final projections to the pairs first, in
+            memory, starting from the loaded weights.
+        trained (False): whether the loaded weights were trained on these pairs,
+            and so know some of the wrong ones by heart.
+        target (None): validation pairs, a dataset or view of images with the
+            same caption field; for ``detector="global_influence"``.
+        tag (None): tag to give the most suspicious pairs.
+        share (None): which share of the pairs to tag: the expected noise rate;
+            by default the estimated one.
+        threshold (None): tag the pairs above this score instead.
+        proximal (1.0): strength of the pull to the loaded weights.
+        batch_size (None): pairs that compete in one softmax; by default 256,
+            or all pairs if there are fewer.
+        seed (0): fixes partitions and folds.
+        device (None): where the model runs; by default a GPU where there is one.
+        num_workers (None): processes that load images.
+        skip_failures (True): whether to skip samples without a caption or with
+            an unreadable image, with a warning, rather than raise.
+        overwrite (False): whether to replace a run of the same key.
+        progress (None): whether to show progress bars, or a callback.
+
+    Returns:
+        :class:`fiftyone_ecif.audits.MisalignmentResults`. Its ``diagnostics``
+        hold ``noise_rate`` (estimated share of misaligned pairs and its 95 %
+        interval, see :mod:`fiftyone_ecif.noise_rate`), ``trained`` (whether
+        influence could be used), ``detectors`` (those that ran), ``duplicates``
+        (pairs that share their image, their caption or both with another),
+        ``tagged``, ``pairs`` and ``relative_gradient_norm``.
+
+    Raises:
+        EcifError: if an argument or the data is not usable; nothing on the
+            samples is changed then
+    """
+    work = misalignment_steps(
+        samples,
+        MisalignmentConfig(
+            caption_field=caption_field,
+            model=model,
+            pretrained=pretrained,
+            detector=detector,
+            fit=fit,
+            trained=trained,
+            proximal=proximal,
+            batch_size=batch_size,
+            seed=seed,
+        ),
+        target=target,
+        tag=tag,
+        share=share,
+        threshold=threshold,
+        brain_key=brain_key,
+        device=device,
+        num_workers=num_workers,
+        skip_failures=skip_failures,
+        overwrite=overwrite,
+    )
+    return follow(work, progress)
+
+
+def misalignment_steps(
+    samples: Any,
+    config: MisalignmentConfig,
+    *,
+    target: Any = None,
+    tag: str | None = None,
+    share: float | None = None,
+    threshold: float | None = None,
+    brain_key: str = "audit",
+    device: str | None = None,
+    num_workers: int | None = None,
+    skip_failures: bool = True,
+    overwrite: bool = False,
+) -> Generator[Progress, None, MisalignmentResults]:
+    """:func:`compute_misalignment` as a generator of its progress, for a caller that shows it or stops it."""
+    _check_tag(tag, share, threshold)
+    if (target is not None) != (config.detector == "global_influence"):
+        raise EcifError("target, a view of validation pairs, and detector='global_influence' belong together")
+    check_collection(samples, config.caption_field)
+    overwrite = overwrite or brain_key in finish_writing(samples._dataset)  # its job was killed, and is run again
+    prepared = yield from prepare(
+        samples,
+        {} if target is None else target,
+        config.problem(),
+        device=device,
+        num_workers=num_workers,
+        skip_failures=skip_failures,
+        check=lambda: check_key(samples._dataset, brain_key, overwrite, config),
+    )
+    store = prepared.store.inside(prepared.run_name(config.problem(), config.seed))
+    config.batch_size, config.encoder, config.store = prepared.batch_size, prepared.encoder.fingerprint, store.names
+    inputs, norm = yield from _open_inputs(prepared, config, store)
+    names = [config.detector]
+    if config.detector == "fused":  # all, for a review to learn from
+        names = [name for name in DETECTORS if name != "global_influence"]
+    findings = yield from run_detectors(inputs, [*names, *EVIDENCE, "lemon_z"])
+    config.table = _write_scores(store, config, prepared, findings)
+
+    yield Progress("Writing fields", 0, 1)
+    if config.trained:
+        rate = share_of_upper_mode(findings.scores["lemon_z"], config.seed)
+    else:
+        rate = share_that_fits_like_random(findings.share_below)
+    used = inputs.gradients is not None
+    diagnostics = {
+        "pairs": len(prepared.pairs.ids),
+        "noise_rate": list(rate),
+        "trained": used,
+        "detectors": sorted(findings.scores),
+        "duplicates": inputs.duplicates.summary(),
+        "relative_gradient_norm": norm,
+    }
+    suspicion = findings.scores[config.detector]
+    columns: dict[str, Any] = {
+        "misalignment": ranked(suspicion),
+        "reason": reasons(findings.scores),
+        "duplicate": inputs.duplicates.kinds(),
+    }
+    results = MisalignmentResults(
+        samples,
+        config,
+        brain_key,
+        prepared.pairs.ids,
+        prepared.pairs.skipped,
+        diagnostics,
+        [pair.digest for pair in prepared.keys],
+    )
+    write_run(results, columns, overwrite)
+    if tag:
+        diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold)
+        results.save()
+    yield Progress("Writing fields", 1, 1)
+    if not used and config.detector == "fused":
+        logger.warning(
+            "Influence was left out: the model was not trained on these pairs. Set fit=True, or trained=True if it was"
+        )
+    logger.info(
+        "Misalignment of %d pairs written to %s_misalignment. About %.0f %% of the captions are wrong "
+        "(%.0f to %.0f %%)",
+        len(prepared.pairs.ids),
+        brain_key,
+        *(100 * value for value in rate),
+    )
+    return results
+
+
+def tag_misaligned(
+    results: MisalignmentResults, tag: str, share: float | None = None, threshold: float | None = None
+) -> int:
+    """Tags the most suspicious pairs of a run, by default as many as its estimated noise rate says.
+
+    Args:
+        results: of :func:`compute_misalignment`.
+        tag: the tag.
+        share (None): which share of the scored pairs.
+        threshold (None): all above this score instead.
+
+    Returns:
+        how many were tagged
+
+    Raises:
+        EcifError: if a limit is out of its range
+    """
+    _check_tag(tag, share, threshold)
+    if share is None and threshold is None:
+        share = results.noise_rate.rate
+        if share == 0:
+            return 0
+    scored = every_sample(results.samples._dataset).select(results.ids)
+    field = f"{results.key}_misalignment"
+    return len(tag_by_influence(scored, field, tag, "suspicious", share=share, threshold=threshold))
+
+
+def _check_tag(tag: str | None, share: float | None, threshold: float | None) -> None:
+    check_score_tag(tag)
+    if share is not None and threshold is not None:
+        raise EcifError(f"Give share or threshold, not both (share={share}, threshold={threshold})")
+    if tag is None and (share is not None or threshold is not None):
+        raise EcifError("share and threshold say what to tag: give tag too")
+    for name, value in (("share", share), ("threshold", threshold)):
+        if value is not None and not 0 <= value <= 1:
+            raise EcifError(f"{name}={value} must be in [0, 1]")
+    if share == 0:
+        raise EcifError("share=0 would tag nothing. Use a share in (0, 1], or leave tag out")
+
+
+def _open_inputs(
+    prepared: PreparedRun, config: MisalignmentConfig, store: Store
+) -> Generator[Progress, None, tuple[DetectorInputs, float]]:
+    """The pairs and the model as detectors take them, and how far from a minimum the model is."""
+    objective = ContrastiveLoss(prepared.scope, prepared.batches(config.seed), len(prepared.pairs.ids), config.proximal)
+    theta, norm = yield from stationary_point(store, objective, config.fit)
+    duplicates = find_duplicates(prepared.features[0][:], prepared.pairs.captions, prepared.encoder.device)
+    gradients = influence = None
+    if config.fit or config.trained:
+        method = ScoringOptions(fit=config.fit, proximal=config.proximal)
+        if prepared.targets:
+            scores = yield from score_pairs(
+                store, prepared.scope, prepared.batches(config.seed), prepared.targets, method
+            )
+            influence = (scores.positive + scores.negative).mean(0)
+        else:
+            yield from keep_gradients(store, objective, theta, {}, method)
+        gradients = read_cached(store, method.solver)
+    return DetectorInputs(
+        objective, theta, duplicates, gradients, influence, config.seed, prepared.encoder.device
+    ), norm
+
+
+def _write_scores(store: Store, config: MisalignmentConfig, prepared: PreparedRun, findings: Findings) -> str:
+    """Keeps the detectors' scores for a review; returns the name of their table."""
+    made_of = [sorted(findings.scores), config.trained, list(prepared.targets)]
+    name = "detectors-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+    store.table(name).write("0", findings.scores)
+    return name

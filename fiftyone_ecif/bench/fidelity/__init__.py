@@ -1,0 +1,1 @@
+"""Predicted effects of removing pairs against real retraining."""

@@ -1,0 +1,1 @@
+"""Seconds and memory against embeddings, forward passes, hooks and the disk."""

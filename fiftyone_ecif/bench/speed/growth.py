@@ -1,0 +1,88 @@
+"""Scoring of synthetic pairs in a process of its own: ``python -m fiftyone_ecif.bench.speed.growth PAIRS``.
+
+Prints one JSON object: ``pairs``, ``seconds`` of :func:`fiftyone_ecif.scoring.score_pairs` in the
+heads scope from an empty store, ``memory_mib`` (the most that was ever resident, everything
+included), ``import_mib`` (as much before it began) and ``products`` (with the curvature).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fiftyone_ecif.api.progress_bar import follow
+from fiftyone_ecif.bench.speed.embedding import fresh_cache
+from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
+from fiftyone_ecif.influence.objective import random_partition
+from fiftyone_ecif.influence.scoring import score_pairs
+from fiftyone_ecif.influence.scoring_options import ScoringOptions
+from fiftyone_ecif.influence.targets import PairTarget, pair_function
+from fiftyone_ecif.store.disk_matrix import DiskMatrix
+from fiftyone_ecif.store.tables import Store
+
+_WIDTH, _EMBEDDING = 64, 32
+_BATCH = 256
+_TARGET = 256  # pairs
+
+
+def measure(pairs: int) -> dict[str, Any]:
+    """Runs this program for so many pairs."""
+    command = [sys.executable, "-m", __name__, str(pairs)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def synthetic(pairs: int, seed: int, folder: Path) -> tuple[DiskMatrix, DiskMatrix]:
+    """Features of images and captions that share what they show, ``(pairs, 64)`` each, on the disk in a folder."""
+    generator = torch.Generator().manual_seed(seed)
+    images, texts = DiskMatrix(pairs, _WIDTH, folder), DiskMatrix(pairs, _WIDTH, folder)
+    for places in torch.split(torch.arange(pairs), _BATCH):
+        shown = torch.randn(len(places), _WIDTH, generator=generator)
+        images.write(places.numpy(), shown.numpy())
+        texts.write(places.numpy(), (shown + 0.5 * torch.randn(shown.shape, generator=generator)).numpy())
+    return images, texts
+
+
+def scope() -> HeadScope:
+    """Heads that map both kinds of features alike."""
+    head = torch.randn(_WIDTH, _EMBEDDING, generator=torch.Generator().manual_seed(0)) / _WIDTH**0.5
+    return HeadScope(head, head.clone(), scale=10.0)
+
+
+def _score(pairs: int) -> dict[str, Any]:
+    before = _resident()
+    heads = scope()
+    with tempfile.TemporaryDirectory(prefix="ecif-growth-") as name, fresh_cache(Path(name)):
+        batches = FeatureBatches(*synthetic(pairs, 1, Path(name)), random_partition(pairs, _BATCH, 0))
+        aims = FeatureBatches(*synthetic(_TARGET, 2, Path(name)), random_partition(_TARGET, _BATCH, 0))
+        target = PairTarget(heads, aims, pair_function(heads, "contrastive"))
+        start = time.perf_counter()
+        store = Store("growth")
+        store.ensure_writable()
+        scores = follow(score_pairs(store, heads, batches, {"target": target}, ScoringOptions()), progress=False)
+        seconds = time.perf_counter() - start
+    products = scores.diagnostics["solve_iterations"]
+    return {
+        "pairs": pairs, "seconds": seconds, "memory_mib": _resident(), "import_mib": before, "products": products
+    }  # fmt: skip
+
+
+def _resident() -> float:
+    """The most that this process ever had in memory, in MiB."""
+    status = Path("/proc/self/status")  # Linux's ru_maxrss also counts the process that started this one
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    print(json.dumps(_score(int(sys.argv[1]))))

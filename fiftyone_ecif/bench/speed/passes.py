@@ -1,0 +1,195 @@
+"""Direct scoring beside a plain forward pass and beside autograd, and stored gradients beside hooks.
+
+All in CPU seconds of one thread, which what else a machine does changes least.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from fiftyone_ecif.bench.speed.stopwatch import side_by_side
+from fiftyone_ecif.influence.direct import batch_influence
+from fiftyone_ecif.influence.head_gradients import HeadProjection
+from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
+from fiftyone_ecif.influence.losses import SoftmaxLoss
+from fiftyone_ecif.influence.objective import ContrastiveLoss
+from fiftyone_ecif.influence.projections import BasisProjection, Projection, gradient_basis, principal_projection
+from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
+from fiftyone_ecif.options import parse_scope
+
+Row = dict[str, Any]
+_CONTEXT = 16
+_SIDE = 32  # pixels
+_WIDTHS = 768, 512  # of the features of ViT-B-32, image and text
+_EMBEDDING = 512
+_SCALE = 100.0  # of a trained CLIP
+_DIRECTIONS = 128
+_SAMPLED = 3  # pairs of a batch that autograd is tried on
+
+
+def network(width: int, layers: int) -> nn.Module:
+    """An open_clip model with random weights and the temperature of a trained one."""
+    torch.manual_seed(0)
+    tower = {"width": width, "layers": layers}
+    model: Any = open_clip.CLIP(
+        embed_dim=width,
+        vision_cfg=tower | {"image_size": _SIDE, "patch_size": 4, "head_width": 32},
+        text_cfg=tower | {"context_length": _CONTEXT, "vocab_size": 1000, "heads": width // 32},
+    )
+    nn.init.constant_(model.get_parameter("logit_scale"), math.log(_SCALE))
+    model.eval().requires_grad_(False)
+    return cast(nn.Module, model)
+
+
+def problem(text: str, pairs: int, width: int, layers: int) -> tuple[Scope, Any, Callable[[], Any]]:
+    """A scope by its name, a batch, and the plain forward pass of that batch."""
+    generator = torch.Generator().manual_seed(0)
+    if text == "heads":
+        heads = [torch.randn(w, _EMBEDDING, generator=generator) / w**0.5 for w in _WIDTHS]
+        scope = HeadScope(heads[0], heads[1], _SCALE)
+        batch = tuple(torch.randn(pairs, w, generator=generator).double() for w in _WIDTHS)
+        return scope, batch, lambda: scope.similarity(scope.start, batch)
+    model: Any = network(width, layers)
+    choice = parse_scope(text)
+    tower = TowerScope(model, scope_parameters(model, choice), SoftmaxLoss(), choice.rank)
+    pixels = torch.randn(pairs, 3, _SIDE, _SIDE, generator=generator)
+    tokens = torch.randint(1, 1000, (pairs, _CONTEXT), generator=generator)
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(pixels, tokens)
+
+    return tower, (pixels, tokens), forward
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Has torch compute with one thread for a while."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def direct(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
+    """Direct scoring of a batch, a plain forward pass of it, and autograd pair by pair.
+
+    Autograd is one forward pass for all and a backward pass for each pair, timed
+    on a few and extrapolated; ``difference`` is the largest of those pairs'
+    scores over the largest score.
+    """
+    scope, batch, forward = problem(text, pairs, width, layers)
+    theta = scope.start
+    vector = torch.randn(len(theta), generator=torch.Generator().manual_seed(1), dtype=theta.dtype)
+    ways = {"forward": forward, "direct": lambda: batch_influence(scope, theta, batch, vector, pairs)}
+    found = side_by_side(repeats, ways, clock=time.process_time)
+    scores = sum(batch_influence(scope, theta, batch, vector, pairs))
+    assert isinstance(scores, Tensor)
+
+    start = time.process_time()
+    at = theta.clone().requires_grad_(True)
+    similarity = scope.similarity(at, batch)
+    whole = scope.loss.pair_losses(similarity).sum()
+    common = time.process_time() - start
+    expected, seconds = [], []
+    for row in range(_SAMPLED):
+        start = time.process_time()
+        rest = torch.arange(pairs) != row
+        change = whole - scope.loss.pair_losses(similarity[rest][:, rest]).sum()
+        (gradient,) = torch.autograd.grad(change, at, retain_graph=True)
+        expected.append((gradient @ vector).item() / pairs)
+        seconds.append(time.process_time() - start)
+    autograd = common + pairs * sorted(seconds)[_SAMPLED // 2]
+    exact = torch.tensor(expected, dtype=scores.dtype)
+    return {
+        "scope": text,
+        "parameters": len(theta),
+        "batch": pairs,
+        **found,
+        "autograd": autograd,
+        "over_forward": found["direct"] / found["forward"],
+        "over_autograd": autograd / found["direct"],
+        "difference": ((scores[:_SAMPLED] - exact).abs().max() / scores.abs().max()).item(),
+    }
+
+
+@one_thread()
+def cached(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
+    """Stored gradients of both roles, exact, beside those that hooks see, in as many coordinates."""
+    scope, batch, _ = problem(text, pairs, width, layers)
+    theta = scope.start
+    if isinstance(scope, HeadScope):
+        projection: Projection = principal_projection(scope, theta, [batch])
+        hooks = _head_hooks(scope, projection.heads, batch)  # type: ignore[attr-defined]
+    else:
+        assert isinstance(scope, TowerScope)
+        whole = _AsTheyAre(batch[0], batch[1], [torch.arange(pairs)])
+        projection = BasisProjection(
+            scope, gradient_basis(theta, [(ContrastiveLoss(scope, whole, pairs), _DIRECTIONS)])
+        )
+        hooks = _linear_hooks(scope.model, batch)
+    ways = {"stored": lambda: projection.removal_gradients(theta, batch), "hooks": hooks}
+    found = side_by_side(repeats, ways, clock=time.process_time)
+    return {"scope": text, "batch": pairs, "rank": projection.rank, **found, "ratio": found["stored"] / found["hooks"]}
+
+
+class _AsTheyAre(FeatureBatches):
+    """Pixels and tokens."""
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.images[self.partition[index]], self.texts[self.partition[index]]
+
+
+def _head_hooks(scope: HeadScope, projections: tuple[HeadProjection, ...], batch: Any) -> Callable[[], Any]:
+    """LoGra of both heads: projected inputs times projected output gradients of the batch's loss."""
+
+    def run() -> list[Tensor]:
+        outputs = [each.detach().requires_grad_(True) for each in scope.embed(scope.start, batch)]
+        images, captions = (nn.functional.normalize(each, dim=1) for each in outputs)
+        loss = scope.loss.pair_losses(scope.logits(scope.start, images @ captions.T)).sum()
+        return [
+            torch.einsum("na,nb->nab", inputs @ each.input, slope @ each.output)
+            for inputs, slope, each in zip(batch, torch.autograd.grad(loss, outputs), projections, strict=True)
+        ]
+
+    return run
+
+
+def _linear_hooks(model: Any, batch: Any) -> Callable[[], Any]:
+    """LoGra of all linear layers that hooks see, of 4 by 4 random directions each."""
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    generator = torch.Generator().manual_seed(0)
+    sides = [[torch.randn(size, 4, generator=generator) for size in layer.weight.shape[::-1]] for layer in layers]
+
+    def run() -> list[Tensor]:
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        handles = [
+            layer.register_forward_hook(lambda _, inputs, output, n=n: seen.update({n: (inputs[0], output)}))
+            for n, layer in enumerate(layers)
+        ]
+        model.requires_grad_(True)
+        images, captions, scale = model(*batch)[:3]
+        loss = SoftmaxLoss().pair_losses(scale * images @ captions.T).sum()
+        kept = sorted(seen)
+        slopes = torch.autograd.grad(loss, [seen[n][1] for n in kept])
+        model.requires_grad_(False)
+        for handle in handles:
+            handle.remove()
+        return [
+            torch.einsum("nta,ntb->nab", seen[n][0] @ sides[n][0], slope @ sides[n][1])
+            for n, slope in zip(kept, slopes, strict=True)
+        ]
+
+    return run

@@ -1,0 +1,1 @@
+"""The command line: the plugin's jobs from a shell."""

@@ -1,0 +1,81 @@
+"""What every command shares: results to stdout, messages to stderr, errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from fiftyone_ecif.errors import EcifError
+
+if TYPE_CHECKING:
+    from fiftyone_ecif.distributed import ProcessGroup
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@functools.cache
+def _messages() -> TextIO:
+    """A second stream to stderr, for what FiftyOne prints.
+
+    Not stderr itself: FiftyOne's progress bars take over every log handler of
+    the stream that they draw on. Never closed: FiftyOne's log keeps it.
+    """
+    return open(os.dup(2), "w", buffering=1)
+
+
+@contextlib.contextmanager
+def job(shared: bool = False) -> Iterator[None]:
+    """Keeps stdout for results and turns the library's errors into one line and exit code 1.
+
+    Args:
+        shared: whether several processes can share the job.
+    """
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
+    logging.getLogger("fiftyone_ecif").setLevel(logging.INFO)
+    with contextlib.redirect_stdout(_messages()):
+        try:
+            if not shared and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise EcifError("Only score can be shared between processes. Run this command without torchrun")
+            yield
+        except EcifError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def print_result(result: Any, as_json: bool, text: Callable[[Any], str]) -> None:
+    """One JSON object, or what ``text`` makes of it."""
+    click.echo(json.dumps(result) if as_json else text(result))
+
+
+def load_dataset(name: str) -> Any:
+    import fiftyone as fo
+
+    if not fo.dataset_exists(name):
+        known = ", ".join(fo.list_datasets()) or "none"
+        raise EcifError(f"There is no dataset {name!r}. Datasets here: {known}")
+    return fo.load_dataset(name)
+
+
+def load_dataset_in_turn(name: str, processes: ProcessGroup) -> Any:
+    """As :func:`load_dataset`, in the first process first: it starts FiftyOne's database, which the others join."""
+    if not processes.first:
+        logging.getLogger("fiftyone_ecif").setLevel(logging.ERROR)
+        processes.wait()
+    found = load_dataset(name)
+    if processes.first:
+        processes.wait()
+    return found
+
+
+def narrow(dataset: Any, tags: tuple[str, ...], view: str | None) -> Any:
+    if view is not None and not dataset.has_saved_view(view):
+        known = ", ".join(dataset.list_saved_views()) or "none"
+        raise EcifError(f"{dataset.name!r} has no saved view {view!r}. Saved views: {known}")
+    samples = dataset.load_saved_view(view) if view else dataset.view()
+    return samples.match_tags(list(tags)) if tags else samples

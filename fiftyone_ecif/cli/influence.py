@@ -1,0 +1,219 @@
+"""Commands that score pairs and act on a model: score, fit, trace, edit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, load_dataset_in_turn, narrow, print_result
+from fiftyone_ecif.options import ROLES, SOLVERS, TARGET_LOSSES
+
+
+@click.command()
+@click.argument("dataset")
+@click.option("--caption-field", default="caption", show_default=True, help="The string field of the captions.")
+@click.option("--model", default="ViT-B-32", show_default=True, help="An open_clip model.")
+@click.option("--pretrained", help="A pretrained tag of the model, or the path of a checkpoint.")
+@click.option("--tag", "tags", multiple=True, help="Score samples with this tag only.")
+@click.option("--view", help="Score this saved view only.")
+@click.option("--target-tag", "target_tags", multiple=True, help="Measure influence on samples with this tag.")
+@click.option("--target-view", help="Measure influence on this saved view.")
+@click.option("--key", default="ecif", show_default=True, help="Names the run and its fields.")
+@click.option("--target-loss", type=click.Choice(TARGET_LOSSES), default="contrastive", show_default=True)
+@click.option("--label-field", help="The target's classes, for zero_shot.")
+@click.option("--template", "templates", multiple=True, default=["a photo of a {}."], help="A prompt of a class.")
+@click.option("--scope", default="heads", show_default=True, help="heads, lora:RANK, blocks:K or a pattern.")
+@click.option("--role", type=click.Choice(ROLES), default="exact", show_default=True, help="The pair's part.")
+@click.option("--solver", type=click.Choice(SOLVERS), help="The curvature; by default what suits the scope.")
+@click.option("--damping", default=0.0, show_default=True, help="Of the curvature, relative to its mean eigenvalue.")
+@click.option("--fit", is_flag=True, help="Bring the scope to a stationary point first.")
+@click.option("--proximal", default=1.0, show_default=True, help="RoleGradient to the loaded weights.")
+@click.option("--batch-size", type=int, help="Pairs that compete in one softmax.")
+@click.option("--seed", default=0, show_default=True, help="Which pairs share a batch.")
+@click.option("--partitions", "n_partitions", default=1, show_default=True, help="Partitions to average over.")
+@click.option(
+    "--score", "scores", multiple=True, help="Also write relative_influence, self_influence or leave_one_out_loss."
+)
+@click.option("--keep-gradients", is_flag=True, default=None, help="Keep what trace needs, also if scope is not heads.")
+@click.option("--device", help="cpu or cuda.")
+@click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be scored.")
+@click.option("--overwrite", is_flag=True, help="Replace a run of the same key.")
+@AS_JSON
+def score(
+    dataset: str,
+    tags: tuple[str, ...],
+    view: str | None,
+    target_tags: tuple[str, ...],
+    target_view: str | None,
+    key: str,
+    strict: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compute the influence of every pair of DATASET on validation pairs.
+
+    Example: fiftyone-ecif score my-pairs --tag train --target-tag val --model ViT-B-32 --pretrained laion2b_s34b_b79k
+
+    Several processes share the work: torchrun --nproc-per-node 4 -m fiftyone_ecif score ...
+    """
+    if not (target_tags or target_view):
+        raise click.UsageError("Say what to measure influence on: --target-tag or --target-view")
+    with job(shared=True):
+        from fiftyone_ecif.distributed import join
+
+        ranks = join()
+        found = load_dataset_in_turn(dataset, ranks)
+        from fiftyone_ecif.api.influence import compute_influence  # brings FiftyOne
+
+        results = compute_influence(
+            narrow(found, tags, view),
+            target=narrow(found, target_tags, target_view),
+            brain_key=key,
+            skip_failures=not strict,
+            progress=None if ranks.first else False,
+            **options,
+        )
+        result = {
+            "dataset": dataset,
+            "key": key,
+            "scored": len(results.ids),
+            "skipped": results.skipped,
+            "diagnostics": results.diagnostics,
+        }
+        ranks.wait()  # FiftyOne's database can go when the process that started it ends
+    if ranks.first:
+        print_result(
+            result,
+            as_json,
+            lambda r: f"Scored {r['scored']} pairs of {dataset!r}, skipped {len(r['skipped'])}. Field: {key}_influence",
+        )
+
+
+@click.command()
+@click.argument("dataset")
+@click.argument("path")
+@click.option("--caption-field", default="caption", show_default=True, help="The string field of the captions.")
+@click.option("--tag", "tags", multiple=True, help="Train on samples with this tag only.")
+@click.option("--view", help="Train on this saved view only.")
+@click.option("--model", default="ViT-B-32", show_default=True, help="An open_clip model.")
+@click.option("--pretrained", help="A pretrained tag of the model, or the path of a checkpoint.")
+@click.option("--scope", default="lora", show_default=True, help="What to train: lora:RANK, blocks:K or a pattern.")
+@click.option("--epochs", default=5, show_default=True, help="How often each pair is seen.")
+@click.option("--batch-size", default=64, show_default=True, help="Pairs that compete in one softmax.")
+@click.option("--learning-rate", default=1e-3, show_default=True, help="The highest, after the warm-up.")
+@click.option("--weight-decay", default=0.0, show_default=True, help="Of what is trained to zero.")
+@click.option("--seed", default=0, show_default=True, help="Fixes new adapters and all batches.")
+@click.option("--device", help="cpu or cuda.")
+@click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be trained on.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint.")
+@AS_JSON
+def fit(
+    dataset: str,
+    path: str,
+    tags: tuple[str, ...],
+    view: str | None,
+    strict: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fine-tune a pretrained model on the pairs of DATASET and write the checkpoint PATH.
+
+    A fit that was stopped goes on where it was when the same command is run again.
+
+    Example: fiftyone-ecif fit my-pairs tuned.pt --tag train --model ViT-B-32 --pretrained laion2b_s34b_b79k
+    """
+    with job():
+        from fiftyone_ecif.api.fine_tuning import fit_model
+
+        result = fit_model(narrow(load_dataset(dataset), tags, view), path, skip_failures=not strict, **options)
+    print_result(
+        result,
+        as_json,
+        lambda r: (
+            f"Trained {r['parameters']} parameters on {r['pairs']} pairs of {dataset!r}, skipped {len(r['skipped'])}. "
+            f"Mean pair loss {r['loss_before']:.3f} before, {r['loss_after']:.3f} after. Checkpoint: {r['checkpoint']}"
+        ),
+    )
+
+
+@click.command()
+@click.argument("dataset")
+@click.option("--key", default="ecif", show_default=True, help="The run.")
+@click.option("--count", default=10, show_default=True, help="Training pairs of each kind to print for each mistake.")
+@click.option("--exact", is_flag=True, help="Solve for each mistake with the model instead of reading gradients.")
+@click.option("--device", help="cpu or cuda, with --exact.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
+def trace(dataset: str, key: str, as_json: bool, **options: Any) -> None:
+    """Find the training pairs of DATASET behind each mistake on a run's validation pairs.
+
+    Example: fiftyone-ecif trace my-pairs --count 5
+    """
+    with job():
+        from fiftyone_ecif.api.tracing import trace as find
+        from fiftyone_ecif.runs.manage import load_run
+
+        found = load_dataset(dataset)
+        traces = find(load_run(found, key), **options)
+        texts = _captions(found, key, traces)
+        result = [
+            {
+                **one._asdict(),
+                "culprits": [culprit._asdict() for culprit in one.culprits],
+                "helpers": [helper._asdict() for helper in one.helpers],
+                "neighbours": [neighbour._asdict() for neighbour in one.neighbours],
+            }
+            for one in traces
+        ]
+    print_result(result, as_json, lambda r: _trace_report(r, texts))
+
+
+def _captions(dataset: Any, key: str, traces: Any) -> dict[str, str]:
+    """Captions of the training pairs that traces name, or what became of them."""
+    from fiftyone_ecif.samples.pairs import pairs_now
+
+    config = dataset.get_brain_info(key).config
+    named = [pair.id for one in traces for pair in (*one.culprits, *one.helpers, *one.neighbours)]
+    there = pairs_now(dataset, config.caption_field, named)
+    return {sample: there[sample][1] or "(no caption)" if sample in there else "(deleted)" for sample in named}
+
+
+def _trace_report(traces: list[dict[str, Any]], captions: dict[str, str]) -> str:
+    if not traces:
+        return "No mistakes."
+    lines = []
+    for one in traces:
+        lines += ["", f"{one['id']}, loss {one['loss']:.3f}", "  Relative influence  Culprit                   Caption"]
+        lines += [f"  {c['relative_influence']:18.2e}  {c['id']}  {captions[c['id']]}" for c in one["culprits"]]
+        lines += ["  Relative influence  Helper                    Caption"]
+        lines += [f"  {h['relative_influence']:18.2e}  {h['id']}  {captions[h['id']]}" for h in one["helpers"]]
+        lines += ["          Similarity  Neighbour                 Caption"]
+        lines += [f"  {n['similarity']:18.3f}  {n['id']}  {captions[n['id']]}" for n in one["neighbours"]]
+    return "\n".join(lines[1:])
+
+
+@click.command()
+@click.argument("dataset")
+@click.argument("path")
+@click.option("--key", default="ecif", show_default=True, help="The run.")
+@click.option("--tag", "tags", multiple=True, help="Take out samples with this tag.")
+@click.option("--view", help="Take out this saved view.")
+@click.option("--device", help="cpu or cuda.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint.")
+@AS_JSON
+def edit(
+    dataset: str, path: str, key: str, tags: tuple[str, ...], view: str | None, as_json: bool, **options: Any
+) -> None:
+    """Write the model of a run on DATASET to PATH as if some pairs had never been trained on.
+
+    Example: fiftyone-ecif edit my-pairs edited.pt --tag harmful
+    """
+    with job():
+        from fiftyone_ecif.api.editing import Edit, edit_model
+        from fiftyone_ecif.runs.manage import load_run
+
+        if not (tags or view):
+            raise click.UsageError("Say what to take out: --tag or --view")
+        found = load_dataset(dataset)
+        result = edit_model(load_run(found, key), narrow(found, tags, view), path, **options)._asdict()
+    print_result(result, as_json, lambda r: str(Edit(**r)))

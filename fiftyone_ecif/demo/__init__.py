@@ -1,0 +1,1 @@
+"""The demo: captioned scenes with known mistakes, and a small model trained on them."""

@@ -1,0 +1,1 @@
+"""The mathematics: losses, removal roles, curvature, scores. Tensors in, tensors out."""

@@ -1,0 +1,247 @@
+"""Contrastive losses of a batch and what taking a pair out of it changes.
+
+Pure functions of a similarity matrix ``S`` of shape ``(n, n)``: ``S[i, j]`` is
+the logit of image ``i`` and caption ``j`` (scaled cosine similarity, no unit).
+Losses are in nats. Pair ``n`` enters the loss of its batch in two roles:
+
+* as a *positive*, through its own loss;
+* as a *negative*, by competing with every other pair.
+
+Removing it changes the batch loss by exactly the sum of the two::
+
+    L(B) - L(B without n) = positive_n + negative_n
+
+Source: the removal perturbation behind Eq. 3 of arXiv 2411.11667 (ECIF), which
+keeps only its first order in the negative role and is printed with the softmax
+inverted; :data:`fiftyone_ecif.choices.ROLES` has all forms.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from fiftyone_ecif.errors import EcifError
+
+
+@dataclass(frozen=True)
+class RoleGradient:
+    """How the losses of the anchors ``k`` (rows of ``S``) carry a role of pair ``n``.
+
+    The derivative of the role of pair ``n`` with respect to row ``k`` of ``S``
+    is ``weight[k, n] * (e_n - mean[k])``, ``e_n`` being the n-th unit vector.
+
+    Attributes:
+        weight: shape ``(n, n)``.
+        mean: shape ``(n, n)``; rows are probabilities, or zero.
+    """
+
+    weight: Tensor
+    mean: Tensor
+
+    def matrix(self) -> Tensor:
+        """``weight`` as a matrix, shape ``(n, n)``."""
+        return self.weight
+
+    def aggregate(self, rows: Tensor) -> Tensor:
+        """``sum_k weight[k, n] rows[k]``: what anchors have, ``(n, ...)``, at the pairs whose role they carry."""
+        return self.weight.T @ rows
+
+    def scaled(self, factor: Tensor) -> RoleGradient:
+        """The same with ``weight * factor``, ``factor`` of shape ``(n, n)``."""
+        return replace(self, weight=self.weight * factor)
+
+    def tangent(self, direction: Tensor) -> Tensor:
+        """Change of the role of each pair when ``S`` moves along ``direction``, shape ``(n,)``."""
+        expected = (self.mean * direction).sum(1)
+        return (self.weight * direction).sum(0) - self.aggregate(expected)
+
+
+@dataclass(frozen=True)
+class SingleRoleGradient(RoleGradient):
+    """A role gradient whose anchors carry the role of one pair each, which takes no products of matrices.
+
+    Attributes:
+        weight: shape ``(n,)``: that of ``pair[k]`` at anchor ``k``; all others are zero.
+        mean: as above.
+        pair: shape ``(n,)``.
+    """
+
+    pair: Tensor
+
+    def matrix(self) -> Tensor:
+        return torch.zeros_like(self.mean).scatter(1, self.pair[:, None], self.weight[:, None])
+
+    def aggregate(self, rows: Tensor) -> Tensor:
+        weighted = self.weight.view(-1, *[1] * (rows.dim() - 1)) * rows
+        return torch.zeros_like(weighted).index_add(0, self.pair, weighted)
+
+    def scaled(self, factor: Tensor) -> SingleRoleGradient:
+        return replace(self, weight=self.weight * self._of_pair(factor))
+
+    def tangent(self, direction: Tensor) -> Tensor:
+        return self.aggregate(self._of_pair(direction) - (self.mean * direction).sum(1))
+
+    def _of_pair(self, matrix: Tensor) -> Tensor:
+        return matrix.gather(1, self.pair[:, None])[:, 0]
+
+
+RoleGradients = tuple[list[RoleGradient], list[RoleGradient]]
+
+
+class BatchLoss(ABC):
+    """A loss of a batch of pairs as a function of its similarity matrix.
+
+    Attributes:
+        name: as in messages and records.
+    """
+
+    name: str
+
+    @abstractmethod
+    def pair_losses(self, similarity: Tensor) -> Tensor:
+        """Each pair's share of the loss, shape ``(n,)``; the loss of the batch is their sum."""
+
+    @abstractmethod
+    def own_losses(self, similarity: Tensor) -> Tensor:
+        """The value of each pair's positive role, shape ``(n,)``."""
+
+    @abstractmethod
+    def role_gradients(self, similarity: Tensor, role: str = "exact") -> RoleGradients:
+        """The derivatives of the roles with respect to ``S``, rows as anchors.
+
+        Call it once with ``S`` (images as anchors) and once with its transpose
+        (captions as anchors); a role's derivative is the sum of both.
+
+        Args:
+            similarity: ``S``, shape ``(n, n)``.
+            role: one of :data:`fiftyone_ecif.choices.ROLES`.
+
+        Returns:
+            ``(positive, negative)``: the role gradients that add up to each role
+
+        Raises:
+            EcifError: as :meth:`check_role`
+        """
+
+    def check_role(self, role: str) -> None:  # noqa: B027, most losses have all
+        """Checks that this loss has such a role.
+
+        Raises:
+            EcifError: if it has not
+        """
+
+    def removal_tangents(self, similarity: Tensor, direction: Tensor, role: str = "exact") -> tuple[Tensor, Tensor]:
+        """Derivative of both roles of every pair along ``direction``, in O(n^2).
+
+        Args:
+            similarity: ``S``, shape ``(n, n)``.
+            direction: the derivative of ``S`` along some change of the model, same shape.
+            role: one of :data:`fiftyone_ecif.choices.ROLES`.
+
+        Returns:
+            ``(positive, negative)``, each of shape ``(n,)``.
+        """
+        parts = []
+        for images, captions in zip(
+            self.role_gradients(similarity, role), self.role_gradients(similarity.T, role), strict=True
+        ):
+            part = torch.zeros_like(direction[0])
+            for role_gradient in images:
+                part = part + role_gradient.tangent(direction)
+            for role_gradient in captions:
+                part = part + role_gradient.tangent(direction.T)
+            parts.append(part)
+        return parts[0], parts[1]
+
+
+class SoftmaxLoss(BatchLoss):
+    """CLIP's loss: each image picks its caption among those of the batch, and each caption its image.
+
+    With ``P`` the softmax of ``S`` over captions and ``Q`` over images::
+
+        l_n = logsumexp_j S_nj + logsumexp_j S_jn - 2 S_nn
+        positive_n = l_n
+        negative_n = -sum_{k != n} [log(1 - P_kn) + log(1 - Q_nk)]   exact
+                   ~  sum_{k != n} [P_kn + Q_nk]                      taylor
+        printed as    sum_{k != n} [1 / P_kn + 1 / Q_nk]              as_printed
+
+    ``open_clip.ClipLoss`` is the sum of the pair losses divided by ``2 n``.
+    """
+
+    name = "softmax"
+
+    def pair_losses(self, similarity: Tensor) -> Tensor:
+        return similarity.logsumexp(1) + similarity.logsumexp(0) - 2 * similarity.diagonal()
+
+    def own_losses(self, similarity: Tensor) -> Tensor:
+        return self.pair_losses(similarity)
+
+    def role_gradients(self, similarity: Tensor, role: str = "exact") -> RoleGradients:
+        """As in :meth:`BatchLoss.role_gradients`.
+
+        In the exact role no weight can overflow. An anchor gives more than half
+        of its weight to at most one other pair; ``1 - P`` is then computed from
+        the rest of the row and not by subtraction, so duplicate captions need
+        no clamping.
+        """
+        mean = similarity.softmax(1)
+        each = torch.arange(len(mean), device=mean.device)
+        positive: list[RoleGradient] = [SingleRoleGradient(-torch.ones_like(mean[0]), mean, each)]
+        if role == "positive":
+            return positive, []
+        if len(mean) == 1:
+            negative: list[RoleGradient] = [RoleGradient(torch.zeros_like(mean), mean)]
+        elif role == "taylor":
+            negative = [RoleGradient(mean.clone().fill_diagonal_(0), mean)]
+        elif role == "as_printed":
+            negative = [RoleGradient(-mean.reciprocal().fill_diagonal_(0), mean)]
+        else:
+            most, top = mean.max(1)
+            rest = similarity.scatter(1, top[:, None], -torch.inf).softmax(1)
+            light = mean.scatter(1, top[:, None], 0).fill_diagonal_(0)
+            negative = [
+                RoleGradient(light / (1 - light), mean),
+                SingleRoleGradient(most.masked_fill(top == each, 0), rest, top),
+            ]
+        return ([] if role == "negative" else positive), negative
+
+
+class SigmoidLoss(BatchLoss):
+    """SigLIP's loss (arXiv 2303.15343): each image and caption of the batch either belong together or not.
+
+    Removing a pair takes out the terms it is in, so both roles are exact as they
+    stand, and ``taylor`` is the same::
+
+        positive_n = softplus(-S_nn)
+        negative_n = sum_{k != n} [softplus(S_nk) + softplus(S_kn)]
+
+    The share of a pair in the loss is its positive term and half of its negative
+    ones; ``open_clip.SigLipLoss`` is the mean of the shares.
+    """
+
+    name = "sigmoid"
+
+    def pair_losses(self, similarity: Tensor) -> Tensor:
+        others = softplus(similarity)
+        negative = others.sum(0) + others.sum(1) - 2 * others.diagonal()
+        return self.own_losses(similarity) + negative / 2
+
+    def own_losses(self, similarity: Tensor) -> Tensor:
+        return softplus(-similarity.diagonal())
+
+    def check_role(self, role: str) -> None:
+        if role == "as_printed":
+            raise EcifError("role='as_printed' is a formula for the softmax loss; this model has a sigmoid loss")
+
+    def role_gradients(self, similarity: Tensor, role: str = "exact") -> RoleGradients:
+        self.check_role(role)
+        none = torch.zeros_like(similarity)
+        own = -(-similarity.diagonal()).sigmoid() / 2  # half with images, half with captions as anchors
+        positive: list[RoleGradient] = [SingleRoleGradient(own, none, torch.arange(len(own), device=own.device))]
+        negative: list[RoleGradient] = [RoleGradient(similarity.sigmoid().fill_diagonal_(0), none)]
+        return ([] if role == "negative" else positive), ([] if role == "positive" else negative)

@@ -1,0 +1,288 @@
+"""Removal gradients of every pair, projected.
+
+A gradient has as many entries as the scope has parameters, so each pair's is
+kept as its coordinates in a subspace of orthonormal directions:
+
+* heads: the derivative of a role with respect to ``S`` is known
+  (``contrastive``), the step from ``S`` through the normalisation to a head is an
+  outer product with the cached features, so the gradients of all pairs of a
+  batch are matrix products. They are kept as ``input.T @ gradient @ output`` for
+  each head: LoGra's Kronecker projection (arXiv 2405.13954), applied to the
+  removal gradient.
+* any scope: each embedding is back-propagated alone, for the pairs whose removal
+  pulls it most (see ``truncation``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp
+from torch.nn.functional import normalize
+
+from fiftyone_ecif.distributed import ALONE, ProcessGroup
+from fiftyone_ecif.influence.curvature import curvature_at
+from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradients
+from fiftyone_ecif.influence.heads import Batch, HeadScope
+from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
+from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.tower_gradients import truncated_gradients
+
+_CHUNK = 32  # vectors at a time
+_PRODUCTS = 8  # likewise; of matrices of a batch, which then stay in the processor's cache
+
+
+class Projection(ABC):
+    """Orthonormal directions in the space of a scope's parameters."""
+
+    @abstractmethod
+    def project(self, vectors: Tensor) -> Tensor:
+        """Coordinates of flat vectors, ``(..., p)`` to ``(..., r)``."""
+
+    @abstractmethod
+    def lift(self, coordinates: Tensor) -> Tensor:
+        """The flat vector with these coordinates, ``(r,)`` to ``(p,)``."""
+
+    @abstractmethod
+    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
+        """Projected gradients of both roles of every pair of a batch, each of shape ``(n, r)``."""
+
+    @abstractmethod
+    def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+        """Projected gradients of the entries of ``function(theta)``, ``(n,)`` to ``(n, r)``."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Named arrays from which it can be made again."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """``r``."""
+
+    def curvature(self, product: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+        """The curvature restricted to the subspace, shape ``(r, r)``, at the cost of ``r`` products."""
+        matrix = torch.stack([self.project(product(self.lift(row))) for row in torch.eye(self.rank).to(theta)])
+        return (matrix + matrix.T) / 2
+
+    def objective_curvature(self, objective: ContrastiveLoss, theta: Tensor, solver: str) -> Tensor:
+        """The curvature of an objective at ``theta`` (Gauss-Newton for ``"ggn"``, else the Hessian), as above."""
+        return self.curvature(curvature_at(objective, theta, solver), theta)
+
+
+class BasisProjection(Projection):
+    """Any directions, of any scope.
+
+    Args:
+        scope: the scope.
+        basis: orthonormal columns, shape ``(p, r)``.
+    """
+
+    def __init__(self, scope: Scope, basis: Tensor) -> None:
+        self.scope, self.basis = scope, basis
+
+    def project(self, vectors: Tensor) -> Tensor:
+        return vectors @ self.basis
+
+    def lift(self, coordinates: Tensor) -> Tensor:
+        lifted: Tensor = self.basis @ coordinates
+        return lifted
+
+    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
+        return truncated_gradients(self.scope, theta, batch, role, self.basis)[0]
+
+    def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+        columns = [jvp(function, (theta,), (direction.contiguous(),))[1] for direction in self.basis.T]
+        return torch.stack(columns, dim=1)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"basis": self.basis}
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[1]
+
+
+def gradient_basis(theta: Tensor, sources: Sequence[tuple[ContrastiveLoss, int]]) -> Tensor:
+    """Directions in which pair gradients vary most, by random sums of them.
+
+    A randomised range finder (Halko, Martinsson and Tropp 2011): gradients summed
+    with random signs span the leading directions of their covariance.
+
+    Args:
+        theta: the parameters, shape ``(p,)``.
+        sources: pairs, and how many directions to draw from them.
+
+    Returns:
+        orthonormal columns, shape ``(p, r)``
+    """
+    drawn = [
+        gradient
+        for objective, count in sources
+        for gradient in objective.random_gradients(theta, min(count, len(theta)), seed=count)
+    ]
+    basis: Tensor = torch.linalg.qr(torch.stack(drawn, dim=1)).Q
+    return basis
+
+
+class KroneckerProjection(Projection):
+    """Directions of the heads that are outer products, in closed form.
+
+    Args:
+        scope: the head scope; its temperature, if it is attributed, is the last
+            coordinate.
+        image: of the image head, orthonormal columns.
+        text: of the text head.
+    """
+
+    def __init__(self, scope: HeadScope, image: HeadProjection, text: HeadProjection) -> None:
+        self.scope, self.heads = scope, (image, text)
+
+    @property
+    def rank(self) -> int:
+        return sum(head.input.shape[1] * head.output.shape[1] for head in self.heads) + self.scope.with_scale
+
+    def project(self, vectors: Tensor) -> Tensor:
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        blocks, start = [], 0
+        for head, shape in zip(self.heads, self.scope.shapes, strict=True):
+            matrices = flat[:, start : start + shape.numel()].reshape(-1, *shape)
+            blocks.append((head.input.T @ matrices @ head.output).flatten(1))
+            start += shape.numel()
+        return torch.cat([*blocks, flat[:, start:]], dim=1).view(*vectors.shape[:-1], -1)
+
+    def lift(self, coordinates: Tensor) -> Tensor:
+        blocks, start = [], 0
+        for head in self.heads:
+            a, b = head.input.shape[1], head.output.shape[1]
+            matrix = coordinates[start : start + a * b].view(a, b)
+            blocks.append((head.input @ matrix @ head.output.T).flatten())
+            start += a * b
+        return torch.cat([*blocks, coordinates[start:]])
+
+    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
+        return removal_gradients(self.scope, theta, batch, self.heads, role)
+
+    def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+        value, pull_back = vjp(function, theta)[:2]
+        pulled = torch.vmap(lambda row: self.project(pull_back(row)[0]), chunk_size=_CHUNK)
+        rows: Tensor = pulled(torch.eye(len(value)).to(value))
+        return rows
+
+    def objective_curvature(self, objective: ContrastiveLoss, theta: Tensor, solver: str) -> Tensor:
+        """As for any projection, in coordinates throughout: products in a few directions, not in all parameters."""
+        moved = _MovedHeads(self, theta)
+        # of a scope the loss asks for the similarity only
+        along = ContrastiveLoss(moved, moved.batches(objective.batches), objective.pairs, objective.proximal)  # type: ignore[arg-type]
+        product = along.gauss_newton_product if solver == "ggn" else along.hessian_product
+        columns = torch.vmap(lambda row: product(moved.start, row), chunk_size=_PRODUCTS)
+        matrix: Tensor = columns(torch.eye(self.rank).to(theta))
+        return (matrix + matrix.T) / 2
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}-{side}": getattr(head, side)
+            for name, head in zip(("image", "text"), self.heads, strict=True)
+            for side in ("input", "output")
+        }
+
+
+class _MovedSide(NamedTuple):
+    """One tower of a batch at ``theta``, and what moves it."""
+
+    projected_input: Tensor  # (n, a): projected features
+    along: Tensor  # (n, b): embeddings in the directions that they move in
+    across: Tensor  # (n, b of the other side): and in those of the other tower
+    squared: Tensor  # (n,): squared lengths of the embeddings
+
+    def moved(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """How far each embedding moves, ``(n, b)``, and one over its length then, ``(n,)``."""
+        # the directions are orthonormal, so that what it moves by is as long as its coordinates
+        by = self.projected_input @ coordinates.view(self.projected_input.shape[1], -1)
+        return by, (self.squared + (2 * self.along + by).mul(by).sum(1)).rsqrt()
+
+
+class _MovedHeads:
+    """The similarity of a head scope as a function of coordinates: at ``theta`` plus what they lift to.
+
+    An embedding moves in the ``b`` output directions of its head only, so that
+    inner products of full width are computed once, at ``theta``.
+    """
+
+    def __init__(self, projection: KroneckerProjection, theta: Tensor) -> None:
+        self.projection, self.theta = projection, theta
+        self.loss = projection.scope.loss
+        self.start = theta.new_zeros(projection.rank)
+
+    def batches(self, batches: Batches) -> list[tuple[Tensor, _MovedSide, _MovedSide]]:
+        """The same batches as inner products of the embeddings at ``theta``, and both sides."""
+        scope, outputs = self.projection.scope, [head.output for head in self.projection.heads]
+        made = []
+        for batch in batches:
+            embeddings = scope.embed(self.theta, batch)
+            images, captions = (
+                _MovedSide(features @ head.input, rows @ own, rows @ other, rows.square().sum(1))
+                for features, rows, head, own, other in zip(
+                    batch, embeddings, self.projection.heads, outputs, outputs[::-1], strict=True
+                )
+            )
+            made.append((embeddings[0] @ embeddings[1].T, images, captions))
+        return made
+
+    def similarity(self, theta: Tensor, batch: tuple[Tensor, _MovedSide, _MovedSide]) -> Tensor:
+        """``S`` of a batch at these coordinates, shape ``(n, n)``."""
+        inner, images, captions = batch
+        cut = images.projected_input.shape[1] * images.along.shape[1]
+        end = cut + captions.projected_input.shape[1] * captions.along.shape[1]
+        image, image_unit = images.moved(theta[:cut])
+        caption, caption_unit = captions.moved(theta[cut:end])
+        overlap = self.projection.heads[0].output.T @ self.projection.heads[1].output
+        inner = inner + image @ (captions.across + caption @ overlap.T).T + images.across @ caption.T
+        scope, at = self.projection.scope, self.theta
+        if scope.with_scale:
+            at = torch.cat([at[:-1], at[-1:] + theta[-1:]])
+        return scope.logits(at, inner * (image_unit[:, None] * caption_unit))
+
+
+def principal_projection(
+    scope: HeadScope, theta: Tensor, batches: Iterable[Batch], rank: int = 16, processes: ProcessGroup = ALONE
+) -> KroneckerProjection:
+    """The directions of the heads in which the pairs vary most.
+
+    On the input side those are the principal directions of a head's features;
+    on the output side those of the other tower's embeddings, towards which the
+    contrastive loss pulls.
+
+    Args:
+        scope: the head scope.
+        theta: its parameters, shape ``(p,)``.
+        batches: image and caption features, ``(n, w_image)`` and ``(n, w_text)``; those that this process takes.
+        rank (16): directions to keep on either side of each head, at most.
+        processes (ALONE): the processes that share the batches.
+    """
+    heads = scope.split(theta)
+    second_moments = [theta.new_zeros(size, size) for head in heads for size in head.shape]
+    for batch in batches:
+        sides = [side for features, head in zip(batch, heads, strict=True) for side in (features, features @ head)]
+        for place, rows in enumerate(sides):
+            rows = normalize(rows, dim=1) if place % 2 else rows
+            second_moments[place] += rows.T @ rows
+    image_input, image_output, text_input, text_output = (
+        torch.linalg.eigh(processes.total(moment)).eigenvectors[:, -rank:] for moment in second_moments
+    )
+    return KroneckerProjection(
+        scope, HeadProjection(image_input, text_output), HeadProjection(text_input, image_output)
+    )
+
+
+def projection_from_state(scope: Scope, state: Mapping[str, Tensor]) -> Projection:
+    """The projection that :meth:`Projection.state` was taken from."""
+    if "basis" in state:
+        return BasisProjection(scope, state["basis"].to(scope.start))
+    assert isinstance(scope, HeadScope)
+    image, text = (HeadProjection(state[f"{head}-input"], state[f"{head}-output"]) for head in ("image", "text"))
+    return KroneckerProjection(scope, image, text)

@@ -1,0 +1,1 @@
+"""What has to be on a machine: FiftyOne's database, the plugin's place, and a doctor who looks."""

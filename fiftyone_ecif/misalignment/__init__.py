@@ -1,0 +1,1 @@
+"""Detectors of captions that do not belong to their image. Arrays in, scores out."""

@@ -1,0 +1,123 @@
+"""Pairs as the audited model sees them: unit embeddings, and who is near whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fiftyone_ecif.influence.gradient_store import CachedGradients
+from fiftyone_ecif.influence.heads import FeatureBatches
+from fiftyone_ecif.influence.objective import ContrastiveLoss
+from fiftyone_ecif.misalignment.duplicates import Duplicates
+from fiftyone_ecif.misalignment.neighbours import Neighbours, nearest
+
+NEIGHBOURS = 30
+_FEW_NEIGHBOURS = 5  # of lemon_z
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class DetectorInputs:
+    """Pairs and the model that is asked about them.
+
+    Attributes:
+        objective: over the pairs, in the heads scope.
+        theta: the parameters, shape ``(p,)``.
+        duplicates: among the pairs.
+        gradients: of the pairs, if the model was trained on them.
+        influence: of the pairs on a validation set, shape ``(N,)``, if there is one.
+        seed: of partitions and folds.
+        device: where neighbours are looked for.
+    """
+
+    objective: ContrastiveLoss
+    theta: Tensor
+    duplicates: Duplicates
+    gradients: CachedGradients | None = None
+    influence: np.ndarray | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def batches(self) -> FeatureBatches:
+        assert isinstance(self.objective.batches, FeatureBatches)
+        return self.objective.batches
+
+    def embeddings(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of images and captions, float32, shape ``(N, d)`` each."""
+        scope, batches = self.objective.scope, self.batches
+        parts = [
+            (
+                scope.embed_images(theta, batches.images[start : start + ROWS_AT_ONCE].double()),
+                scope.embed_captions(theta, batches.texts[start : start + ROWS_AT_ONCE].double()),
+            )
+            for start in range(0, len(batches.images), ROWS_AT_ONCE)
+        ]
+        images, texts = (normalize(torch.cat(side), dim=1).float() for side in zip(*parts, strict=True))
+        return images, texts
+
+    @cached_property
+    def model(self) -> EmbeddingSpace:
+        """The pairs as the audited model sees them."""
+        return EmbeddingSpace(*self.embeddings(self.theta), torch.from_numpy(self.duplicates.pair), self.device)
+
+
+class EmbeddingSpace:
+    """Unit embeddings of pairs and who is near whom.
+
+    Args:
+        images: shape ``(N, d)``.
+        captions: likewise.
+        group: numbers of shape ``(N,)``; copies of a pair, which are not to vouch for it, share one.
+        device ("cpu"): where neighbours are looked for.
+    """
+
+    def __init__(self, images: Tensor, captions: Tensor, group: Tensor, device: str = "cpu") -> None:
+        self.images, self.captions, self.group, self.device = images, captions, group, device
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """``1 - s_ii``, shape ``(N,)``."""
+        return 1 - (self.images * self.captions).sum(1)
+
+    @cached_property
+    def neighbours(self) -> tuple[Neighbours, Neighbours]:
+        """The nearest images and the nearest captions."""
+        images, captions = (nearest(side, NEIGHBOURS, self.group, self.device) for side in (self.images, self.captions))
+        return images, captions
+
+    def disagreement(self, count: int, near: float = 0.1, doubt: float = 5.0) -> tuple[Tensor, Tensor]:
+        """LEMoN's terms ``a`` and ``b``, shape ``(N,)`` each: what nearest images and captions say.
+
+        Args:
+            count: neighbours.
+            near (0.1): how much less a neighbour counts that is farther away.
+            doubt (5.0): how much less one counts whose own image and caption are far apart.
+        """
+        terms = []
+        for side, other in zip(self.neighbours, (self.captions, self.images), strict=True):
+            rows, similarity = side.rows[:, :count], side.similarity[:, :count]
+            trust = torch.exp(-doubt * self.distance[rows]) * torch.exp(-near * (1 - similarity))
+            terms.append((self.other_distance(side, other, count) * trust).mean(1))
+        return terms[0], terms[1]
+
+    def other_distance(self, near: Neighbours, other: Tensor, count: int) -> Tensor:
+        """Distance to each neighbour on the other side, shape ``(N, count)``."""
+        parts = [
+            1 - torch.einsum("nd,nkd->nk", own, other[rows[:, :count]])
+            for own, rows in zip(torch.split(other, ROWS_AT_ONCE), torch.split(near.rows, ROWS_AT_ONCE), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def lemon_z(self) -> Tensor:
+        a, b = self.disagreement(_FEW_NEIGHBOURS)
+        return standardised(self.distance) + standardised(a) + standardised(b)
+
+
+def standardised(values: Tensor) -> Tensor:
+    return (values - values.mean()) / values.std(correction=0).clamp_min(torch.finfo(values.dtype).tiny)

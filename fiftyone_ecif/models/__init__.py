@@ -1,0 +1,1 @@
+"""Models with an image and a text tower, their features, scopes and checkpoints."""

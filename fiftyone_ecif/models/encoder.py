@@ -1,0 +1,283 @@
+"""An open_clip model: its frozen features and the heads behind them.
+
+The features of a tower are what enters its final projection. They are computed
+by running the tower with that projection replaced by the identity, which works
+alike for a bare parameter (``visual.proj``), a linear layer and the output
+projection of an attention pool.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.data import DataLoader
+
+from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.heads import HeadScope
+from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
+from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.models.checkpoint import PREPROCESSING, load_adapters, load_preprocessing
+from fiftyone_ecif.models.checks import check_names, choose_device
+from fiftyone_ecif.models.inputs import Images, collate
+from fiftyone_ecif.models.projection_heads import HEAD_PATHS, Head, named_head
+from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
+from fiftyone_ecif.models.towers import Tower, causal_mask
+from fiftyone_ecif.options import ScopeChoice
+
+open_clip.add_model_config(Path(__file__).parent / "configs")
+
+
+class Encoder:
+    """A loaded open_clip model.
+
+    Args:
+        model: a model name of open_clip, or ``local-dir:…`` / ``hf-hub:…``.
+        pretrained: a pretrained tag of that model, or the path of a checkpoint;
+            None only for the two forms that bring their own weights.
+        device (None): where the towers run: ``"cpu"``, ``"cuda"`` or another torch
+            device; by default a GPU where there is one.
+
+    Attributes:
+        loss: what the model is trained with: the sigmoid loss if it has a
+            ``logit_bias``, else the softmax loss.
+        heads: of the image and the text tower; None for a tower that does not
+            end in a linear projection, whose features are its embeddings.
+        adapters: low-rank adapters that ``fiftyone-ecif fit`` wrote beside the
+            checkpoint; they are part of the loaded weights.
+        fingerprint: hex digest of all that the features depend on:
+            architecture, weights, preprocessing, tokenizer and precision.
+
+    Raises:
+        EcifError: if the model, the tag, the checkpoint or the device does not
+            exist
+    """
+
+    def __init__(self, model: str, pretrained: str | None = None, device: str | None = None) -> None:
+        self.device = choose_device(device)
+        check_names(model, pretrained)
+        try:
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+                model,
+                pretrained=pretrained,
+                device=self.device,
+                **(load_preprocessing(pretrained) or {}),
+            )
+            self.tokenizer = open_clip.get_tokenizer(model)
+        except Exception as error:  # open_clip, the hub and torch raise many kinds here
+            raise EcifError(
+                f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {error}"
+            ) from error
+        self.model.eval().requires_grad_(False)
+        self.loss = SoftmaxLoss() if getattr(self.model, "logit_bias", None) is None else SigmoidLoss()
+        self.name = model
+        unusable = [name for name, value in self.model.named_parameters() if not value.sum().isfinite()]
+        if unusable:
+            raise EcifError(f"The model's weight {unusable[0]} holds NaN or infinity. Load another checkpoint")
+        self._half = self.device.startswith("cuda")
+        self._at_once = sys.maxsize  # inputs, until memory runs out
+        self._ignores_padding = False
+        self._ignores_padding = self._try_without_padding()
+        self.heads = {tower: self._find_head(tower) for tower in HEAD_PATHS}
+        self.adapters = load_adapters(pretrained)
+        self.fingerprint = self._fingerprint(model)
+
+    def scope(self, choice: ScopeChoice, seed: int = 0) -> Scope:
+        """The parameters that a choice means, as they were loaded.
+
+        The heads are float64 on the CPU; every other scope is in the model's
+        own precision on its device.
+
+        Args:
+            choice: which.
+            seed (0): of new adapters.
+
+        Raises:
+            EcifError: if the model has no such parameters
+        """
+        names = self.scope_names(choice)
+        if not choice.heads:
+            if choice.rank is None:
+                return TowerScope(self.model, names, self.loss)
+            return TowerScope(self.model, names, self.loss, choice.rank, self.adapters, seed)
+        image, text = (head.matrix(self.model) for head in self.heads.values() if head)
+        scale = self.model.logit_scale.detach().double().exp().item()
+        bias = getattr(self.model, "logit_bias", None)
+        shift = 0.0 if bias is None else bias.detach().double().item()
+        return HeadScope(image, text, scale, shift, self.loss, choice.with_scale)
+
+    def scope_names(self, choice: ScopeChoice) -> list[str]:
+        """Names of the model's parameters in a scope, or of those that have an adapter in it.
+
+        Raises:
+            EcifError: if the model has no such parameters
+        """
+        if choice.heads:
+            names = [name for head in self.heads.values() if head for name in (head.weight, head.bias) if name]
+            lacking = [tower for tower, head in self.heads.items() if head is None]
+            if lacking:
+                raise EcifError(
+                    f"The {lacking[0]} tower of {self.name} does not end in a linear projection, so "
+                    f"scope={choice.text!r} does not fit it. Use scope='blocks:1'"
+                )
+            return [*names, "logit_scale"] if choice.with_scale else names
+        if choice.rank is None or self.adapters is None:
+            return scope_parameters(self.model, choice)
+        rank = len(next(iter(self.adapters.values()))[0])
+        same = choice.rank == rank and set(scope_parameters(self.model, choice)) == set(self.adapters)
+        if not same and choice.text != "lora":
+            raise EcifError(
+                f"scope={choice.text!r} does not fit the checkpoint, whose adapters have rank {rank}. Use 'lora:{rank}'"
+            )
+        return list(self.adapters)
+
+    def changed_state(self, scope: Scope, theta: Tensor) -> dict[str, Tensor]:
+        """The model's state dict, on the CPU, with the parameters of a scope of this encoder at ``theta``."""
+        if isinstance(scope, TowerScope):
+            changed = scope.parameters(theta)
+        else:
+            assert isinstance(scope, HeadScope)
+            matrices = zip(self.heads.values(), scope.split(theta), strict=True)
+            changed = {name: value for head, matrix in matrices if head for name, value in head.tensors(matrix).items()}
+            if scope.with_scale:
+                changed["logit_scale"] = theta[-1]
+        state = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+        return state | {name: value.detach().to(state[name]).contiguous() for name, value in changed.items()}
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images are prepared, as arguments of ``open_clip.create_model_and_transforms``."""
+        made = open_clip.get_model_preprocess_cfg(self.model)
+        return {
+            name: made[name.removeprefix("image_")] for name in PREPROCESSING if name.removeprefix("image_") in made
+        }
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """What the text tower takes, on the device, shape ``(n, t)``.
+
+        A caption longer than the context is cut, as in training. Where padding
+        changes nothing, ``t`` is the length of the longest of these captions,
+        which spares the tower most of its work; otherwise it is the context.
+        """
+        tokens: Tensor = self.tokenizer(list(captions))
+        if self._ignores_padding:
+            tokens = _without_padding(tokens)
+        return tokens.to(self.device)
+
+    def image_features(
+        self, paths: Sequence[str], batch_size: int, num_workers: int
+    ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+        """Encodes image files, which other processes load in the meantime.
+
+        Yields:
+            for each batch, the indices into ``paths`` that were read, their
+            features of shape ``(n, w)`` in float32, and ``{index: reason}`` of
+            those that could not be read
+        """
+        loader: DataLoader[Any] = DataLoader(
+            Images(paths, self.preprocess),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=self.device.startswith("cuda"),
+        )
+        for indices, images, failures in loader:
+            yield indices, self._features("image", images), failures
+
+    def text_features(self, captions: Sequence[str], batch_size: int) -> Iterator[Tensor]:
+        """Encodes captions; a caption longer than the model's context is cut, as in training.
+
+        Yields:
+            the features of each batch, shape ``(n, w)``, in float32
+        """
+        for start in range(0, len(captions), batch_size):
+            yield self._features("text", self.tokens(captions[start : start + batch_size]))
+
+    @torch.no_grad()
+    def _features(self, tower: str, inputs: Tensor) -> Tensor:
+        """Features on the CPU, of as many inputs at once as the device has memory for."""
+        found: list[Tensor] = []
+        start = 0
+        while start < len(inputs):
+            part = inputs[start : start + self._at_once]
+            try:
+                features = self._run_half(tower, part.to(self.device, non_blocking=True))
+            except torch.OutOfMemoryError as error:
+                if len(part) == 1:
+                    raise EcifError(
+                        f"The {tower} tower of {self.name} does not fit into the memory of {self.device}, not even "
+                        "for one input. Free some of it, or use device='cpu'"
+                    ) from error
+                self._at_once = len(part) // 2
+                continue
+            found.append(features.float().cpu())
+            start += len(part)
+        return torch.cat(found) if found else torch.empty(0)
+
+    def _run_half(self, tower: str, inputs: Tensor) -> Tensor:
+        """Features in half precision where that is meant to be and none of them becomes too large for it."""
+        with torch.autocast(torch.device(self.device).type, torch.float16, enabled=self._half):
+            features = self._run(tower, inputs, self.heads[tower])
+        if self._half and not features.isfinite().all():
+            return self._run(tower, inputs, self.heads[tower])
+        return features
+
+    def _run(self, tower: str, inputs: Tensor, head: Head | None) -> Tensor:
+        """A tower's output with its head, if one is given, passing its input through."""
+        replaced = {f"model.{name}": value for name, value in head.identity(self.model).items()} if head else {}
+        features: Tensor = functional_call(Tower(self.model, tower), replaced, (inputs,))
+        if head and head.bias:
+            features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+        return features
+
+    @torch.no_grad()
+    def _find_head(self, tower: str) -> Head | None:
+        """The linear projection that a tower ends in, tried on noise, or None."""
+        head = named_head(self.model, tower)
+        if head is None:
+            return None
+        size = self.model.visual.image_size
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        noise = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+        inputs = noise.to(self.device) if tower == "image" else self.tokens(["a photo", "of two things"])
+        expected = self._run(tower, inputs, None).cpu().double()
+        found = self._run(tower, inputs, head).cpu().double() @ head.matrix(self.model)
+        close = torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
+        return head if close else None
+
+    @torch.no_grad()
+    def _try_without_padding(self) -> bool:
+        """Whether a caption's features stay the same without the padding behind it, tried on two."""
+        tokens = self.tokens(["a photo", "of two things"])
+        if causal_mask(self.model) is None:
+            return False
+        expected, found = (self._run("text", each, None) for each in (tokens, _without_padding(tokens)))
+        return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+    def _fingerprint(self, name: str) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        made_of = [
+            open_clip.get_model_config(name) or name,  # the same weights can serve two architectures
+            open_clip.get_model_preprocess_cfg(self.model),
+            type(self.tokenizer).__name__,
+            getattr(self.tokenizer, "context_length", None),
+            *["float16"] * self._half,
+        ]
+        digest.update(json.dumps(made_of, sort_keys=True, default=str).encode())
+        for key, value in self.model.state_dict().items():
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def _without_padding(tokens: Tensor) -> Tensor:
+    """The columns up to the last that is not zero in all rows."""
+    return tokens[:, : int(tokens.any(0).nonzero().max()) + 1]

@@ -1,0 +1,176 @@
+"""Deep scopes: parameters inside the towers of an open_clip model, or adapters on them.
+
+The parameters are put into the model functionally (``torch.func``), by name, so
+that everything that has a name can be attributed: linear layers, convolutions,
+open_clip's bare ``in_proj_weight``, ``visual.proj`` and ``text_projection``, and
+the 0-dim ``logit_scale``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.losses import BatchLoss
+from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.models.towers import Tower, differentiable_attention
+from fiftyone_ecif.options import ScopeChoice
+
+
+class TowerScope(Scope):
+    """Named parameters of a model, each in full or through a low-rank adapter, as one flat vector.
+
+    An adapter of rank ``r`` on a weight ``W`` of shape ``(m, n)`` is ``W + B A``
+    with ``A`` of shape ``(r, n)`` and ``B`` of shape ``(m, r)`` (LoRA, arXiv
+    2106.09685, with alpha = r). New adapters start with ``B = 0``, so they
+    change nothing before they are fitted.
+
+    Args:
+        model: an open_clip model in evaluation mode.
+        names: parameters to attribute, as in ``model.named_parameters()``.
+        loss: what the model is trained with.
+        rank (None): of the adapters; by default the parameters themselves vary.
+        adapters (None): ``{name: (A, B)}`` of adapters that are already part of
+            the model's weights; random new ones otherwise.
+        seed (0): of new adapters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        loss: BatchLoss,
+        rank: int | None = None,
+        adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.names, self.loss, self.rank = model, list(names), loss, rank
+        self._towers = {tower: Tower(model, tower) for tower in ("image", "text")}
+        weights = {name: model.get_parameter(name).detach() for name in names}
+        if rank is None:
+            pieces = list(weights.values())
+        else:
+            adapters = adapters or new_adapters(weights, rank, seed)
+            pieces = [part.to(weights[name]) for name in names for part in adapters[name]]
+            # what the adapters are added to: the weights without them
+            weights = {
+                name: weight - adapters[name][1].to(weight) @ adapters[name][0].to(weight)
+                for name, weight in weights.items()
+            }
+        self._base = weights
+        self._shapes = [piece.shape for piece in pieces]
+        self.start = torch.cat([piece.flatten() for piece in pieces])
+
+    def split(self, theta: Tensor) -> list[Tensor]:
+        """The tensors inside a flat vector: one a name, or ``A`` and ``B`` of each name's adapter."""
+        pieces = torch.split(theta, [shape.numel() for shape in self._shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+
+    def parameters(self, theta: Tensor) -> dict[str, Tensor]:
+        """The model's parameters in scope at ``theta``, by name."""
+        pieces = self.split(theta)
+        if self.rank is None:
+            return dict(zip(self.names, pieces, strict=True))
+        return {
+            name: self._base[name] + b @ a for name, a, b in zip(self.names, pieces[::2], pieces[1::2], strict=True)
+        }
+
+    def adapters(self, theta: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The adapters at ``theta``: ``{name: (A, B)}``."""
+        pieces = self.split(theta)
+        return dict(zip(self.names, zip(pieces[::2], pieces[1::2], strict=True), strict=True))
+
+    def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
+        return self._embed("image", theta, images)
+
+    def embed_captions(self, theta: Tensor, captions: Tensor) -> Tensor:
+        return self._embed("text", theta, captions)
+
+    def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
+        changed = self.parameters(theta) if self.rank is None else {}  # adapters are on matrices only
+        model: Any = self.model
+        similarity: Tensor = changed.get("logit_scale", model.logit_scale).exp() * cosine
+        if getattr(model, "logit_bias", None) is not None:
+            similarity = similarity + changed.get("logit_bias", model.logit_bias)
+        return similarity
+
+    def logit_parameters(self, theta: Tensor) -> list[int]:
+        places, start = [], 0
+        for name, shape in zip(self.names, self._shapes, strict=False):
+            if name in ("logit_scale", "logit_bias"):
+                places.append(start)
+            start += shape.numel()
+        return places if self.rank is None else []
+
+    def _embed(self, tower: str, theta: Tensor, inputs: Tensor) -> Tensor:
+        changed = {
+            f"model.{name}": value
+            for name, value in self.parameters(theta).items()
+            if name.startswith("visual.") == (tower == "image")
+        }
+        with differentiable_attention():
+            return cast(Tensor, functional_call(self._towers[tower], changed, (inputs,)))
+
+
+def new_adapters(weights: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Adapters that change nothing yet: random ``A`` of unit output variance, ``B = 0``."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, weight in weights.items():
+        rows, columns = weight.shape
+        random = torch.randn(rank, columns, generator=generator, dtype=torch.float64) / columns**0.5
+        made[name] = random.to(weight), weight.new_zeros(rows, rank)
+    return made
+
+
+def scope_parameters(model: nn.Module, choice: ScopeChoice) -> list[str]:
+    """Names of the parameters that a choice of scope means in this model.
+
+    Raises:
+        EcifError: if there are none
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if choice.pattern:
+        chosen = [name for name in names if re.search(choice.pattern, name)]
+        if not chosen:
+            raise EcifError(
+                f"scope={choice.text!r} is no scope, and as a regular expression it matches none of the model's "
+                f"parameters ({', '.join(names[:3])}, ..., {names[-1]}). Use heads, lora, blocks:1, or another pattern"
+            )
+        return chosen
+    last = {tower: found[-choice.blocks :] if choice.blocks else found for tower, found in _blocks(model).items()}
+    for tower, found in last.items():
+        if len(found) < (choice.blocks or 1):
+            raise EcifError(
+                f"scope={choice.text!r} asks for {choice.blocks or 1} blocks, but the {tower} tower has {len(found)}. "
+                "Use fewer, or a regular expression over parameter names"
+            )
+    within = tuple(f"{module}." for found in last.values() for module in found)
+    if choice.rank is None:
+        return [name for name in names if name.startswith(within)]
+    pools = tuple(f"{name}." for name, _ in model.named_modules() if re.search(r"attn_?pool$", name))
+    return [
+        name
+        for name, value in model.named_parameters()
+        if value.ndim == 2 and name.startswith(within + pools) and not name.endswith("embedding")
+    ]
+
+
+def _blocks(model: nn.Module) -> dict[str, list[str]]:
+    """The blocks of both towers, first to last: numbered modules that are not inside another one.
+
+    Those are the residual blocks of a transformer and the bottlenecks of a ResNet.
+    """
+    found: dict[str, list[str]] = {"image": [], "text": []}
+    for name, _ in model.named_modules():
+        tower = found["image" if name.startswith("visual.") else "text"]
+        nested = any(name.startswith(f"{other}.") for other in tower)
+        if re.search(r"(blocks|layers?\d*)\.\d+$", name) and not nested:
+            tower.append(name)
+    return found

@@ -1,0 +1,70 @@
+"""The towers of an open_clip model as functions of their parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextlib.contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Attention that forward-mode differentiation can follow; torch's fused kernels have no such rule."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+class Tower(nn.Module):
+    """One tower of a model as a module, so that ``functional_call`` can replace its parameters.
+
+    Tokens may be fewer than the context of a text tower with a :func:`causal_mask`.
+    """
+
+    def __init__(self, model: Any, tower: str) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.tower = tower
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.tower == "image":
+            return cast(Tensor, self.model.encode_image(inputs))
+        mask, length = causal_mask(self.model), inputs.shape[1]
+        if mask is None or length == len(mask):
+            return cast(Tensor, self.model.encode_text(inputs))
+        text = "model.text." if hasattr(self.model, "text") else "model."
+        cut = {
+            f"{text}positional_embedding": _text_tower(self.model).positional_embedding[:length],
+            f"{text}attn_mask": mask[:length, :length],
+        }
+        return cast(Tensor, functional_call(_TextTower(self.model), cut, (inputs,)))
+
+
+class _TextTower(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return cast(Tensor, self.model.encode_text(tokens))
+
+
+def causal_mask(model: Any) -> Tensor | None:
+    """The mask of a text tower whose tokens see only those before them, one for each place of the context, or None."""
+    text = _text_tower(model)
+    mask: Tensor | None = getattr(text, "attn_mask", None)
+    places = getattr(text, "positional_embedding", ())
+    return mask if mask is not None and len(mask) == len(places) == text.context_length else None
+
+
+def _text_tower(model: Any) -> Any:
+    return getattr(model, "text", model)

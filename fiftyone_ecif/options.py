@@ -1,0 +1,84 @@
+"""What a user can choose by name. No heavy imports: forms and configurations read it.
+
+Solvers, what stands for the curvature ``H``:
+
+============  ===============================================================================
+``hessian``   the exact Hessian; damped where it is not positive along the solve
+``ggn``       the generalised Gauss-Newton matrix, never negative
+``logra``     the covariance of the pairs' projected gradients (arXiv 2405.13954), dense in
+              the projected space (see ``gradients``)
+``identity``  none: the dot product of gradients, as in TracIn (arXiv 2002.08484)
+============  ===============================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from fiftyone_ecif.errors import EcifError
+
+#: How a pair's part in its batch is taken: both roles exactly (the default), the
+#: negative one to first order, one role alone, or the paper's formula as printed,
+#: which is wrong and here for comparison only.
+ROLES = ("exact", "taylor", "positive", "negative", "as_printed")
+SOLVERS = ("hessian", "ggn", "logra", "identity")
+#: What is measured on the target, beside a function of the user's own; see ``targets``.
+TARGET_LOSSES = ("contrastive", "zero_shot", "retrieval_margin")
+#: Detectors of misaligned pairs; see ``detectors`` for what they are.
+DETECTORS = (
+    *("fused", "clip_score", "neg_clip_loss", "lemon", "lemon_z", "deep_knn", "cross_fit", "trusted_fit"),
+    *("loss", "self_influence", "loo_loss", "global_influence", "neighbour_influence"),
+)
+#: Those that presume that the model was trained on the pairs.
+TRAINED_DETECTORS = ("self_influence", "loo_loss", "global_influence", "neighbour_influence")
+DEFAULT_RANK = 4
+
+
+@dataclass(frozen=True)
+class ScopeChoice:
+    """What a user's ``scope=`` means.
+
+    Attributes:
+        text: as given.
+        heads: whether both final projections are meant.
+        with_scale: whether ``logit_scale`` is attributed with them.
+        rank: of low-rank adapters on the attention and MLP weights, if those are meant.
+        blocks: only the last so many blocks of both towers.
+        pattern: a regular expression that parameter names are searched for.
+    """
+
+    text: str
+    heads: bool = False
+    with_scale: bool = False
+    rank: int | None = None
+    blocks: int | None = None
+    pattern: str | None = None
+
+
+def parse_scope(text: str) -> ScopeChoice:
+    """Reads ``heads``, ``heads+logit_scale``, ``lora[:RANK[:BLOCKS]]``, ``blocks:K`` or a regular expression.
+
+    Raises:
+        EcifError: if it is none of these
+    """
+    if text in ("heads", "heads+logit_scale"):
+        return ScopeChoice(text, heads=True, with_scale=text != "heads")
+    if found := re.fullmatch(r"lora(?::([1-9][0-9]{0,5}))?(?::([1-9][0-9]{0,5}))?", text):
+        return ScopeChoice(text, rank=int(found[1] or DEFAULT_RANK), blocks=int(found[2]) if found[2] else None)
+    if found := re.fullmatch(r"blocks:([1-9][0-9]{0,5})", text):
+        return ScopeChoice(text, blocks=int(found[1]))
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise EcifError(f"scope={text!r} is no regular expression ({error}). Use heads, lora or blocks:1") from error
+    if not text or re.fullmatch(r"(lora|blocks|heads)\W.*|blocks", text):
+        raise EcifError(f"scope={text!r} is not known. Use heads, heads+logit_scale, lora:4, lora:4:2, blocks:1 ...")
+    return ScopeChoice(text, pattern=text)
+
+
+METHOD = "ecif"  # of all runs of this package, whatever their type
+
+
+#: Scores that a run can write beside influence, from the projected gradients.
+EXTRA_SCORES = ("relative_influence", "self_influence", "leave_one_out_loss")

@@ -1,0 +1,79 @@
+"""A run in plain words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fiftyone_ecif.runs.cache import size_text
+from fiftyone_ecif.runs.manage import find_config, read_entry, read_results, staleness
+
+#: What a run was told, in plain words.
+_SETTINGS = {
+    "caption_field": "Caption field",
+    "scope": "Parameters that are attributed",
+    "role": "Role of a pair",
+    "solver": "Curvature",
+    "detector": "Detector",
+    "fit": "Fitted to the pairs first",
+    "trained": "Weights were trained on the pairs",
+    "reviewed": "Reviewed",
+    "proximal": "Proximal strength",
+    "damping": "Damping",
+    "batch_size": "Batch size",
+    "n_partitions": "Partitions averaged over",
+    "seed": "Seed",
+    "target_loss": "Target loss",
+}
+#: What it found, likewise.
+_DIAGNOSTICS = {
+    "target_pairs": "Validation pairs",
+    "shared_pairs": "Validation pairs that are also scored",
+    "target_loss": "Loss on the validation pairs",
+    "training_loss": "Loss on the scored pairs",
+    "relative_gradient_norm": "Distance from a minimum (relative gradient norm, 0 is ideal)",
+    "damping": "Damping that the curvature needed (0 is ideal)",
+    "solve_residual": "Residual of the solve",
+    "cached_correlation": "How well stored gradients reproduce the scores (1 is ideal)",
+    "tagged": "Pairs tagged",
+}
+
+
+def describe_run(dataset: Any, key: str) -> str:
+    """A run in plain words, as Markdown: what it is, what it was told, what tells how far to trust it.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        key: of the run.
+
+    Raises:
+        EcifError: if there is no such run
+    """
+    config, results, run = find_config(dataset, key), read_results(dataset, key), read_entry(dataset, key)
+    found = {} if results is None else results.diagnostics
+    pairs = (
+        "Stopped before its results were written"
+        if run.scored is None
+        else f"Pairs: {run.scored:,} scored, {run.skipped:,} skipped"
+    )
+    lines = [
+        f"**{key}**: {run.kind} by {' '.join(filter(None, [run.model, run.pretrained]))}",
+        "",
+        f"- Made: {run.when:%Y-%m-%d %H:%M} UTC",
+        f"- Since then: {staleness(dataset, key)!s}",
+        f"- {pairs}",
+        f"- Fields: {', '.join(run.fields) or 'none'}",
+        f"- Cache: {size_text(run.cache_bytes)}",
+    ]
+    if "noise_rate" in found:
+        lines.append("- Captions estimated to be wrong: {:.0%} ({:.0%} to {:.0%})".format(*found["noise_rate"]))
+    for title, names, values in (("Settings", _SETTINGS, vars(config)), ("Diagnostics", _DIAGNOSTICS, found)):
+        known = {label: values[name] for name, label in names.items() if values.get(name) is not None}
+        if known:
+            lines += ["", f"**{title}**", "", *(f"- {label}: {_plain(value)}" for label, value in known.items())]
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,39 @@
+"""What pairs are known by: an image by its path, size and time of change, a caption by its text."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import NamedTuple
+
+from fiftyone_ecif.errors import EcifError
+
+
+class PairKey(NamedTuple):
+    """What the image and the caption of a pair are known by."""
+
+    image: str
+    caption: str
+
+    @property
+    def digest(self) -> str:
+        """A short form, to tell later whether the pair has changed."""
+        return self.image[:8] + self.caption[:8]
+
+
+def pair_key(path: str, caption: str) -> PairKey:
+    """The key of a pair as its image file is now.
+
+    Raises:
+        EcifError: if there is no such file
+    """
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise EcifError(f"The image {path} went away while it was read ({error.strerror}). Run again") from error
+    return PairKey(digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"), digest(caption))
+
+
+def digest(text: str) -> str:
+    """32 hexadecimal digits that stand for a text."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

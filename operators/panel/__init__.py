@@ -1,0 +1,1 @@
+"""The Influence panel beside the grid."""

@@ -1,0 +1,84 @@
+"""What the Influence panel remembers, and what it reads of the dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from fiftyone_ecif.samples.pairs import every_sample, pairs_now
+
+#: The pages by name, with their titles.
+PAGES = {"overview": "Overview", "ranking": "Ranking", "pair": "Pair", "review": "Review", "run": "Run"}
+
+
+def get(ctx: Any, name: str) -> Any:
+    return ctx.panel.get_state(name)
+
+
+def current_page(ctx: Any) -> str:
+    page = get(ctx, "page")
+    return page if page in PAGES and (page != "review" or is_misalignment(ctx)) else "overview"
+
+
+def run_keys(ctx: Any) -> list[str]:
+    """The runs on the dataset that are written to their end, the newest last."""
+    from fiftyone_ecif.runs.manage import finished_runs
+
+    return [] if ctx.dataset is None else finished_runs(ctx.dataset)
+
+
+def run_config(ctx: Any) -> Any:
+    return ctx.dataset.get_brain_info(get(ctx, "key")).config
+
+
+def is_misalignment(ctx: Any) -> bool:
+    return bool(run_config(ctx).type == "misalignment")
+
+
+def run_results(ctx: Any) -> Any:
+    return ctx.dataset.load_brain_results(get(ctx, "key"), load_view=False)  # which may name a field that is gone
+
+
+def score_table(ctx: Any) -> Any:
+    from fiftyone_ecif.runs.score_table import read_score_table
+
+    return read_score_table(ctx.dataset)
+
+
+def run_fields(ctx: Any) -> list[str]:
+    from fiftyone_ecif.runs.score_table import score_fields
+
+    return score_fields(ctx.dataset, get(ctx, "key"), run_config(ctx))
+
+
+def current_field(ctx: Any) -> str:
+    """The score that is shown, "" if none is left; what was remembered may be gone, or belong to another run."""
+    fields, field = run_fields(ctx), get(ctx, "field")
+    return field if field in fields else next(iter(fields), "")
+
+
+def current_cut(ctx: Any) -> Any:
+    return score_table(ctx).cut(current_field(ctx), get(ctx, "direction"), (get(ctx, "share") or 0) / 100)
+
+
+def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:
+    """Address of the image and caption of some samples, in their order; without those that are gone."""
+    pairs = pairs_now(ctx.dataset, run_config(ctx).caption_field, ids)
+    media = ctx.dataset.app_config.grid_media_field or "filepath"
+    shown = dict(zip(*every_sample(ctx.dataset).select(list(pairs)).values(["id", media]), strict=True))
+    return {
+        sample: (f"/media?filepath={quote(shown.get(sample) or path)}", caption or "")
+        for sample, (path, caption) in pairs.items()
+    }
+
+
+def value_of(ctx: Any, sample: str, field: str) -> Any:
+    if not ctx.dataset.has_sample_field(field):
+        return None
+    return next(iter(every_sample(ctx.dataset).select(sample).values(field)), None)
+
+
+def plain(text: str) -> str:
+    """Text that markdown shows as it is, on one line."""
+    kept = " ".join(text.split())
+    return "".join(f"\\{letter}" if letter in r"\`*_{}[]<>()#+-!|~" else letter for letter in kept)

@@ -1,0 +1,295 @@
+"""The journeys of a user through the real App, in a real browser: what they click, and what they then see."""
+
+import csv
+import math
+import re
+from urllib.parse import unquote
+
+import fiftyone as fo
+import open_clip
+import pytest
+from driver import PATIENCE, expect, open_app
+
+from fiftyone_ecif import compute_misalignment
+from fiftyone_ecif.api.tracing import trace
+from fiftyone_ecif.demo.training import MODEL
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The App and a browser, for all journeys."""
+    with open_app() as new_page:
+        yield new_page
+
+
+@pytest.fixture
+def app(browser, dataset):
+    """A page on the training pairs of a fresh copy of the small demo set."""
+    dataset.app_config.active_fields = fo.core.odm.ActiveFields(paths=["caption", "spoiled"])
+    dataset.save()
+    app = browser()
+    yield app
+    app.page.close()
+
+
+@pytest.fixture
+def scored(dataset, score):
+    """The same, scored as run ``ecif``."""
+    return score(dataset.match_tags("train"), dataset.match_tags("val"), fit=True)
+
+
+@pytest.fixture
+def audited(dataset, made):
+    """The same, with misaligned pairs looked for as run ``audit``."""
+    train = dataset.match_tags("train")
+    return compute_misalignment(train, model=MODEL, pretrained=made[1], num_workers=0, batch_size=24)
+
+
+def counts(dataset):
+    return len(dataset.match_tags("train")), len(dataset.match_tags("val"))
+
+
+def test_score_sort_inspect(app, dataset, made):
+    train, val = counts(dataset)
+    app.open(dataset)
+    form = app.form("Compute ECIF influence")
+    form.says(f"{train:,} pairs will be scored towards {val:,} validation pairs")
+    expect(form.button).to_be_disabled()  # no weights are given yet
+    form.fill(Pretrained="no/such/model.pt").says("There is no file no/such/model.pt")
+    form.fill(Model=MODEL, Pretrained=made[1]).tick("Fit the model to these pairs first").run()
+    app.said("Running in the background. The Influence panel shows how far it is")
+    app.said("ECIF influence, run 'ecif'")  # the panel, with the job
+    app.said(f"Scored {train:,} pairs, skipped 0. The most harmful come first")
+    app.sidebar("ecif_influence").wait_for()
+
+    dataset.reload()
+    order = dataset.exists("ecif_influence").sort_by("ecif_influence")
+    captions = order.values("caption")
+    expected = [(caption, f"{rank}") for rank, caption in enumerate(captions, 1)]
+    shown = app.thumbnails(expected, "caption", "ecif_rank")
+    assert len(shown) >= 6
+    assert shown == expected[: len(shown)]
+
+    app.tick(1)
+    app.turn_to("Pair")
+    panel = app.panel()
+    expect(panel.get_by_text(captions[1], exact=True).first).to_be_visible()
+    second = order.skip(1).first()
+    for text in (f"{second.ecif_influence:.4g}", "no. 2 from the lowest", "Validation pairs it harms most"):
+        expect(panel.get_by_text(text).first).to_be_visible()
+
+
+def test_a_drag_over_the_histogram_shows_those_pairs(app, dataset, scored):
+    app.open(dataset)
+    app.panel().locator(".nsewdrag").first.wait_for()
+    ranked = dataset.exists("ecif_influence").sort_by("ecif_influence").values("caption")
+    counts = app.page.locator("[data-cy=entry-counts]").first
+    before = counts.inner_text()
+    app.drag_over_histogram(0.003, 0.6)
+    expect(counts).not_to_have_text(before)
+    shown = app.thumbnails(ranked, "caption")
+    assert len(shown) >= 3
+    assert shown == ranked[: len(shown)]
+
+
+def test_a_lasso_around_points_shows_those_pairs_and_stays(app, dataset, scored):
+    train, _ = counts(dataset)
+    app.open(dataset)
+    panel = app.panel()
+    panel.locator(".gl-canvas").first.wait_for(state="attached")
+    said = app.page.locator("[data-cy=entry-counts]").first
+    app.lasso(0.003, 0.6)
+    expect(said).not_to_have_text(f"{train} samples")
+    shown = app.thumbnails(dataset.exists("ecif_influence").sort_by("ecif_influence").values("caption"), "caption")
+    assert shown
+    count = int(said.inner_text().split()[0])
+    assert 0 < count < train
+    faded = "plot => plot.data.some(trace => trace.selectedpoints?.length == COUNT)".replace("COUNT", str(count))
+    app.page.wait_for_timeout(3000)  # the panel has been drawn anew
+    assert panel.locator(".js-plotly-plot").nth(1).evaluate(faded)
+
+
+def assert_at_rest(app):
+    """The panel does not talk to itself for ever: after a while it only looks for jobs."""
+    app.page.wait_for_timeout(4000)
+    with_choice = []
+    app.page.on("request", lambda asked: "choose_" in (asked.post_data or "") and with_choice.append(asked))
+    app.page.wait_for_timeout(4000)
+    assert not with_choice
+
+
+def test_detect_threshold_tag_export(app, dataset, scored, made, tmp_path):
+    train, _ = counts(dataset)
+    app.open(dataset)
+    app.panel().get_by_role("combobox").filter(has_text="ecif: influence").wait_for()
+    form = app.form("Detect misaligned pairs").says(f"{train:,} pairs will be scored")
+    form.fill(Model=MODEL, Pretrained=made[1]).tick("The model was trained on these pairs").run()
+    assert "of the captions are wrong" in app.said(f"Scored {train:,} pairs, skipped 0")
+    app.sidebar("audit_misalignment").wait_for()
+
+    panel = app.panel()
+    panel.get_by_role("combobox").filter(has_text="audit: misalignment").wait_for()
+    assert_at_rest(app)
+    slider = panel.get_by_role("slider")
+    track = slider.locator("xpath=ancestor::span[contains(@class, 'MuiSlider-root')]")
+    track.click(position={"x": track.bounding_box()["width"] * 0.6, "y": 10})
+    share = float(slider.input_value())
+    assert 25 < share < 35
+    expect(panel.get_by_text(f"The most suspicious: {share:.1f} % of the pairs")).to_be_visible()
+    count = math.ceil(share / 100 * train)
+    said = re.compile(rf"^{count} pairs, with a score of 0\.\d+ and above$")
+    expect(panel.get_by_text(said)).to_be_visible()
+    panel.get_by_role("button", name=f"Tag {count}", exact=True).click()
+    app.said(f"Tagged {count} pairs 'suspect'")
+    dataset.reload()
+    order = dataset.exists("audit_misalignment").sort_by("audit_misalignment", reverse=True)
+    suspects = order.limit(count)
+    assert set(dataset.match_tags("suspect").values("id")) == set(suspects.values("id"))
+    panel.get_by_role("button", name="Show", exact=True).click()
+    app.wait_for_count(count)
+    captions = suspects.values("caption")
+    shown = app.thumbnails(captions, "caption")
+    assert shown
+    assert shown == captions[: len(shown)]
+
+    path = tmp_path / "suspects.csv"
+    app.form("Export pairs").says(f"{count} pairs will be exported").fill(File=path).run()
+    app.said(f"Exported {count} pairs to {path}")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == suspects.values("id")
+    assert [row["caption"] for row in rows] == captions
+    assert all("suspect" in row["tags"] for row in rows)
+
+
+def test_review_refit(app, dataset, audited):
+    app.open(dataset)
+    panel = app.panel()
+    app.turn_to("Review")
+    panel.get_by_text("So far 0 pairs are tagged aligned and 0 misaligned").wait_for()
+    expect(panel.get_by_role("button", name="Learn from the tags")).to_be_disabled()
+    panel.get_by_role("button", name="Propose pairs").click()
+    panel.get_by_text("Pair 1 of 20.").wait_for()
+    wrong = {sample.id for sample in dataset if sample.spoiled}
+    pairs = {path: sample for path, sample in zip(*dataset.values(["filepath", "id"]), strict=True)}
+    said = {}
+    for number in range(1, 21):
+        question = panel.get_by_text(f"Pair {number} of 20. Do image and caption belong together?")
+        expect(question).to_be_visible()
+        picture = panel.locator("img").first
+        sample = pairs[unquote(picture.get_attribute("src")).split("filepath=")[1]]
+        expect(panel.get_by_text(dataset[sample].caption, exact=True).first).to_be_visible()
+        tag = said[sample] = "Misaligned" if sample in wrong else "Aligned"
+        button = panel.get_by_role("button", name=tag, exact=True)
+        if app.page.evaluate("document.activeElement.innerText") == tag:
+            app.page.keyboard.press("Space")  # the focus stays on the button that was pressed
+        else:
+            button.click()
+        if len(set(said.values())) == 2 and number >= 8:
+            break
+    misaligned = list(said.values()).count("Misaligned")
+    text = f"So far {len(said) - misaligned} pairs are tagged aligned and {misaligned} misaligned"
+    expect(panel.get_by_text(text)).to_be_visible()
+    for sample, tag in said.items():
+        assert tag.lower() in dataset[sample].tags
+
+    panel.get_by_role("button", name="Learn from the tags").click()
+    learned = app.said("Learned from")
+    assert f"Learned from {len(said) - misaligned} aligned and {misaligned} misaligned pairs" in learned
+    assert "AUROC" in learned
+    dataset.reload()
+    captions = dataset.exists("audit_misalignment").sort_by("audit_misalignment", reverse=True).values("caption")
+    shown = app.thumbnails(captions, "caption")
+    assert len(shown) >= 6
+    assert shown == captions[: len(shown)]
+
+
+def test_select_mistakes_trace(app, dataset, scored):
+    app.open(dataset, "val")
+    for number in (0, 2):
+        app.tick(number)
+    chosen = dataset.match_tags("val").values(["id", "caption"])
+    chosen_ids, captions = ([values[0], values[2]] for values in chosen)
+    app.form("Trace predictions").says("The 2 selected samples").run()
+    app.said("Traced 2 validation pairs: ")
+    dataset.reload()
+    traces = trace(scored, chosen_ids, 5, progress=False)
+    order = list(dict.fromkeys(i for one in traces for i in (one.id, *(p.id for p in (*one.culprits, *one.helpers)))))
+    view = dataset.select(order, ordered=True)
+    expected = list(zip(*view.values(["caption", "ecif_trace"]), strict=True))
+    assert expected[0][0] in captions
+    app.close()
+    shown = app.thumbnails(expected, "caption", "ecif_trace")
+    assert len(shown) >= 6
+    assert shown == expected[: len(shown)]
+    assert "loss" in shown[0][1]
+    assert all(what.startswith("harms") for _, what in shown[1:6])
+
+
+def test_tag_edit_model(app, dataset, scored, tmp_path):
+    app.open(dataset)
+    app.form("Tag by influence").fill(Pairs=6).says("6 pairs will be tagged").run()
+    app.said("Tagged 6 pairs 'harmful'")
+    app.wait_for_count(6)
+    app.page.keyboard.press("Escape")
+    path = tmp_path / "edited.pt"
+    form = app.form("Edit model")
+    form.choose("Pairs to remove", "tag: harmful").says("6 of the 72 pairs of run 'ecif' will be removed")
+    form.fill(Checkpoint=path).run()
+    said = app.said("Removed 6 pairs in ")
+    losses = re.search(r"Target loss (\S+) before, (\S+) predicted, (\S+) measured after", said)
+    before, predicted, after = map(float, losses.groups())
+    assert before > predicted
+    assert before > after  # harmful pairs are gone
+    model = open_clip.create_model(MODEL, pretrained=str(path))
+    assert sum(p.numel() for p in model.parameters()) > 0
+    app.close()
+    panel = app.panel()
+    app.turn_to("Run")
+    expect(panel.get_by_text("Last edit of the model").first).to_be_visible()
+    expect(panel.get_by_text(said, exact=True)).to_be_visible()
+
+
+def test_delete_a_run(app, dataset, scored, audited):
+    app.open(dataset)
+    panel = app.panel()
+    panel.get_by_role("combobox").filter(has_text="audit: misalignment").wait_for()
+    app.sidebar("audit_misalignment").wait_for()
+    form = app.form("Manage influence runs").tick("Delete").choose("Run", "audit")
+    form.says("The run will be deleted, with ")
+    expect(form.button).to_be_disabled()
+    form.tick("Yes, delete").run()
+    app.said("Deleted the run 'audit', with ")
+    for field in ("audit_misalignment", "audit_reason", "audit_duplicate"):
+        expect(app.sidebar(field)).to_have_count(0)
+    expect(app.sidebar("ecif_influence")).to_be_visible()
+    app.close()
+    expect(panel.get_by_role("combobox").filter(has_text="ecif: influence")).to_be_visible()
+    dataset.reload()
+    assert dataset.list_brain_runs() == ["ecif"]
+
+
+def test_stop_and_run_again(app, dataset, made):
+    train, _ = counts(dataset)
+    app.open(dataset)
+
+    def score(partitions):
+        form = app.form("Compute ECIF influence").fill(Model=MODEL, Pretrained=made[1])
+        form.tick("Advanced settings").fill(Partitions=partitions).run()
+
+    score(20_000)
+    stop = app.panel().get_by_role("button", name="Stop")
+    expect(app.panel().get_by_text(re.compile("Scoring|Computing gradients|Fitting|Solving")).first).to_be_visible(
+        timeout=PATIENCE
+    )
+    stop.click()
+    app.said("Stopped. What was computed so far is kept")
+    expect(stop).to_have_count(0)
+    dataset.reload()
+    assert dataset.list_brain_runs() == []
+    assert not [field for field in dataset.get_field_schema() if field.startswith("ecif")]
+    expect(app.sidebar("ecif_influence")).to_have_count(0)
+
+    score(1)
+    app.said(f"Scored {train:,} pairs, skipped 0")
+    app.sidebar("ecif_influence").wait_for()

@@ -1,0 +1,330 @@
+"""The panel without a browser: what its buttons do, and what it says. The App itself is in test_app.py."""
+
+import json
+import os
+import socket
+
+import fiftyone as fo
+import fiftyone.operators as foo
+import numpy as np
+import pytest
+from panel_driver import Panel
+
+from fiftyone_ecif import compute_misalignment, group_influence, tag_by_influence, trace
+from fiftyone_ecif.api.tracing import mark_traces
+from fiftyone_ecif.demo.training import MODEL
+from fiftyone_ecif.runs.score_table import ScoreTable
+from operators.forms import target_view
+from operators.panel.plots import histogram_layout
+
+
+@pytest.fixture
+def both(dataset, score, made):
+    """A dataset with a run of influence and one of misalignment."""
+    train = dataset.match_tags("train")
+    score(train, dataset.match_tags("val"), fit=True)
+    compute_misalignment(train, model=MODEL, pretrained=made[1], num_workers=0, batch_size=24)
+    return dataset
+
+
+def test_without_scores_it_offers_to_compute_them(dataset):
+    panel = Panel(dataset)
+    assert "No scores yet" in panel.text
+    panel.send("prompt", operator="compute_influence")
+    prompts = [params for uri, params in panel.asked if uri == "prompt_user_for_operation"]
+    assert [params["operator_uri"] for params in prompts] == ["@ecif/fiftyone-ecif/compute_influence"]
+
+
+def test_the_overview(both):
+    panel = Panel(both)
+    panel.send("choose_run", value="ecif")
+    assert "positive = valuable, negative = harmful" in panel.text
+    train = len(both.match_tags("train"))
+    (bars,) = panel.data("histogram")
+    assert sum(bars["y"]) == train
+    traces = panel.data("scatter")
+    assert sum(len(trace["x"]) for trace in traces) == train
+    assert panel.state["other"] == "audit_misalignment"
+    panel.send("choose_run", value="audit")
+    assert panel.state["direction"] == "suspicious"
+    assert panel.state["act"]["tag"] == "suspect"
+    assert "Review" in panel.text
+
+
+def test_what_the_panel_enters_itself_it_does_not_enter_again(both):
+    panel = Panel(both).send("choose_run", value="ecif").enter("share", 12.5)
+    before = json.dumps(panel.state, sort_keys=True)
+    for event, path in (("run", "key"), ("field", "field"), ("share", "share"), ("other", "other")):
+        panel.send(f"choose_{event}", value=panel.state[path])  # the App tells the panel of what it was told by it
+        written = [params["state"] for uri, params in panel.asked if uri == "patch_panel_state"]
+        assert not [state for state in written if {"head", "act", "share", "other"} & set(state)], event
+    assert json.dumps(panel.state, sort_keys=True) == before
+
+
+def test_what_an_older_answer_drew_over_is_drawn_again(both):
+    """Of two quick clicks the answer to the first may arrive last, drawn without the second."""
+    panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review").send("start_review")
+    queue = panel.state["queue"]
+    assert panel.send("look_for_jobs").text == ""
+    late = json.loads(json.dumps(panel.state))
+    panel.send("choose_page", value="run")
+    panel.state["drawn"] = late["drawn"]  # as the older answer leaves it
+    assert "How far to trust it" in panel.send("look_for_jobs").text
+    assert panel.send("look_for_jobs").text == ""
+    assert panel.state["queue"] == queue
+    assert panel.send("choose_run", value="audit").text == ""  # what the panel has set is not drawn again
+
+
+def test_a_run_that_is_seen_before_its_job_ends_is_opened_at_the_end(both, made):
+    panel = Panel(both).send("choose_run", value="ecif")
+    store = foo.ExecutionStore.create("fiftyone_ecif_jobs", both._doc.id)
+    job = {"name": "Detect", "label": "Writing", "progress": 0.9, "host": socket.gethostname(), "process": os.getpid()}
+    store.set("job", job)
+    compute_misalignment(
+        both.match_tags("train"), model=MODEL, pretrained=made[1], num_workers=0, batch_size=24, brain_key="second"
+    )
+    assert panel.send("look_for_jobs").state["key"] == "ecif"
+    store.delete("job")
+    assert panel.send("look_for_jobs").state["key"] == "second"
+
+
+def test_a_new_run_is_opened(both, made):
+    panel = Panel(both).send("choose_run", value="ecif")
+    train = both.match_tags("train")
+    compute_misalignment(
+        train, model=MODEL, pretrained=made[1], num_workers=0, batch_size=24, brain_key="second", fit=False
+    )
+    assert panel.send("look_for_jobs").state["key"] == "second"
+    both.delete_brain_run("audit")
+    assert panel.send("choose_run", value="ecif").send("look_for_jobs").state["key"] == "ecif"
+    both.delete_brain_run("second")
+    assert panel.send("look_for_jobs").state["key"] == "ecif"
+
+
+def test_scores_may_go_while_they_are_shown(both):
+    """Another run is opened, and a run's fields go before the run itself."""
+    panel = Panel(both).send("choose_run", value="audit")
+    panel.state["key"] = "ecif"  # the App passes on what it was told piece by piece
+    assert "positive = valuable, negative = harmful" in panel.send("choose_page", value="overview").text
+    panel.send("choose_run", value="audit")
+    both.delete_sample_field("ecif_influence")
+    both.delete_sample_field("audit_misalignment")
+    events = {
+        "choose_direction": {"direction": "harmful"},
+        "choose_share": {"value": 5},
+        "choose_other": {"value": "ecif_influence"},
+        "choose_page": {"value": "ranking"},
+        "on_change_selected": {},
+        "on_load": {},
+    }
+    for event, params in events.items():
+        assert "The fields of run `audit` are no longer there" in panel.send(event, **params).text
+        assert panel.notices() == []
+    assert "ecif_influence" not in panel.send("choose_run", value="ecif").text
+
+
+def test_the_axis_fits_the_counts():
+    steep, flat = np.random.default_rng(0).normal(size=5000), np.linspace(0, 1, 5000)
+    board = ScoreTable([str(number) for number in range(5000)], {"steep": steep, "flat": flat})
+    assert [histogram_layout(board, name)["yaxis"]["type"] for name in board.columns] == ["log", "linear"]
+
+
+def test_the_cut_is_counted_shown_tagged_and_untagged(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    panel.enter("share", 25)
+    lowest = both.exists("ecif_influence").sort_by("ecif_influence").values("id")
+    count = -(-len(lowest) // 4)
+    assert f"**{count} pairs**" in panel.text
+    assert panel.send("show_cut").shown() == lowest[:count]
+    panel.send("tag_cut")
+    assert set(both.match_tags("harmful").values("id")) == set(lowest[:count])
+    assert panel.notices() == [f"Tagged {count} pairs 'harmful'"]
+    assert any(trace["name"] == f"harmful ({count})" for trace in panel.data("scatter"))
+    panel.send("untag_cut")
+    assert len(both.match_tags("harmful")) == 0
+    panel.send("choose_direction", direction="valuable")
+    assert panel.send("show_cut").shown() == lowest[::-1][:count]
+
+
+def test_a_verdict_is_no_tag_for_a_cut(both):
+    panel = Panel(both).send("choose_run", value="audit")
+    panel.state["act"]["tag"] = "misaligned"
+    panel.send("tag_cut")
+    assert "reserved for what a person says" in panel.notices()[0]
+    assert len(both.match_tags("misaligned")) == 0
+
+
+def test_plots_drive_the_grid(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    (bars,) = panel.enter("share", 0).data("histogram")
+    first = next(place for place, count in enumerate(bars["y"]) if count)
+    panel.send("click_bar", idx=first)
+    lowest = both.exists("ecif_influence").sort_by("ecif_influence").values("id")
+    assert panel.shown() == lowest[: bars["y"][first]]
+    panel.send("select_bars", data=[{"idx": 0}, {"idx": len(bars["y"]) - 1}])
+    assert panel.shown() == lowest
+    panel.send("select_points", data=[{"id": lowest[4]}, {"id": lowest[2]}, {"id": lowest[4]}])
+    assert panel.shown() == [lowest[2], lowest[4]]
+    marked = [trace["ids"][place] for trace in panel.data("scatter") for place in trace["selectedpoints"]]
+    assert sorted(marked) == sorted([lowest[2], lowest[4]])
+    panel.send("select_points", data=[])
+    assert "set_view" not in [uri for uri, _ in panel.asked]
+
+
+def test_the_ranking_is_turned(both):
+    panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="ranking")
+    captions = both.exists("ecif_influence").sort_by("ecif_influence").values("caption")
+    assert all(caption in panel.text for caption in captions[:6])
+    panel.send("turn", by=6)
+    assert "**7 to 12**" in panel.text
+    assert all(caption in panel.text for caption in captions[6:12])
+
+
+def test_a_selected_pair_is_looked_at(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    worst = both.exists("ecif_influence").sort_by("ecif_influence").first()
+    panel.send("on_change_selected", selected=[worst.id])
+    assert panel.data("scatter")[-1]["ids"] == [worst.id]
+    panel.send("choose_page", value="pair")
+    assert worst.caption in panel.text
+    assert "no. 1 from the lowest" in panel.text
+    assert "Validation pairs it harms most" in panel.text
+    val = both.match_tags("val").first()
+    panel.send("on_change_selected", selected=[val.id])
+    assert val.caption in panel.text
+    assert "No score: it is not among the pairs of run `ecif`" in panel.text
+
+
+def test_a_pair_whose_thumbnail_or_caption_is_gone_is_drawn(both):
+    both.add_sample_field("thumbnail_path", fo.StringField)
+    both.app_config.media_fields = ["filepath", "thumbnail_path"]
+    both.app_config.grid_media_field = "thumbnail_path"
+    both.rename_sample_field("caption", "text")
+    both.save()
+    worst = both.exists("ecif_influence").sort_by("ecif_influence").first()
+    panel = Panel(both).send("choose_run", value="ecif")
+    assert worst.filepath in panel.send("choose_page", value="ranking").text
+    assert worst.filepath in panel.send("look", id=worst.id).text
+    assert "1 to 6" in panel.send("choose_page", value="ranking").text.replace("**", "")
+
+
+def test_a_run_that_is_not_written_to_its_end_is_not_offered(both):
+    document = both._doc.brain_methods["audit"]
+    results, document.results = document.results, None
+    document.save()
+    panel = Panel(both)
+    assert panel.state["runs"] == ["ecif"]
+    assert "audit" not in panel.text
+    document.results = results
+    document.save()
+    assert Panel(both).state["runs"] == ["ecif", "audit"]
+
+
+def test_what_is_pressed_of_a_run_that_is_gone_does_nothing(both):
+    panel = Panel(both).send("choose_run", value="audit")
+    both.delete_brain_run("audit")
+    for event, params in (
+        ("choose_field", {"value": "ecif_influence"}),
+        ("choose_page", {"value": "review"}),
+        ("choose_share", {}),
+        ("show_cut", {}),
+        ("start_review", {}),
+        ("on_change_selected", {"selected": [both.first().id]}),
+        ("choose_run", {"value": "audit"}),
+    ):
+        assert panel.send(event, **params).asked == []
+    assert "ecif: influence" in panel.send("look_for_jobs").text
+
+
+def test_a_pair_that_is_deleted_while_it_is_reviewed_is_skipped(both):
+    panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review").send("start_review")
+    queue = panel.state["queue"]
+    both.delete_samples(queue[0])
+    panel.send("choose_page", value="review")
+    assert "It was deleted meanwhile" in panel.text
+    assert "Misaligned" not in panel.text
+    assert both[queue[1]].caption in panel.send("skip").text
+
+
+def test_review(both):
+    panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review")
+    assert "So far **0** pairs" in panel.text
+    panel.send("start_review")
+    queue = panel.state["queue"]
+    assert "Pair 1 of 20" in panel.text
+    assert both[queue[0]].caption in panel.text
+    panel.send("say_aligned").send("say_misaligned")
+    assert both[queue[0]].tags == ["train", "aligned"]
+    assert both[queue[1]].tags == ["train", "misaligned"]
+    panel.send("back")
+    assert both[queue[1]].tags == ["train"]
+    panel.send("skip").send("say_misaligned").send("say_misaligned").send("say_aligned")
+    assert "So far **2** pairs are tagged `aligned` and **2** `misaligned`" in panel.text
+    panel.send("learn")
+    assert "Learned from 2 aligned and 2 misaligned pairs" in panel.text
+    both.reload()
+    assert both[queue[2]]["audit_misalignment"] == 1.0
+    assert not set(panel.state["queue"]) & {queue[0], *queue[2:5]}
+    scores = both.select(panel.shown(), ordered=True).values("audit_misalignment")
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_run_in_plain_words(both):
+    panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="run")
+    assert "✓ The model is at a minimum of these pairs' loss" in panel.text
+    assert "validation pairs that were kept apart" in panel.text
+    assert "Since it was made" not in panel.text
+    sample = both.match_tags("train").first()
+    sample["caption"] = "another one"
+    sample.save()
+    assert "⚠ Since it was made: 1 changed" in panel.send("choose_page", value="run").text
+    panel.send("choose_run", value="audit")
+    assert "of the captions are wrong" in panel.text
+
+
+def test_a_run_that_is_gone_is_not_shown(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    both.delete_brain_run("ecif")
+    panel.send("on_load")
+    assert panel.state["key"] == "audit"
+    both.delete_brain_run("audit")
+    panel.send("on_load")
+    assert "No scores yet" in panel.text
+
+
+def test_captions_cannot_write_markdown(both):
+    sample = both.exists("ecif_influence").sort_by("ecif_influence").first()
+    sample["caption"] = "![x](http://evil) **bold**\n# title <b>"
+    sample.save()
+    panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="ranking")
+    escaped = r"\!\[x\]\(http://evil\) \*\*bold\*\* \# title \<b\>"
+    assert escaped in json.loads(json.dumps(panel.text)).replace("\\\\", "\\")
+
+
+def test_a_slice_of_groups(made, score):
+    grouped = fo.Dataset()
+    grouped.add_group_field("group", default="text")
+    samples = []
+    for sample in made[0]:
+        group = fo.Group()
+        element = {"tags": sample.tags, "caption": sample.caption}
+        samples.append(fo.Sample(sample.filepath, group=group.element("image"), **element))
+        samples.append(fo.Sample("/none.pcd", group=group.element("text"), **element))
+    grouped.add_samples(samples, progress=False)
+    images = grouped.select_group_slices("image")
+    score(images.match_tags("train"), images.match_tags("val"))
+    panel = Panel(grouped)
+    worst = images.exists("ecif_influence").sort_by("ecif_influence")
+    panel.enter("share", 10)
+    assert panel.send("show_cut").shown() == worst.limit(-(-len(worst) // 10)).values("id")
+    panel.send("tag_cut")
+    assert len(images.match_tags("harmful")) == -(-len(worst) // 10)
+    assert worst.first().caption in panel.send("choose_page", value="ranking").text
+    assert len(tag_by_influence(images, tag="few", count=5)) == len(images.match_tags("few")) == 5
+    results = grouped.load_brain_results("ecif")
+    gone = images.match_tags("few").values("id")
+    assert group_influence(results, gone).influence < 0
+    traces = trace(results, limit=1)
+    assert mark_traces(results, traces).values("id")[0] == traces[0].id
+    assert target_view(grouped, "tag: val").values("id") == images.match_tags("val").values("id")
+    grouped.delete()

@@ -1,0 +1,106 @@
+"""Nearest neighbours against a dense similarity matrix."""
+
+import pytest
+import torch
+
+from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.misalignment import neighbours
+from fiftyone_ecif.misalignment.neighbours import nearest
+
+
+def draw(pairs=37, width=6, seed=0):
+    return torch.randn(pairs, width, generator=torch.Generator().manual_seed(seed))
+
+
+def brute_force(embeddings, group):
+    """Each row's possible neighbours as ``(similarity, row)``, the nearest first."""
+    rows = embeddings.double().tolist()
+    lengths = [sum(x * x for x in row) ** 0.5 for row in rows]
+    return [
+        sorted(
+            (
+                (sum(x * y for x, y in zip(rows[i], rows[j], strict=True)) / lengths[i] / lengths[j], j)
+                for j in range(len(rows))
+                if group[i] != group[j]
+            ),
+            reverse=True,
+        )
+        for i in range(len(rows))
+    ]
+
+
+@pytest.fixture(params=[(1024, 16384), (5, 4), (7, 1), (1, 36)], ids=str)
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(neighbours, "_ROWS", request.param[0])
+    monkeypatch.setattr(neighbours, "_COLUMNS", request.param[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("groups", [None, 9])
+def test_blocks_give_what_the_whole_matrix_gives(blocks, groups, dtype):
+    embeddings = draw().to(dtype)
+    group = None if groups is None else torch.arange(37) % groups
+    found = nearest(embeddings, 6, group)
+    expected = brute_force(embeddings, list(range(37)) if group is None else group.tolist())
+    assert found.rows.shape == found.similarity.shape == (37, 6)
+    assert found.similarity.dtype == torch.float32
+    assert found.rows.tolist() == [[j for _, j in row[:6]] for row in expected]
+    torch.testing.assert_close(
+        found.similarity, torch.tensor([[value for value, _ in row[:6]] for row in expected]), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_no_row_is_its_own_neighbour(blocks):
+    found = nearest(draw(), 36)
+    assert [sorted(row) for row in found.rows.tolist()] == [[j for j in range(37) if j != i] for i in range(37)]
+    assert torch.isfinite(found.similarity).all()
+
+
+def test_rows_that_point_away_are_neighbours_too(blocks):
+    """Similarities below zero, so that nothing that stands for a missing neighbour may win."""
+    embeddings = torch.eye(8) - 1.0
+    embeddings[1:] *= -1
+    found = nearest(embeddings[:2], 1)
+    assert found.rows.tolist() == [[1], [0]]
+    assert (found.similarity < 0).all()
+
+
+def test_length_does_not_matter():
+    embeddings = draw()
+    scaled = embeddings * torch.linspace(0.01, 100, 37)[:, None]
+    assert torch.equal(nearest(embeddings, 5).rows, nearest(scaled, 5).rows)
+
+
+def test_equal_rows_are_neighbours_unless_they_are_one_group(blocks):
+    embeddings = draw()
+    embeddings[20] = embeddings[3]
+    apart = nearest(embeddings, 2)
+    assert (apart.rows[3, 0], apart.rows[20, 0]) == (20, 3)
+    assert apart.similarity[3, 0].item() == pytest.approx(1)
+    group = torch.arange(37)
+    group[20] = 3
+    together = nearest(embeddings, 35, group)
+    assert 20 not in together.rows[3].tolist()
+    assert 3 not in together.rows[20].tolist()
+    assert {3, 20} <= set(together.rows[5].tolist())
+
+
+def test_as_many_neighbours_as_the_largest_group_leaves(blocks):
+    group = torch.tensor([0] * 4 + [1, 2, 3])
+    found = nearest(draw(7), 30, group)
+    assert found.rows.shape == (7, 3)
+    assert found.rows[0].sort().values.tolist() == [4, 5, 6]
+    assert torch.isfinite(found.similarity).all()
+    assert nearest(draw(4), 30).rows.shape == (4, 3)
+
+
+def test_a_row_of_zeros_is_like_nothing():
+    embeddings = draw(5)
+    embeddings[2] = 0
+    assert nearest(embeddings, 4).similarity[2].tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("pairs", [1, 6])
+def test_copies_only(pairs):
+    with pytest.raises(EcifError, match=f"All {pairs} pairs are copies"):
+        nearest(draw(pairs), 3, torch.zeros(pairs, dtype=torch.long))
