@@ -40,11 +40,11 @@ from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.targets import PairTarget, pair_function
 from fiftyone_ecif.misalignment.active_learning import first_guess, propose, refit
-from fiftyone_ecif.misalignment.detectors import neighbour_influence, run_detectors
 from fiftyone_ecif.misalignment.duplicates import find_duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs, EmbeddingSpace
 from fiftyone_ecif.misalignment.fusion import FUSED, fuse, normal_scores, ranked
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
+from fiftyone_ecif.misalignment.scores import neighbour_influence, run_detectors
 from fiftyone_ecif.models.encoder import Encoder
 from fiftyone_ecif.options import DETECTORS, parse_scope
 from fiftyone_ecif.store.tables import Store

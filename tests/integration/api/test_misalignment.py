@@ -9,7 +9,7 @@ import pytest
 from fiftyone_ecif import EcifError
 from fiftyone_ecif.api.misalignment import compute_misalignment, tag_misaligned
 from fiftyone_ecif.demo import training
-from fiftyone_ecif.misalignment.detectors import EVIDENCE, reasons
+from fiftyone_ecif.misalignment.scores import EVIDENCE, reasons
 from fiftyone_ecif.models.encoder import Encoder
 from fiftyone_ecif.options import DETECTORS, TRAINED_DETECTORS
 from fiftyone_ecif.runs.misalignment import Misalignment, MisalignmentResults

@@ -19,13 +19,13 @@ from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projections import KroneckerProjection
-from fiftyone_ecif.misalignment import cross_fitting, detectors, embeddings
+from fiftyone_ecif.misalignment import cross_fitting, embeddings, scores
 from fiftyone_ecif.misalignment.cross_fitting import refit_held_out
-from fiftyone_ecif.misalignment.detectors import neighbour_influence, run_detectors
 from fiftyone_ecif.misalignment.duplicates import Duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs, EmbeddingSpace
 from fiftyone_ecif.misalignment.fusion import FUSED, fuse
 from fiftyone_ecif.misalignment.neighbours import Neighbours
+from fiftyone_ecif.misalignment.scores import neighbour_influence, run_detectors
 from fiftyone_ecif.options import DETECTORS, TRAINED_DETECTORS
 from fiftyone_ecif.progress import result_of
 
@@ -381,7 +381,7 @@ def test_a_model_that_never_saw_the_pairs_is_asked_only_what_it_knows(fits):
 
 
 def test_many_rows_in_parts_are_as_few(monkeypatch):
-    for module in (embeddings, cross_fitting, detectors):
+    for module in (embeddings, cross_fitting, scores):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
     again = result_of(run_detectors(replace(inputs()), list(findings().scores)))
     for name, expected in findings().scores.items():
@@ -393,9 +393,9 @@ def test_many_rows_in_parts_are_as_few(monkeypatch):
 @each_kind
 def test_a_handful_of_pairs(kind, pairs, batch_size):
     found = findings(kind, pairs=pairs, wrong=0, batch_size=batch_size, copies=False)
-    for name, scores in found.scores.items():
-        assert scores.shape == (pairs,), name
-        assert np.isfinite(scores).all(), name
+    for name, values in found.scores.items():
+        assert values.shape == (pairs,), name
+        assert np.isfinite(values).all(), name
     assert ((found.share_below >= 0) & (found.share_below <= 1)).all()
 
 
