@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import fiftyone as fo
-import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
@@ -14,6 +13,7 @@ from fiftyone_ecif.influence.target_losses import TARGET_LOSSES
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 
+from .base import JobOperator
 from .estimates import estimate, remember
 from .forms import (
     advanced,
@@ -28,51 +28,34 @@ from .forms import (
     chosen,
     dropdown,
     is_from_form,
-    menu_button,
     refuse,
     target_names,
     target_view,
-    unusable,
 )
-from .jobs import Job, call, report, run_job, show, with_progress
+from .jobs import Job, call, report, show, with_progress
 
 _DEFAULTS = {**InfluenceSettings.defaults(), **JobSettings.defaults(), "brain_key": "ecif", "pretrained": ""}
 _SCOPES = ("heads", "heads+logit_scale", "lora:4", "blocks:1")
 
 
-class ComputeInfluence(foo.Operator):
+class ComputeInfluence(JobOperator):
     """Writes the influence of every pair on a validation view."""
 
-    @property
-    def config(self) -> foo.OperatorConfig:
-        return foo.OperatorConfig(
-            name="compute_influence",
-            label="Compute ECIF influence",
-            description="Which image-caption pairs help a model on a validation view, and which hurt",
-            icon="insights",
-            dynamic=True,
-            execute_as_generator=True,
-            allow_immediate_execution=True,
-            allow_delegated_execution=True,
-            risk_level="medium",
-        )
+    identifier = "compute_influence"
+    title = "Compute ECIF influence"
+    about = "Which image-caption pairs help a model on a validation view, and which hurt"
+    icon = "insights"
 
-    def resolve_placement(self, ctx: Any) -> types.Placement:
-        return menu_button("Compute ECIF influence", "insights")
-
-    def resolve_input(self, ctx: Any) -> types.Property:
-        inputs = types.Object()
-        form = types.Property(inputs, view=types.View(label="Compute ECIF influence"))
-        if unusable(inputs, ctx):
-            return form
+    def ask(self, inputs: Any, ctx: Any) -> None:
+        """Fills the form."""
         from fiftyone_ecif.runs.influence import InfluenceConfig
 
         samples = ask_pairs(inputs, ctx)
         if samples is None:
-            return form
+            return
         if not target_names(ctx.dataset):
             blocked(inputs, "no_target", "Tag some validation pairs, or save a view of them: influence needs a target")
-            return form
+            return
         target_pairs = ask_target(inputs, ctx, samples)
         if target_pairs is not None:
             counts = f"{len(samples):,} pairs will be scored towards {len(target_pairs):,} validation pairs"
@@ -84,14 +67,36 @@ class ComputeInfluence(foo.Operator):
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, InfluenceConfig())
         _how(inputs, ctx)
         ask_background(inputs)
-        return form
 
     def resolve_run_name(self, ctx: Any) -> str:
         return f"ECIF influence, run {ctx.params.get('brain_key', _DEFAULTS['brain_key'])!r}"
 
-    def execute(self, ctx: Any) -> Iterator[Any]:
-        """Runs the job, reporting progress and failures in a way that the App shows."""
-        yield from run_job(ctx, self.resolve_run_name(ctx), _score)
+    def work(self, ctx: Any, job: Job) -> Iterator[Any]:
+        """Scores the pairs, and brings them to the grid."""
+        from fiftyone_ecif.api.influence import influence_steps
+
+        params = _DEFAULTS | {name: value for name, value in ctx.params.items() if value is not None}
+        if is_from_form(ctx.params) and not _needs_labels(params["target_loss"]):
+            params["label_field"] = None
+        samples = ctx.target_view()
+        if len(samples) == 0:
+            raise EcifError("No samples are selected")
+        work = influence_steps(
+            samples,
+            target_view(ctx.dataset, ctx.params["target"]),
+            *chosen(ctx, params, InfluenceSettings),
+            params["brain_key"],
+        )
+        results = yield from with_progress(ctx, job, work)
+        remember(_kind(params), len(results.ids) + results.diagnostics["target_pairs"], job.watch)
+
+        key = params["brain_key"]
+        done = f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}"
+        yield report(ctx, done, 1.0)
+        if not ctx.delegated:
+            field = f"{key}_influence"
+            yield from show(ctx, samples.exists(field).sort_by(field), params["caption_field"], field, f"{key}_rank")
+            yield ctx.ops.notify(f"{done}. The most harmful come first", variant="success")
 
     def __call__(self, samples: Any, target: str, delegate: bool = False, **options: Any) -> Any:
         """Scores a dataset or view; ``target`` is ``"tag: NAME"`` or ``"saved view: NAME"``.
@@ -146,30 +151,3 @@ def _what_loss(inputs: Any, ctx: Any) -> None:
 
 def _needs_labels(target_loss: str | None) -> bool:
     return target_loss is not None and target_loss in TARGET_LOSSES and TARGET_LOSSES[target_loss].needs_labels
-
-
-def _score(ctx: Any, job: Job) -> Iterator[Any]:
-    from fiftyone_ecif.api.influence import influence_steps
-
-    params = _DEFAULTS | {name: value for name, value in ctx.params.items() if value is not None}
-    if is_from_form(ctx.params) and not _needs_labels(params["target_loss"]):
-        params["label_field"] = None
-    samples = ctx.target_view()
-    if len(samples) == 0:
-        raise EcifError("No samples are selected")
-    work = influence_steps(
-        samples,
-        target_view(ctx.dataset, ctx.params["target"]),
-        *chosen(ctx, params, InfluenceSettings),
-        params["brain_key"],
-    )
-    results = yield from with_progress(ctx, job, work)
-    remember(_kind(params), len(results.ids) + results.diagnostics["target_pairs"], job.watch)
-
-    key = params["brain_key"]
-    done = f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}"
-    yield report(ctx, done, 1.0)
-    if not ctx.delegated:
-        field = f"{key}_influence"
-        yield from show(ctx, samples.exists(field).sort_by(field), params["caption_field"], field, f"{key}_rank")
-        yield ctx.ops.notify(f"{done}. The most harmful come first", variant="success")

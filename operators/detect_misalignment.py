@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
@@ -14,6 +13,7 @@ from fiftyone_ecif.samples.review_tags import check_score_tag
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 
+from .base import JobOperator
 from .estimates import estimate, remember
 from .forms import (
     advanced,
@@ -26,16 +26,13 @@ from .forms import (
     ask_target,
     chosen,
     is_from_form,
-    menu_button,
     refuse,
     target_names,
     target_view,
-    unusable,
     warning,
 )
-from .jobs import Job, call, report, run_job, show, with_progress
+from .jobs import Job, call, report, show, with_progress
 
-_LABEL, _ICON = "Detect misaligned pairs", "link_off"
 _DEFAULTS = {
     **MisalignmentSettings.defaults(),
     **JobSettings.defaults(),
@@ -51,36 +48,21 @@ _TAGGING = {
 }
 
 
-class DetectMisalignment(foo.Operator):
+class DetectMisalignment(JobOperator):
     """ProcessGroup pairs by how likely the caption does not belong to the image, and says why."""
 
-    @property
-    def config(self) -> foo.OperatorConfig:
-        return foo.OperatorConfig(
-            name="detect_misalignment",
-            label=_LABEL,
-            description="Which captions do not belong to their image, without labels",
-            icon=_ICON,
-            dynamic=True,
-            execute_as_generator=True,
-            allow_immediate_execution=True,
-            allow_delegated_execution=True,
-            risk_level="medium",
-        )
+    identifier = "detect_misalignment"
+    title = "Detect misaligned pairs"
+    about = "Which captions do not belong to their image, without labels"
+    icon = "link_off"
 
-    def resolve_placement(self, ctx: Any) -> types.Placement:
-        return menu_button(_LABEL, _ICON)
-
-    def resolve_input(self, ctx: Any) -> types.Property:
-        inputs = types.Object()
-        form = types.Property(inputs, view=types.View(label=_LABEL))
-        if unusable(inputs, ctx):
-            return form
+    def ask(self, inputs: Any, ctx: Any) -> None:
+        """Fills the form."""
         from fiftyone_ecif.runs.misalignment import MisalignmentConfig
 
         samples = ask_pairs(inputs, ctx)
         if samples is None:
-            return form
+            return
         params = _DEFAULTS | ctx.params
         takes = estimate(_kind(params), len(samples), params["model"], "heads")
         inputs.view("counts", types.Notice(label=f"{len(samples):,} pairs will be scored", description=takes))
@@ -93,14 +75,35 @@ class DetectMisalignment(foo.Operator):
             _ask_detector(inputs, ctx, samples)
             ask_fit_and_batches(inputs, ctx, MisalignmentSettings)
         ask_background(inputs)
-        return form
 
     def resolve_run_name(self, ctx: Any) -> str:
         return f"Misalignment, run {ctx.params.get('brain_key', _DEFAULTS['brain_key'])!r}"
 
-    def execute(self, ctx: Any) -> Iterator[Any]:
-        """Runs the job, reporting progress and failures in a way that the App shows."""
-        yield from run_job(ctx, self.resolve_run_name(ctx), _detect)
+    def work(self, ctx: Any, job: Job) -> Iterator[Any]:
+        """Looks for misaligned pairs, and brings them to the grid."""
+        from fiftyone_ecif.api.misalignment import misalignment_steps
+
+        params = _DEFAULTS | {name: value for name, value in _entered(ctx.params).items() if value is not None}
+        samples = ctx.target_view()
+        if len(samples) == 0:
+            raise EcifError("No samples are selected")
+        work = misalignment_steps(
+            samples,
+            *chosen(ctx, params, MisalignmentSettings),
+            params["brain_key"],
+            target=target_view(ctx.dataset, params["target"]) if params["target"] else None,
+            **{name: params[name] for name in ("tag", "share", "threshold")},
+        )
+        results = yield from with_progress(ctx, job, work)
+        remember(_kind(params), len(results.ids), job.watch)
+
+        key = params["brain_key"]
+        yield report(ctx, f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}", 1.0)
+        if not ctx.delegated:
+            field = f"{key}_misalignment"
+            view = samples.exists(field).sort_by(field, reverse=True)
+            yield from show(ctx, view, params["caption_field"], field, f"{key}_reason")
+            yield ctx.ops.notify(_summary(results, params["tag"]), variant="success")
 
     def __call__(self, samples: Any, delegate: bool = False, **options: Any) -> Any:
         """Looks for misaligned pairs in a dataset or view.
@@ -175,32 +178,6 @@ def _ask_detector(inputs: Any, ctx: Any, samples: Any) -> None:
         refuse(asked, "It needs a model that was trained on the pairs: tick one of the two boxes above")
     if DETECTORS[name].needs_target:
         ask_target(inputs, ctx, samples)
-
-
-def _detect(ctx: Any, job: Job) -> Iterator[Any]:
-    from fiftyone_ecif.api.misalignment import misalignment_steps
-
-    params = _DEFAULTS | {name: value for name, value in _entered(ctx.params).items() if value is not None}
-    samples = ctx.target_view()
-    if len(samples) == 0:
-        raise EcifError("No samples are selected")
-    work = misalignment_steps(
-        samples,
-        *chosen(ctx, params, MisalignmentSettings),
-        params["brain_key"],
-        target=target_view(ctx.dataset, params["target"]) if params["target"] else None,
-        **{name: params[name] for name in ("tag", "share", "threshold")},
-    )
-    results = yield from with_progress(ctx, job, work)
-    remember(_kind(params), len(results.ids), job.watch)
-
-    key = params["brain_key"]
-    yield report(ctx, f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}", 1.0)
-    if not ctx.delegated:
-        field = f"{key}_misalignment"
-        view = samples.exists(field).sort_by(field, reverse=True)
-        yield from show(ctx, view, params["caption_field"], field, f"{key}_reason")
-        yield ctx.ops.notify(_summary(results, params["tag"]), variant="success")
 
 
 def _entered(params: dict[str, Any]) -> dict[str, Any]:

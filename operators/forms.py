@@ -19,13 +19,6 @@ S = TypeVar("S", bound=Settings)
 MISSING = [name for name in ("torch", "open_clip", "h5py") if importlib.util.find_spec(name) is None]
 
 
-def menu_button(label: str, icon: str) -> types.Placement:
-    """A place for an operator above the sample grid."""
-    return types.Placement(
-        types.Places.SAMPLES_GRID_SECONDARY_ACTIONS, types.Button(label=label, icon=icon, prompt=True)
-    )
-
-
 def dropdown(inputs: Any, name: str, choices: Iterable[str], default: str | None = None, **options: Any) -> Any:
     """A choice among texts, or keys with a label each; the default is taken only if it is one of them."""
     view = types.DropdownView()
