@@ -130,15 +130,15 @@ def _chosen(ctx: Any) -> list[str]:
 
 def _ask_queries(inputs: Any, ctx: Any, key: str, run: Any) -> None:
     from fiftyone_ecif.api.tracing import count_mistakes
-    from fiftyone_ecif.runs.influence import target_dataset
+    from fiftyone_ecif.runs.manage import load_run
 
-    config = ctx.dataset.get_brain_info(key).config
-    target_pairs = {sample for ids in config.target["ids"].values() for sample in ids}
     try:
-        mistakes = count_mistakes(key, config)
+        results = load_run(ctx.dataset, key)
+        mistakes = count_mistakes(key, results.config)
     except EcifError as error:
         refuse(run, str(error))
         return
+    target_pairs = {sample for ids in results.target_ids.values() for sample in ids}
     worst = f"The worst of the {mistakes:,} mistakes on {len(target_pairs):,} validation pairs"
     offered = ctx.params.get("ids") or ctx.selected
     if offered:
@@ -163,9 +163,9 @@ def _ask_queries(inputs: Any, ctx: Any, key: str, run: Any) -> None:
             refuse(asked, "The model makes no mistakes on these pairs. Select some of them to trace")
         limit = inputs.int("limit", required=True, default=_LIMIT, label="Mistakes to trace at most")
         _at_least_one(ctx, "limit", limit)
-    home = target_dataset(ctx.dataset, config.target)
+    home = results.target_dataset()
     if home is not ctx.dataset:
-        name = config.target["dataset"] if home is None else home.name
+        name = results.config.target["dataset"] if home is None else home.name
         warning(
             inputs, "elsewhere", f"The validation pairs are in dataset {name!r}: here you see the pairs behind them"
         )

@@ -407,11 +407,12 @@ def test_a_run_that_is_stopped_resumes(dataset, made, encoded):
     from fiftyone_ecif.api.influence import influence_steps
     from fiftyone_ecif.api.progress_bar import follow
     from fiftyone_ecif.models import features
-    from fiftyone_ecif.runs.influence import InfluenceConfig
+    from fiftyone_ecif.settings.influence import InfluenceSettings
+    from fiftyone_ecif.settings.job import JobSettings
 
     def job():
-        config = InfluenceConfig(model="ecif-digits", pretrained=made[1], batch_size=24)
-        return influence_steps(*split(dataset), config, num_workers=0)
+        settings = InfluenceSettings(model="ecif-digits", pretrained=made[1], batch_size=24)
+        return influence_steps(*split(dataset), settings, JobSettings(num_workers=0))
 
     old = features._PART, features._BATCH
     features._PART = features._BATCH = 16

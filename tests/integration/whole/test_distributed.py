@@ -13,21 +13,24 @@ import torch
 from fiftyone_ecif.api.influence import influence_steps
 from fiftyone_ecif.demo.training import MODEL
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 
 _SCORE = """
 import os, sys
 import fiftyone as fo
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.api.influence import influence_steps
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.distributed import join
 
 processes = join()
 dataset = fo.load_dataset(sys.argv[1])
-config = InfluenceConfig(model=sys.argv[2], pretrained=sys.argv[3], fit=True, batch_size=24)
+settings = InfluenceSettings(model=sys.argv[2], pretrained=sys.argv[3], fit=True, batch_size=24)
 try:
-    steps = influence_steps(dataset.match_tags("train"), dataset.match_tags("val"), config, num_workers=0)
+    train, val = (dataset.match_tags(tag) for tag in ("train", "val"))
+    steps = influence_steps(train, val, settings, JobSettings(num_workers=0))
     for step in steps:
         if processes.rank == 1 and step.stage == "Computing gradients":
             os._exit(9)
@@ -164,8 +167,8 @@ def test_a_process_that_died_is_said_and_nothing_is_lost(dataset, score, made):
     dataset.reload()
     assert not dataset.has_sample_field("ecif_influence")
     train, val = dataset.match_tags("train"), dataset.match_tags("val")
-    config = InfluenceConfig(model=MODEL, pretrained=made[1], fit=True, batch_size=24)
-    stages = {step.stage for step in influence_steps(train, val, config, num_workers=0)}
+    settings = InfluenceSettings(model=MODEL, pretrained=made[1], fit=True, batch_size=24)
+    stages = {step.stage for step in influence_steps(train, val, settings, JobSettings(num_workers=0))}
     assert "Computing gradients" in stages
     assert not stages & {"Encoding images", "Encoding captions", "Fitting"}
     found = np.array(train.values("ecif_influence"))
