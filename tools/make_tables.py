@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results that list what can be chosen by name. Run: python tools/make_tables.py"""
+"""Writes the tables of docs/results that list what can be chosen. Run: python tools/make_tables.py"""
 
 from pathlib import Path
 
@@ -6,46 +6,65 @@ from fiftyone_ecif.bench.tables import table
 from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES
 from fiftyone_ecif.misalignment.detectors import DETECTORS
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
+from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 MADE = "```shell\npython tools/make_tables.py   # writes this page\n```"
-LABELS = "`label_field`, the classes of the target's pairs"
 
 
-def pages() -> dict[str, str]:
+def pages():
     """The text of each page, by its file's name."""
+    detectors = [{"name": f"`{one.name}`", "says": one.says, **_needs(one)} for one in DETECTORS.values()]
+    solvers = [{"name": f"`{one.name}`", "says": one.says} for one in SOLVERS.values()]
+    losses = [{"name": f"`{one.name}`", "says": one.says, **_unit(one)} for one in TARGET_LOSSES.values()]
+    options = {
+        "`compute_influence`": _options(InfluenceSettings),
+        "`compute_misalignment`": _options(MisalignmentSettings),
+        "How a job runs": _options(JobSettings),
+    }
     return {
         "detectors.md": _page(
             "Detectors of misaligned pairs",
             "`detector=` of `compute_misalignment`. A pair is suspicious when:",
-            [
-                {"name": f"`{name}`", "says": one.says, "needs": _needs(one), "source": one.source or None}
-                for name, one in DETECTORS.items()
-            ],
+            table(detectors),
         ),
         "solvers.md": _page(
-            "Solvers",
-            "`solver=` of `compute_influence`: what stands for the curvature.",
-            [{"name": f"`{name}`", "says": one.says} for name, one in SOLVERS.items()],
+            "Solvers", "`solver=` of `compute_influence`: what stands for the curvature.", table(solvers)
         ),
         "target_losses.md": _page(
-            "Target losses",
-            "`target_loss=` of `compute_influence`: what is measured on the target.",
-            [
-                {"name": f"`{name}`", "says": one.says, "unit": one.unit, "needs": LABELS if one.needs_labels else None}
-                for name, one in TARGET_LOSSES.items()
-            ],
+            "Target losses", "`target_loss=` of `compute_influence`: what is measured on the target.", table(losses)
+        ),
+        "options.md": _page(
+            "Options",
+            "Those of both functions, and at the end those that numbers do not depend on.",
+            "\n\n".join(f"## {title}\n\n{table(rows)}" for title, rows in options.items()),
         ),
     }
 
 
 def _needs(detector):
     needs = ["a model trained on the pairs"] * detector.needs_training + ["a target"] * detector.needs_target
-    return ", ".join(needs) or None
+    return {"needs": ", ".join(needs) or None, "source": detector.source or None}
 
 
-def _page(title, about, rows):
-    return f"# {title}\n\n{MADE}\n\n{about}\n\n{table(rows)}\n"
+def _unit(loss):
+    return {
+        "unit": loss.unit,
+        "needs": "`label_field`, the classes of the target's pairs" if loss.needs_labels else None,
+    }
+
+
+def _options(settings):
+    return [
+        {"option": f"`{name}`", "default": f"`{default!r}`", "what": settings.options()[name].help}
+        for name, default in settings.defaults().items()
+    ]
+
+
+def _page(title, about, tables):
+    return f"# {title}\n\n{MADE}\n\n{about}\n\n{tables}\n"
 
 
 if __name__ == "__main__":
