@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Generator
@@ -30,6 +29,7 @@ from fiftyone_ecif.runs.writing import finish_writing, write_run
 from fiftyone_ecif.samples.pairs import check_collection, every_sample
 from fiftyone_ecif.samples.review_tags import check_score_tag
 from fiftyone_ecif.samples.selection import tag_by_influence
+from fiftyone_ecif.store.keys import digest
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
@@ -298,6 +298,6 @@ def _open_inputs(
 def _write_scores(store: Store, config: MisalignmentConfig, prepared: PreparedRun, findings: Findings) -> str:
     """Keeps the detectors' scores for a review; returns the name of their table."""
     made_of = [sorted(findings.scores), config.trained, list(prepared.targets)]
-    name = "detectors-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+    name = "detectors-" + digest(json.dumps(made_of))
     store.table(name).write("0", findings.scores)
     return name

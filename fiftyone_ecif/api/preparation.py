@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Generator, Mapping
@@ -32,7 +31,7 @@ from fiftyone_ecif.runs.cache import database_id
 from fiftyone_ecif.runs.influence import InfluenceConfig, InfluenceResults, target_dataset
 from fiftyone_ecif.samples.pairs import Pairs, check_collection, every_sample, read_pairs, warn_skipped
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
-from fiftyone_ecif.store.keys import PairKey, pair_key
+from fiftyone_ecif.store.keys import PairKey, digest, pair_key
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
@@ -80,11 +79,8 @@ class PreparedRun:
         settings = [config.scope, config.fit, config.proximal, self.batch_size, seed, config.role]
         if config.keep_gradients and not self.choice.heads:  # they are kept in directions that suit the target
             settings += list(self.targets)
-        digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
-        for key in self.keys:
-            digest.update("".join(key).encode())
-        digest.update(self.scope.start.cpu().numpy().tobytes())  # adapters are not part of the encoder
-        return "run-" + digest.hexdigest()
+        start = self.scope.start.cpu().numpy().tobytes()  # adapters are not part of the encoder
+        return "run-" + digest([json.dumps(settings), *map("".join, self.keys), start])
 
 
 def prepare(
@@ -166,8 +162,7 @@ def prepare(
         features = images.select(chosen), texts.select(chosen)
         batches = _batches(encoder, choice, group, features, partition)
         measured = config.target_loss + config._target_token, config.templates, classes, config.seed
-        made_of = label, [keys[row] for row in chosen], measured
-        name = "target-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+        name = _target_name(label, [keys[row] for row in chosen], measured)
         targets[name] = _make_target(encoder, choice, scope, batches, group, config, classes)
         targets[name].processes = processes
     return PreparedRun(
@@ -183,6 +178,11 @@ def prepare(
         batch_size,
         shared,
     )
+
+
+def _target_name(label: str, keys: list[PairKey], measured: tuple[Any, ...]) -> str:
+    """Of a target's table in a run's store: a digest of its slice, its pairs and what is measured on them."""
+    return "target-" + digest(json.dumps([label, keys, measured]))
 
 
 def reopen(
