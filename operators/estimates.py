@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from functools import cache
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fiftyone_ecif.models.zoo import multiplications
-from fiftyone_ecif.store.files import cache_folder
+from fiftyone_ecif.store.files import atomic_path, cache_folder
 
 _ENCODING = ("Encoding images", "Encoding captions")
 _LOADING = "Loading the model"
@@ -55,11 +54,8 @@ def remember(kind: str, pairs: int, watch: Watch) -> None:
     if watch.encoded:
         pace["encode"] = encoding / watch.encoded
     place = cache_folder() / "estimates.json"
-    with contextlib.suppress(OSError):  # an estimate is not worth a failure
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    with contextlib.suppress(OSError), atomic_path(place, shared=True) as temporary:  # not worth a failure
         temporary.write_text(json.dumps(paces | {kind: pace}))
-        os.replace(temporary, place)
 
 
 def estimate(kind: str, pairs: int, model: str, scope: str) -> str:

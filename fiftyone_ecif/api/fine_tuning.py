@@ -6,7 +6,6 @@ so that the same parameters can be attributed afterwards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -34,7 +33,7 @@ from fiftyone_ecif.models.inputs import Images, ImageTextBatches
 from fiftyone_ecif.models.tower_scope import TowerScope
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.samples.pairs import Pairs, check_collection, read_pairs, warn_skipped
-from fiftyone_ecif.store.keys import pair_key
+from fiftyone_ecif.store.keys import digest, pair_key
 
 logger = logging.getLogger(__name__)
 _READ_AT_ONCE = 64  # images
@@ -149,8 +148,8 @@ def fit_steps(
     scope = encoder.scope(choice, settings.seed)
     assert isinstance(scope, TowerScope)  # heads were refused
     resume = path.with_name(f"{path.name}.resume")
-    digest = _digest(settings, pairs, encoder, scope)
-    state = load_state(resume, digest, overwrite)
+    fingerprint = _fingerprint(settings, pairs, encoder, scope)
+    state = load_state(resume, fingerprint, overwrite)
     yield Progress("Loading the model", 1, 1)
 
     if state is None:
@@ -166,7 +165,7 @@ def fit_steps(
     if state is None:
         before = yield from mean_loss(scope, scope.start, batches)
         state = {
-            "digest": digest,
+            "digest": fingerprint,
             "unreadable": unreadable,
             "loss_before": before,
             "step": 0,
@@ -226,9 +225,7 @@ def _check_count(pairs: Pairs) -> None:
         raise EcifError(f"Fine-tuning needs at least 2 readable pairs, there are {len(pairs.ids)}")
 
 
-def _digest(settings: FitSettings, pairs: Pairs, encoder: Encoder, scope: TowerScope) -> str:
-    """Of all that the result depends on: settings, pairs, weights and where the scope starts."""
+def _fingerprint(settings: FitSettings, pairs: Pairs, encoder: Encoder, scope: TowerScope) -> str:
+    """A digest of all that the result depends on: settings, pairs, weights and where the scope starts."""
     keys = [pair_key(path, caption) for path, caption in zip(pairs.paths, pairs.captions, strict=True)]
-    digest = hashlib.blake2b(json.dumps([asdict(settings), encoder.fingerprint, keys]).encode(), digest_size=16)
-    digest.update(scope.start.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return digest([json.dumps([asdict(settings), encoder.fingerprint, keys]), scope.start.cpu().numpy().tobytes()])

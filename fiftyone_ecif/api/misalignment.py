@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Generator
@@ -34,6 +33,7 @@ from fiftyone_ecif.samples.selection import tag_by_influence
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 from fiftyone_ecif.settings.option import check_known, documented
+from fiftyone_ecif.store.keys import digest
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
@@ -258,6 +258,6 @@ def _open_inputs(
 def _write_scores(store: Store, settings: MisalignmentSettings, prepared: PreparedRun, findings: Findings) -> str:
     """Keeps the detectors' scores for a review; returns the name of their table."""
     made_of = [sorted(findings.scores), settings.trained, list(prepared.targets)]
-    name = "detectors-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+    name = "detectors-" + digest(json.dumps(made_of))
     store.table(name).write("0", findings.scores)
     return name

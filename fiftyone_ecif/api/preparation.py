@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import fiftyone.core.labels as fol
@@ -34,7 +34,7 @@ from fiftyone_ecif.samples.pairs import Pairs, check_collection, every_sample, r
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
-from fiftyone_ecif.store.keys import PairKey, pair_key
+from fiftyone_ecif.store.keys import PairKey, digest, pair_key
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
@@ -89,11 +89,8 @@ class PreparedRun:
         made_of = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
         if chosen.keep_gradients and not self.choice.heads:  # they are kept in directions that suit the target
             made_of += list(self.targets)
-        digest = hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16)
-        for key in self.keys:
-            digest.update("".join(key).encode())
-        digest.update(self.scope.start.cpu().numpy().tobytes())  # adapters are not part of the encoder
-        return "run-" + digest.hexdigest()
+        start = self.scope.start.cpu().numpy().tobytes()  # adapters are not part of the encoder
+        return "run-" + digest(chain([json.dumps(made_of)], map("".join, self.keys), [start]))
 
 
 def prepare(
@@ -172,7 +169,7 @@ def prepare(
         batches = _batches(encoder, choice, group, features, partition)
         measured = settings.target_loss_name + settings.function_token, list(settings.templates), classes, settings.seed
         made_of = label, [keys[row] for row in chosen], measured
-        name = "target-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+        name = "target-" + digest(json.dumps(made_of))
         targets[name] = _make_target(encoder, choice, scope, batches, group, settings, classes)
         targets[name].processes = processes
     return PreparedRun(
@@ -188,6 +185,11 @@ def prepare(
         replace(settings, batch_size=batch_size),
         shared,
     )
+
+
+def _target_name(label: str, keys: list[PairKey], measured: tuple[Any, ...]) -> str:
+    """Of a target's table in a run's store: a digest of its slice, its pairs and what is measured on them."""
+    return "target-" + digest(json.dumps([label, keys, measured]))
 
 
 def reopen(

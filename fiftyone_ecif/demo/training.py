@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from PIL import Image
 from torch.nn.functional import pad
 
 from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.store.files import atomic_path
 
 MODEL = "ecif-digits"
 _LEARNING_RATE = 1e-3
@@ -67,7 +67,5 @@ def train(
             network.logit_scale.clamp_(0, math.log(100))
         yield Progress("Training the model", step + 1, steps)
 
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    temporary = checkpoint.with_suffix(".tmp")
-    torch.save(network.state_dict(), temporary)
-    os.replace(temporary, checkpoint)
+    with atomic_path(checkpoint) as temporary:
+        torch.save(network.state_dict(), temporary)

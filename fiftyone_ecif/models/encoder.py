@@ -8,7 +8,6 @@ projection of an attention pool.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from fiftyone_ecif.models.projection_heads import HEAD_PATHS, Head, named_head
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
 from fiftyone_ecif.models.towers import Tower, causal_mask
 from fiftyone_ecif.options import ScopeChoice
+from fiftyone_ecif.store.keys import digest
 
 open_clip.add_model_config(Path(__file__).parent / "configs")
 
@@ -263,7 +263,6 @@ class Encoder:
         return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
     def _fingerprint(self, name: str) -> str:
-        digest = hashlib.blake2b(digest_size=16)
         made_of = [
             open_clip.get_model_config(name) or name,  # the same weights can serve two architectures
             open_clip.get_model_preprocess_cfg(self.model),
@@ -271,11 +270,14 @@ class Encoder:
             getattr(self.tokenizer, "context_length", None),
             *["float16"] * self._half,
         ]
-        digest.update(json.dumps(made_of, sort_keys=True, default=str).encode())
-        for key, value in self.model.state_dict().items():
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+
+        def parts() -> Iterator[str | memoryview]:
+            yield json.dumps(made_of, sort_keys=True, default=str)
+            for key, value in self.model.state_dict().items():
+                yield f"{key} {value.dtype} {tuple(value.shape)}"
+                yield value.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+        return digest(parts())
 
 
 def _without_padding(tokens: Tensor) -> Tensor:

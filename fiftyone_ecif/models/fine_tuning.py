@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from fiftyone_ecif.models.inputs import ImageTextBatches
 from fiftyone_ecif.models.tower_scope import TowerScope
 from fiftyone_ecif.options import ScopeChoice, parse_scope
 from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.store.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +136,9 @@ def mean_loss(scope: TowerScope, theta: Tensor, batches: ImageTextBatches) -> Ge
 
 
 def _save_state(resume: Path, state: dict[str, Any]) -> None:
-    temporary = resume.with_name(f"{resume.name}.tmp")
     try:
-        torch.save(state, temporary)
-        os.replace(temporary, resume)
+        with atomic_path(resume) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
         raise EcifError(
             f"The state of the fit cannot be saved to {resume} ({error}). Make room, and run again"

@@ -8,7 +8,6 @@ text tower, trained on them from scratch.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +28,7 @@ from fiftyone_ecif.models.inputs import ImageTextBatches
 from fiftyone_ecif.models.tower_scope import TowerScope
 from fiftyone_ecif.options import parse_scope
 from fiftyone_ecif.store.files import cache_folder
+from fiftyone_ecif.store.keys import digest
 
 MODEL = "ecif-tiny"
 
@@ -103,7 +103,7 @@ def make_world(training_pairs: int, validation: int, steps: int, seed: int = 0, 
         noise (0.2): share of training captions to spoil.
     """
     recipe = [training_pairs, validation, steps, seed, noise, inspect.getsource(digits), inspect.getsource(training)]
-    folder = cache_folder() / "bench" / hashlib.blake2b(repr(recipe).encode(), digest_size=8).hexdigest()
+    folder = cache_folder() / "bench" / digest(repr(recipe), size=8)
     pairs = digits.make_pairs(training_pairs, noise, seed, validation)
     paths = [folder / f"{number:05d}.png" for number in range(len(pairs))]
     checkpoint = folder / "model.pt"
