@@ -18,14 +18,14 @@ from torch import Tensor
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
-from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.targets import PairTarget, Target, ZeroShotTarget, fill_prompts, pair_function
-from fiftyone_ecif.models.checks import check_names, choose_device
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.device import choose_device
+from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
-from fiftyone_ecif.models.inputs import ImageTextBatches
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
+from fiftyone_ecif.models.open_clip_names import check_names
 from fiftyone_ecif.options import TARGET_LOSSES, ScopeChoice, parse_scope
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
@@ -58,7 +58,7 @@ class PreparedRun:
         shared: how many target pairs are also training pairs.
     """
 
-    encoder: Encoder
+    encoder: DualEncoder
     store: Store
     choice: ScopeChoice
     scope: Scope
@@ -73,12 +73,12 @@ class PreparedRun:
     def batches(self, seed: int) -> Batches:
         """The training pairs in random batches."""
         partition = random_partition(len(self.pairs.ids), self.batch_size, seed)
-        return _batches(self.encoder, self.choice, self.pairs, self.features, partition)
+        return self.encoder.batches(self.choice, self.pairs.paths, self.pairs.captions, partition, self.features)
 
     def run_name(self, config: InfluenceConfig, seed: int) -> str:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
         settings = [config.scope, config.fit, config.proximal, self.batch_size, seed, config.role]
-        if config.keep_gradients and not self.choice.heads:  # they are kept in directions that suit the target
+        if config.keep_gradients and self.scope.suits_directions_to_target:
             settings += list(self.targets)
         digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
         for key in self.keys:
@@ -137,7 +137,7 @@ def prepare(
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = Encoder(config.model, config.pretrained, device)
+    encoder = OpenClipEncoder(config.model, config.pretrained, device)
     encoder.loss.check_role(config.role)
     scope = encoder.scope(choice, config.seed)
     store = home.inside(encoder.fingerprint)
@@ -164,7 +164,7 @@ def prepare(
     for (label, group), chosen in zip(target_pairs.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, config.seed)
         features = images.select(chosen), texts.select(chosen)
-        batches = _batches(encoder, choice, group, features, partition)
+        batches = encoder.batches(choice, group.paths, group.captions, partition, features)
         measured = config.target_loss + config._target_token, config.templates, classes, config.seed
         made_of = label, [keys[row] for row in chosen], measured
         name = "target-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
@@ -262,7 +262,7 @@ def _classes(target_pairs: Mapping[str, Pairs], config: InfluenceConfig) -> list
 
 
 def _make_target(
-    encoder: Encoder,
+    encoder: DualEncoder,
     choice: ScopeChoice,
     scope: Scope,
     batches: Batches,
@@ -272,22 +272,9 @@ def _make_target(
 ) -> Target:
     if config.target_loss != "zero_shot":
         return PairTarget(scope, batches, pair_function(scope, config._target_function or config.target_loss))
-    prompts = fill_prompts(classes, config.templates)
-    tokens = torch.cat(list(encoder.text_features(prompts, 128))).double() if choice.heads else encoder.tokens(prompts)
+    prompts = encoder.prompts(choice, fill_prompts(classes, config.templates))
     labels = torch.tensor([classes.index(label) for label in target_pairs.captions])
-    return ZeroShotTarget(scope, batches, labels, tokens, len(config.templates))
-
-
-def _batches(
-    encoder: Encoder,
-    choice: ScopeChoice,
-    pairs: Pairs,
-    features: tuple[DiskMatrix, DiskMatrix],
-    partition: list[Tensor],
-) -> Batches:
-    if choice.heads:
-        return FeatureBatches(*features, partition)
-    return ImageTextBatches(encoder, pairs.paths, pairs.captions, partition)
+    return ZeroShotTarget(scope, batches, labels, prompts, len(config.templates))
 
 
 def _check_sizes(pairs: Pairs, target_pairs: Mapping[str, Pairs], batch_size: int | None) -> None:

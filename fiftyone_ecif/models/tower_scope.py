@@ -82,7 +82,9 @@ class TowerScope(Scope):
         }
 
     def adapters(self, theta: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The adapters at ``theta``: ``{name: (A, B)}``."""
+        """The adapters at ``theta``: ``{name: (A, B)}``; none if the parameters themselves vary."""
+        if self.rank is None:
+            return {}
         pieces = self.split(theta)
         return dict(zip(self.names, zip(pieces[::2], pieces[1::2], strict=True), strict=True))
 
