@@ -25,7 +25,7 @@ from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.fine_tuning import FitSettings, diverged, load_state, mean_loss, train_scope
 from fiftyone_ecif.models.inputs import Images
-from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
+from fiftyone_ecif.models.libraries import load_encoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.samples.pairs import Pairs, check_collection, read_pairs, warn_skipped
 from fiftyone_ecif.store.keys import pair_key
@@ -139,7 +139,7 @@ def fit_steps(
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = OpenClipEncoder(settings.model, settings.pretrained, device)
+    encoder = load_encoder(settings.model, settings.pretrained, device)
     scope = encoder.scope(choice, settings.seed)
     resume = path.with_name(f"{path.name}.resume")
     digest = _digest(settings, pairs, encoder, scope)

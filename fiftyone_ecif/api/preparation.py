@@ -24,8 +24,7 @@ from fiftyone_ecif.influence.targets import PairTarget, Target, ZeroShotTarget, 
 from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
-from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
-from fiftyone_ecif.models.open_clip_names import check_names
+from fiftyone_ecif.models.libraries import library_of, load_encoder
 from fiftyone_ecif.options import TARGET_LOSSES, ScopeChoice, parse_scope
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
@@ -114,7 +113,7 @@ def prepare(
         EcifError: for bad input, before the model is loaded where that is possible
     """
     choose_device(device)
-    check_names(config.model, config.pretrained)
+    library_of(config.model).check(config.model, config.pretrained)
     choice = parse_scope(config.scope)
     if config.target_loss not in TARGET_LOSSES and config._target_function is None:
         raise EcifError(
@@ -137,7 +136,7 @@ def prepare(
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = OpenClipEncoder(config.model, config.pretrained, device)
+    encoder = load_encoder(config.model, config.pretrained, device)
     encoder.loss.check_role(config.role)
     scope = encoder.scope(choice, config.seed)
     store = home.inside(encoder.fingerprint)

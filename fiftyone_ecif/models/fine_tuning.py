@@ -22,7 +22,7 @@ from torch import Tensor
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.objective import Batches, random_partition
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.models.open_clip_names import check_names
+from fiftyone_ecif.models.libraries import library_of
 from fiftyone_ecif.options import ScopeChoice, parse_scope
 from fiftyone_ecif.progress import Progress
 
@@ -70,7 +70,7 @@ class FitSettings:
                 f"scope={self.scope!r} is not for fine-tuning: compute_influence(fit=True) brings heads to their "
                 "minimum. Use scope='lora', 'blocks:1' or a regular expression over parameter names"
             )
-        check_names(self.model, self.pretrained)
+        library_of(self.model).check(self.model, self.pretrained)
         return choice
 
 

@@ -226,7 +226,7 @@ def test_a_state_that_cannot_be_saved_is_said(blocked, pairs, options, tmp_path,
     ],
 )
 def test_bad_values_are_refused_before_the_model_is_loaded(given, message, pairs, options, tmp_path, monkeypatch):
-    monkeypatch.delattr(api, "OpenClipEncoder")
+    monkeypatch.delattr(api, "load_encoder")
     (tmp_path / "taken.pt").write_bytes(b"precious")
     path = tmp_path / given.get("path", "model.pt")
     settings = {name: value for name, value in given.items() if name != "path"}

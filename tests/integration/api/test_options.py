@@ -60,7 +60,7 @@ def test_zero_shot_classes_are_strings_or_classifications(train, val, score):
 
 def test_what_cannot_be_is_said_before_the_model_is_loaded(train, val, score, monkeypatch):
     val.set_field("colour", "red").save("colour")
-    monkeypatch.setattr(preparation, "OpenClipEncoder", None)
+    monkeypatch.setattr(preparation, "load_encoder", None)
     with pytest.raises(EcifError, match="The target has one class only, 'red'"):
         score(train, val, target_loss="zero_shot", label_field="colour")
 
