@@ -38,7 +38,12 @@ class Images(Dataset[Any]):
 
 
 def collate(batch: Sequence[tuple[int, Tensor | None, str | None]]) -> tuple[list[int], Tensor, dict[int, str]]:
-    """Indices and stacked images of those that could be read, and ``{index: reason}`` of the others."""
+    """Makes a batch of what :class:`Images` gives.
+
+    Returns:
+        indices and stacked images, ``(n, ...)``, of those that could be read,
+        and ``{index: reason}`` of the others
+    """
     images = {index: image for index, image, _ in batch if image is not None}
     failures = {index: reason for index, _, reason in batch if reason is not None}
     return list(images), torch.stack(list(images.values())) if images else torch.empty(0), failures
@@ -47,7 +52,8 @@ def collate(batch: Sequence[tuple[int, Tensor | None, str | None]]) -> tuple[lis
 class ImageTextBatches(Sequence[tuple[Tensor, Tensor]]):
     """Batches of pixels and tokens, decoded when they are first asked for.
 
-    Pixels stay in memory as long as all of them fit into a fixed budget.
+    Pixels stay in memory as long as all of them fit into a fixed budget. A file
+    that cannot be read any more is an ``EcifError`` when its batch is asked for.
 
     Args:
         images: files that can be read.

@@ -124,8 +124,10 @@ class OpenClipEncoder(DualEncoder):
     def scope_names(self, choice: ScopeChoice) -> list[str]:
         """Names of the model's parameters in a scope, or of those that have an adapter in it.
 
+        Adapters that came with the checkpoint are all that ``lora`` means, whatever their rank.
+
         Raises:
-            EcifError: if the model has no such parameters
+            EcifError: if the model has no such parameters, or the checkpoint's adapters are others
         """
         if choice.heads:
             names = [name for head in self.heads.values() if head for name in (head.weight, head.bias) if name]
@@ -169,7 +171,15 @@ class OpenClipEncoder(DualEncoder):
         self._warn_of_preprocessing(path)
 
     def changed_state(self, scope: Scope, theta: Tensor) -> dict[str, Tensor]:
-        """The model's state dict, on the CPU, with the parameters of a scope of this encoder at ``theta``."""
+        """The model's weights with the parameters of a scope changed.
+
+        Args:
+            scope: of this encoder.
+            theta: its parameters, shape ``(p,)``.
+
+        Returns:
+            the state dict, on the CPU
+        """
         if isinstance(scope, TowerScope):
             changed = scope.parameters(theta)
         else:
@@ -203,7 +213,18 @@ class OpenClipEncoder(DualEncoder):
 
     @torch.no_grad()
     def features(self, tower: str, inputs: Tensor) -> Tensor:
-        """Features on the CPU, of as many inputs at once as the device has memory for."""
+        """What a tower's head takes, or the embeddings of a tower without one.
+
+        Args:
+            tower: ``"image"`` or ``"text"``.
+            inputs: preprocessed images or tokens.
+
+        Returns:
+            shape ``(n, w)``, float32, on the CPU; the last column is one if the head has a bias
+
+        Raises:
+            EcifError: if not even one input fits into the device's memory
+        """
         found: list[Tensor] = []
         start = 0
         while start < len(inputs):
