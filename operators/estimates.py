@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fiftyone_ecif.models.zoo import multiplications
+from fiftyone_ecif.models.libraries import library_of
 from fiftyone_ecif.store.files import atomic_path, cache_folder
 
 _ENCODING = ("Encoding images", "Encoding captions")
@@ -77,7 +77,7 @@ def estimate(kind: str, pairs: int, model: str, scope: str) -> str:
 
 
 def _guess(pairs: int, model: str, scope: str) -> str:
-    size = multiplications(model)
+    size = library_of(model).multiplications(model)
     if size is None:
         return "How long that takes is not known yet: no such run ended on this machine"
     passes = 1 if scope.startswith("heads") else _DEEP_PASSES

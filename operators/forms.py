@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.models.zoo import model_names, pretrained_tags
+from fiftyone_ecif.models.libraries import MODEL_LIBRARIES, library_of, model_names
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.option import Settings
@@ -126,24 +126,28 @@ def ask_target(inputs: Any, ctx: Any, samples: Any) -> Any:
 
 def ask_model(inputs: Any, ctx: Any, default: str) -> None:
     """Asks for a model and its weights."""
-    names = model_names()
     view = types.AutocompleteView(allow_user_input=True)
-    for name in names:
+    for name in model_names():
         view.add_choice(name, label=name)
     model = inputs.str(
-        "model", required=True, default=default, label="Model", description="An open_clip model name", view=view
+        "model",
+        required=True,
+        default=default,
+        label="Model",
+        description="A model of " + " or ".join(f"{one.name} ({one.says})" for one in MODEL_LIBRARIES.values()),
+        view=view,
     )
     name = ctx.params.get("model") or ""
-    brings_weights = ":" in name
-    if name and not brings_weights and name not in names:
-        refuse(model, f"open_clip has no model {name!r}")
-    known = pretrained_tags(name)
+    library = library_of(name)
+    if name and not library.knows(name):
+        refuse(model, f"{library.name} has no model {name!r}")
+    known = library.pretrained_tags(name)
     tags = types.AutocompleteView(allow_user_input=True)
     for tag in known or []:
         tags.add_choice(tag, label=tag)
     pretrained = inputs.str(
         "pretrained",
-        required=not brings_weights,
+        required=not library.brings_weights(name),
         label="Pretrained",
         description="A pretrained tag of the model, or the path of a checkpoint on the machine that runs FiftyOne",
         view=tags,

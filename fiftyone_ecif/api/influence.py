@@ -155,13 +155,12 @@ def influence_steps(
 
     yield Progress("Writing fields", 0, 1)
     attributed = prepared.encoder.scope_names(prepared.choice)
-    names = [name for name, _ in prepared.encoder.model.named_parameters()]
     diagnostics = found[0].diagnostics | {
         "pairs": len(prepared.pairs.ids),
         "target_pairs": sum(len(target_pairs.ids) for target_pairs in prepared.target_pairs.values()),
         "shared_pairs": prepared.shared,
         "attributed": attributed,
-        "held_fixed": [name for name in names if name not in set(attributed)],
+        "held_fixed": [name for name in prepared.encoder.parameter_names() if name not in set(attributed)],
     }
     if not processes.first:
         processes.wait()  # for the first one to write

@@ -18,14 +18,13 @@ from torch import Tensor
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
-from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.targets import PairTarget, Target, ZeroShotTarget, fill_prompts, pair_function
-from fiftyone_ecif.models.checks import check_names, choose_device
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.device import choose_device
+from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
-from fiftyone_ecif.models.inputs import ImageTextBatches
+from fiftyone_ecif.models.libraries import library_of, load_encoder
 from fiftyone_ecif.options import ScopeChoice, parse_scope
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
@@ -60,7 +59,7 @@ class PreparedRun:
         shared: how many target pairs are also training pairs.
     """
 
-    encoder: Encoder
+    encoder: DualEncoder
     store: Store
     choice: ScopeChoice
     scope: Scope
@@ -81,13 +80,13 @@ class PreparedRun:
     def batches(self, seed: int) -> Batches:
         """The training pairs in random batches."""
         partition = random_partition(len(self.pairs.ids), self.batch_size, seed)
-        return _batches(self.encoder, self.choice, self.pairs, self.features, partition)
+        return self.encoder.batches(self.choice, self.pairs.paths, self.pairs.captions, partition, self.features)
 
     def run_name(self, seed: int) -> str:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
         chosen = self.settings
         made_of = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
-        if chosen.keep_gradients and not self.choice.heads:  # they are kept in directions that suit the target
+        if chosen.keep_gradients and self.scope.suits_directions_to_target:
             made_of += list(self.targets)
         start = self.scope.start.cpu().numpy().tobytes()  # adapters are not part of the encoder
         return "run-" + digest(chain([json.dumps(made_of)], map("".join, self.keys), [start]))
@@ -116,7 +115,7 @@ def prepare(
         EcifError: for bad input, before the model is loaded where that is possible
     """
     choose_device(job.device)
-    check_names(settings.model, settings.pretrained)
+    library_of(settings.model).check(settings.model, settings.pretrained)
     choice = parse_scope(settings.scope)
     if settings.is_function and settings.function is None:
         raise EcifError(
@@ -139,7 +138,7 @@ def prepare(
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = Encoder(settings.model, settings.pretrained, job.device)
+    encoder = load_encoder(settings.model, settings.pretrained, job.device)
     encoder.loss.check_role(settings.role)
     scope = encoder.scope(choice, settings.seed)
     store = home.inside(encoder.fingerprint)
@@ -166,7 +165,7 @@ def prepare(
     for (label, group), chosen in zip(target_pairs.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, settings.seed)
         features = images.select(chosen), texts.select(chosen)
-        batches = _batches(encoder, choice, group, features, partition)
+        batches = encoder.batches(choice, group.paths, group.captions, partition, features)
         measured = settings.target_loss_name + settings.function_token, list(settings.templates), classes, settings.seed
         made_of = label, [keys[row] for row in chosen], measured
         name = "target-" + digest(json.dumps(made_of))
@@ -266,7 +265,7 @@ def _classes(target_pairs: Mapping[str, Pairs], settings: InfluenceSettings) -> 
 
 
 def _make_target(
-    encoder: Encoder,
+    encoder: DualEncoder,
     choice: ScopeChoice,
     scope: Scope,
     batches: Batches,
@@ -276,22 +275,9 @@ def _make_target(
 ) -> Target:
     if settings.target_loss != "zero_shot":
         return PairTarget(scope, batches, pair_function(scope, settings.function or settings.target_loss))
-    prompts = fill_prompts(classes, settings.templates)
-    tokens = torch.cat(list(encoder.text_features(prompts, 128))).double() if choice.heads else encoder.tokens(prompts)
+    prompts = encoder.prompts(choice, fill_prompts(classes, settings.templates))
     labels = torch.tensor([classes.index(label) for label in target_pairs.captions])
-    return ZeroShotTarget(scope, batches, labels, tokens, len(settings.templates))
-
-
-def _batches(
-    encoder: Encoder,
-    choice: ScopeChoice,
-    pairs: Pairs,
-    features: tuple[DiskMatrix, DiskMatrix],
-    partition: list[Tensor],
-) -> Batches:
-    if choice.heads:
-        return FeatureBatches(*features, partition)
-    return ImageTextBatches(encoder, pairs.paths, pairs.captions, partition)
+    return ZeroShotTarget(scope, batches, labels, prompts, len(settings.templates))
 
 
 def _check_sizes(pairs: Pairs, target_pairs: Mapping[str, Pairs], batch_size: int | None) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import pad
 
+import fiftyone_ecif.models.open_clip_names  # noqa: F401  # the model is among them
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.store.files import atomic_path
 

@@ -23,8 +23,8 @@ from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import Batches, random_partition
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.targets import PairTarget, Target, pair_function
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.models.inputs import ImageTextBatches
+from fiftyone_ecif.models.inputs import Images, ImageTextBatches
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.models.tower_scope import TowerScope
 from fiftyone_ecif.options import parse_scope
 from fiftyone_ecif.store.files import cache_folder
@@ -47,7 +47,7 @@ class World:
 
     pairs: list[digits.Pair]
     training: int
-    encoder: Encoder
+    encoder: OpenClipEncoder
     network: nn.Module
     paths: list[str]
 
@@ -75,8 +75,9 @@ class World:
         if parse_scope(text).heads:
             images, texts = self.features
             return FeatureBatches(images[rows], texts[rows], partition)
-        captions = [self.pairs[row].caption for row in rows.tolist()]
-        return _Double(self.encoder, [self.paths[row] for row in rows.tolist()], captions, partition)
+        files = Images([self.paths[row] for row in rows.tolist()], self.encoder.preprocess)
+        tokens = self.encoder.tokens([self.pairs[row].caption for row in rows.tolist()])
+        return _Double(files, tokens, self.encoder.device, partition)
 
     def target(self, text: str, scope: Scope, batch_size: int, count: int | None = None) -> Target:
         """The contrastive loss of the first validation pairs, all by default."""
@@ -114,6 +115,6 @@ def make_world(training_pairs: int, validation: int, steps: int, seed: int = 0, 
         captions = [pair.caption for pair in pairs[:training_pairs]]
         work = training.train(paths[:training_pairs], captions, checkpoint, steps, seed, model=MODEL)
         follow(work, progress=False)
-    encoder = Encoder(MODEL, str(checkpoint), "cpu")
+    encoder = OpenClipEncoder(MODEL, str(checkpoint), "cpu")
     network = copy.deepcopy(encoder.model).double()
     return World(pairs, training_pairs, encoder, network, [str(path) for path in paths])

@@ -45,7 +45,7 @@ from fiftyone_ecif.misalignment.embeddings import DetectorInputs, EmbeddingSpace
 from fiftyone_ecif.misalignment.fusion import FUSED, fuse, normal_scores, ranked
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
 from fiftyone_ecif.misalignment.scores import neighbour_influence, run_detectors
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.options import DETECTORS, parse_scope
 from fiftyone_ecif.store.tables import Store
 
@@ -299,7 +299,7 @@ def _train(data: CleanPairs, noise: str, ratio: float, seed: int, sizes: Sizes, 
             checkpoint = Path(place) / "model.pt"
             paths = [Path(path) for path in pairs.paths]
             follow(train(paths, captions, checkpoint, sizes.steps, seed, model=MODEL), progress=False)
-            encoder = Encoder(MODEL, str(checkpoint), "cpu")
+            encoder = OpenClipEncoder(MODEL, str(checkpoint), "cpu")
         features, held_out = _encode(encoder, pairs.paths, captions), _encode(encoder, clean.paths, clean.captions)
         scope, proximal = _scope(encoder), 1.0
     half = len(outside) // 2
@@ -308,13 +308,13 @@ def _train(data: CleanPairs, noise: str, ratio: float, seed: int, sizes: Sizes, 
     return Trained(inputs, wrong, not frozen, features, (held_out[0][half:], held_out[1][half:]))
 
 
-def _scope(encoder: Encoder) -> HeadScope:
+def _scope(encoder: OpenClipEncoder) -> HeadScope:
     scope = encoder.scope(parse_scope("heads"))
     assert isinstance(scope, HeadScope)
     return scope
 
 
-def _encode(encoder: Encoder, paths: Sequence[str], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _encode(encoder: OpenClipEncoder, paths: Sequence[str], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     images = [rows for _, rows, _ in encoder.image_features(paths, _BATCH_SIZE, 0)]
     return torch.cat(images), torch.cat(list(encoder.text_features(captions, _BATCH_SIZE)))
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fiftyone_ecif.api.influence import influence_steps
 from fiftyone_ecif.bench.speed.stopwatch import side_by_side
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.models.towers import Tower
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
@@ -148,7 +148,7 @@ def encoder(model: str, pairs: int) -> list[Row]:
     if not torch.cuda.is_available():
         return []
     with photographs(pairs, model) as (dataset, checkpoint):
-        made = Encoder(model, checkpoint)
+        made = OpenClipEncoder(model, checkpoint)
         paths, captions = dataset.values(["filepath", "caption"])
         pixels = torch.stack([made.preprocess(Image.open(path)) for path in paths[:_BATCH]]).to(made.device)
         tokens = made.tokens(captions[:_BATCH])

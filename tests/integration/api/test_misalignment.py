@@ -10,7 +10,7 @@ from fiftyone_ecif import EcifError
 from fiftyone_ecif.api.misalignment import compute_misalignment, tag_misaligned
 from fiftyone_ecif.demo import training
 from fiftyone_ecif.misalignment.scores import EVIDENCE, reasons
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.options import DETECTORS, TRAINED_DETECTORS
 from fiftyone_ecif.runs.misalignment import Misalignment, MisalignmentResults
 from fiftyone_ecif.store.tables import Store
@@ -36,19 +36,19 @@ def no_model(monkeypatch):
     def fail(self, *arguments):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(Encoder, "__init__", fail)
+    monkeypatch.setattr(OpenClipEncoder, "__init__", fail)
 
 
 @pytest.fixture
 def encoded(monkeypatch):
     counts = {"image": 0, "text": 0}
-    original = Encoder._features
+    original = OpenClipEncoder.features
 
     def spy(self, tower, inputs):
         counts[tower] += len(inputs)
         return original(self, tower, inputs)
 
-    monkeypatch.setattr(Encoder, "_features", spy)
+    monkeypatch.setattr(OpenClipEncoder, "features", spy)
     return counts
 
 
