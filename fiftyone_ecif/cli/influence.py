@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, load_dataset_in_turn, narrow, print_result
-from fiftyone_ecif.options import ROLES, SOLVERS, TARGET_LOSSES
+from fiftyone_ecif.influence.solvers import SOLVERS
+from fiftyone_ecif.options import ROLES, TARGET_LOSSES
 
 
 @click.command()
@@ -25,7 +26,7 @@ from fiftyone_ecif.options import ROLES, SOLVERS, TARGET_LOSSES
 @click.option("--template", "templates", multiple=True, default=["a photo of a {}."], help="A prompt of a class.")
 @click.option("--scope", default="heads", show_default=True, help="heads, lora:RANK, blocks:K or a pattern.")
 @click.option("--role", type=click.Choice(ROLES), default="exact", show_default=True, help="The pair's part.")
-@click.option("--solver", type=click.Choice(SOLVERS), help="The curvature; by default what suits the scope.")
+@click.option("--solver", type=click.Choice(list(SOLVERS)), help="The curvature; by default what suits the scope.")
 @click.option("--damping", default=0.0, show_default=True, help="Of the curvature, relative to its mean eigenvalue.")
 @click.option("--fit", is_flag=True, help="Bring the scope to a stationary point first.")
 @click.option("--proximal", default=1.0, show_default=True, help="RoleGradient to the loaded weights.")

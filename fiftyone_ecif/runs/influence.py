@@ -17,7 +17,8 @@ from fiftyone.core.odm import get_db_conn
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.gradient_store import CachedGradients, read_cached, read_effects
-from fiftyone_ecif.options import EXTRA_SCORES, METHOD, ROLES, SOLVERS, TARGET_LOSSES, parse_scope
+from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
+from fiftyone_ecif.options import EXTRA_SCORES, METHOD, ROLES, TARGET_LOSSES, parse_scope
 from fiftyone_ecif.runs.base import EcifRun, ScoreField
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.store.tables import Store, Table
@@ -97,8 +98,8 @@ class InfluenceConfig(fob.BrainMethodConfig):
         if n_partitions < 1:
             raise EcifError(f"n_partitions={n_partitions} must be at least 1")
         _check_choice("role", role, ROLES)
-        solver = solver or ("hessian" if choice.heads else "ggn")
-        _check_choice("solver", solver, SOLVERS)
+        solver = solver or default_solver(choice)
+        _check_choice("solver", solver, tuple(SOLVERS))
         if not callable(target_loss) and not str(target_loss).startswith(_FUNCTION):
             _check_choice("target_loss", target_loss, TARGET_LOSSES)
         if (target_loss == "zero_shot") != (label_field is not None):
@@ -109,9 +110,9 @@ class InfluenceConfig(fob.BrainMethodConfig):
             _check_choice("scores", score, EXTRA_SCORES)
         if role == "negative" and set(scores) & {"self_influence", "leave_one_out_loss"}:
             raise EcifError("role='negative' leaves out a pair's own loss, which self_influence and others are about")
-        needed = bool(scores) or solver == "logra"
+        needed = bool(scores) or SOLVERS[solver].needs_gradients
         if keep_gradients is False and needed:
-            raise EcifError(f"keep_gradients=False does not go with {'scores' if scores else 'solver=logra'}")
+            raise EcifError(f"keep_gradients=False does not go with {'scores' if scores else f'solver={solver}'}")
         self.caption_field = caption_field
         self.model = model
         self.pretrained = pretrained
@@ -160,7 +161,7 @@ def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[st
     config = config or InfluenceConfig()
     unit = "nats" if config.target_loss in ("contrastive", "zero_shot") else "units of the target loss"
     what = "Change of the target loss if this pair had not been trained on"
-    if config.solver == "identity" or config.role == "as_printed":
+    if not SOLVERS[config.solver].keeps_unit or config.role == "as_printed":
         unit, what = "no unit", f"Score of the pair by solver={config.solver}, role={config.role}, for comparison"
     fields = {
         "influence": ScoreField(fof.FloatField, f"{what}, in {unit}: positive = valuable, negative = harmful"),

@@ -29,7 +29,7 @@ from fiftyone_ecif.bench.misalignment.frozen_towers import frozen_features
 from fiftyone_ecif.bench.misalignment.pairs import CleanPairs, swap_captions
 from fiftyone_ecif.demo.training import train
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.curvature import curvature_at
+from fiftyone_ecif.influence.curvature import hessian_at
 from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.fitting import minimise
 from fiftyone_ecif.influence.gradient_store import read_cached
@@ -359,7 +359,7 @@ def _fit(
     count = len(validation[0])
     aims = FeatureBatches(*validation, random_partition(count, min(size, count), 0))
     gradient, _ = PairTarget(scope, aims, pair_function(scope, "contrastive")).gradient_and_value(theta)
-    steps = solve(curvature_at(objective, theta, "hessian"), gradient, tolerance=1e-2)
+    steps = solve(hessian_at(objective, theta), gradient, tolerance=1e-2)
     solution = follow(solving(steps), progress=False).vector
     positive, negative = follow(direct_influence(objective, theta, [solution], "exact"), progress=False)
     duplicates = find_duplicates(features[0], captions)
