@@ -11,8 +11,6 @@ from fiftyone_ecif.errors import EcifError
 #: negative one to first order, one role alone, or the paper's formula as printed,
 #: which is wrong and here for comparison only.
 ROLES = ("exact", "taylor", "positive", "negative", "as_printed")
-#: What is measured on the target, beside a function of the user's own; see ``targets``.
-TARGET_LOSSES = ("contrastive", "zero_shot", "retrieval_margin")
 #: Detectors of misaligned pairs; see ``detectors`` for what they are.
 DETECTORS = (
     *("fused", "clip_score", "neg_clip_loss", "lemon", "lemon_z", "deep_knn", "cross_fit", "trusted_fit"),

@@ -21,12 +21,13 @@ from fiftyone_ecif.influence.fitting import stationary_point
 from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.influence.targets import PairTarget, Target, ZeroShotTarget, fill_prompts, pair_function
+from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, Classes, find_target_loss
+from fiftyone_ecif.influence.targets import Target, fill_prompts
 from fiftyone_ecif.models.checks import check_names, choose_device
 from fiftyone_ecif.models.encoder import Encoder
 from fiftyone_ecif.models.features import cached_features
 from fiftyone_ecif.models.inputs import ImageTextBatches
-from fiftyone_ecif.options import TARGET_LOSSES, ScopeChoice, parse_scope
+from fiftyone_ecif.options import ScopeChoice, parse_scope
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
 from fiftyone_ecif.runs.influence import InfluenceConfig, InfluenceResults, target_dataset
@@ -254,10 +255,11 @@ def _read_target(name: str, view: Any, config: InfluenceConfig, skip_failures: b
 
 
 def _classes(target_pairs: Mapping[str, Pairs], config: InfluenceConfig) -> list[str]:
-    """The classes of the target's pairs, of which zero-shot classification needs two."""
+    """The classes of the target's pairs, of which a loss that is about them needs two."""
     classes = sorted({label for group in target_pairs.values() for label in group.captions})
-    if config.target_loss == "zero_shot" and len(classes) < 2:
-        raise EcifError(f"The target has one class only, {classes[0]!r}. Zero-shot classification needs at least 2")
+    loss = find_target_loss(config._target_function or config.target_loss)
+    if loss.needs_labels and len(classes) < 2:
+        raise EcifError(f"The target has one class only, {classes[0]!r}. target_loss={loss.name!r} needs at least 2")
     return classes
 
 
@@ -270,12 +272,13 @@ def _make_target(
     config: InfluenceConfig,
     classes: list[str],
 ) -> Target:
-    if config.target_loss != "zero_shot":
-        return PairTarget(scope, batches, pair_function(scope, config._target_function or config.target_loss))
+    loss = find_target_loss(config._target_function or config.target_loss)
+    if not loss.needs_labels:
+        return loss.make(scope, batches)
     prompts = fill_prompts(classes, config.templates)
     tokens = torch.cat(list(encoder.text_features(prompts, 128))).double() if choice.heads else encoder.tokens(prompts)
     labels = torch.tensor([classes.index(label) for label in target_pairs.captions])
-    return ZeroShotTarget(scope, batches, labels, tokens, len(config.templates))
+    return loss.make(scope, batches, Classes(labels, tokens, len(config.templates)))
 
 
 def _batches(

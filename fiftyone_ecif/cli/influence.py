@@ -8,7 +8,8 @@ import click
 
 from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, load_dataset_in_turn, narrow, print_result
 from fiftyone_ecif.influence.solvers import SOLVERS
-from fiftyone_ecif.options import ROLES, TARGET_LOSSES
+from fiftyone_ecif.influence.target_losses import TARGET_LOSSES
+from fiftyone_ecif.options import ROLES
 
 
 @click.command()
@@ -21,7 +22,7 @@ from fiftyone_ecif.options import ROLES, TARGET_LOSSES
 @click.option("--target-tag", "target_tags", multiple=True, help="Measure influence on samples with this tag.")
 @click.option("--target-view", help="Measure influence on this saved view.")
 @click.option("--key", default="ecif", show_default=True, help="Names the run and its fields.")
-@click.option("--target-loss", type=click.Choice(TARGET_LOSSES), default="contrastive", show_default=True)
+@click.option("--target-loss", type=click.Choice(list(TARGET_LOSSES)), default="contrastive", show_default=True)
 @click.option("--label-field", help="The target's classes, for zero_shot.")
 @click.option("--template", "templates", multiple=True, default=["a photo of a {}."], help="A prompt of a class.")
 @click.option("--scope", default="heads", show_default=True, help="heads, lora:RANK, blocks:K or a pattern.")

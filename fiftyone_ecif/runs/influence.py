@@ -18,7 +18,8 @@ from fiftyone.core.odm import get_db_conn
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.gradient_store import CachedGradients, read_cached, read_effects
 from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
-from fiftyone_ecif.options import EXTRA_SCORES, METHOD, ROLES, TARGET_LOSSES, parse_scope
+from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, OwnLoss
+from fiftyone_ecif.options import EXTRA_SCORES, METHOD, ROLES, parse_scope
 from fiftyone_ecif.runs.base import EcifRun, ScoreField
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.store.tables import Store, Table
@@ -101,9 +102,11 @@ class InfluenceConfig(fob.BrainMethodConfig):
         solver = solver or default_solver(choice)
         _check_choice("solver", solver, tuple(SOLVERS))
         if not callable(target_loss) and not str(target_loss).startswith(_FUNCTION):
-            _check_choice("target_loss", target_loss, TARGET_LOSSES)
-        if (target_loss == "zero_shot") != (label_field is not None):
-            raise EcifError("target_loss='zero_shot' and label_field, the classes of the target, belong together")
+            _check_choice("target_loss", target_loss, tuple(TARGET_LOSSES))
+        labelled = [name for name, loss in TARGET_LOSSES.items() if loss.needs_labels]
+        if (target_loss in labelled) != (label_field is not None):
+            names = " or ".join(map(repr, labelled))
+            raise EcifError(f"target_loss={names} and label_field, the classes of the target, belong together")
         if not templates or not all(isinstance(text, str) and "{}" in text for text in templates):
             raise EcifError(f"templates={templates!r} must hold {{}} for the class, as in 'a photo of a {{}}.'")
         for score in scores:
@@ -159,7 +162,8 @@ TRACE = ScoreField(fof.StringField, "Which of the mistakes traced last this is, 
 def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[str, ScoreField]:
     """The fields of a run; of a plain one if its configuration is not given."""
     config = config or InfluenceConfig()
-    unit = "nats" if config.target_loss in ("contrastive", "zero_shot") else "units of the target loss"
+    own = config.target_loss not in TARGET_LOSSES  # a function of the user's own
+    unit = OwnLoss.unit if own else TARGET_LOSSES[config.target_loss].unit
     what = "Change of the target loss if this pair had not been trained on"
     if not SOLVERS[config.solver].keeps_unit or config.role == "as_printed":
         unit, what = "no unit", f"Score of the pair by solver={config.solver}, role={config.role}, for comparison"
