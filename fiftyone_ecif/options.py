@@ -1,15 +1,4 @@
-"""What a user can choose by name. No heavy imports: forms and configurations read it.
-
-Solvers, what stands for the curvature ``H``:
-
-============  ===============================================================================
-``hessian``   the exact Hessian; damped where it is not positive along the solve
-``ggn``       the generalised Gauss-Newton matrix, never negative
-``logra``     the covariance of the pairs' projected gradients (arXiv 2405.13954), dense in
-              the projected space (see ``gradients``)
-``identity``  none: the dot product of gradients, as in TracIn (arXiv 2002.08484)
-============  ===============================================================================
-"""
+"""What a user can choose by name. No heavy imports: forms and configurations read it."""
 
 from __future__ import annotations
 
@@ -22,9 +11,6 @@ from fiftyone_ecif.errors import EcifError
 #: negative one to first order, one role alone, or the paper's formula as printed,
 #: which is wrong and here for comparison only.
 ROLES = ("exact", "taylor", "positive", "negative", "as_printed")
-SOLVERS = ("hessian", "ggn", "logra", "identity")
-#: What is measured on the target, beside a function of the user's own; see ``targets``.
-TARGET_LOSSES = ("contrastive", "zero_shot", "retrieval_margin")
 #: Detectors of misaligned pairs; see ``detectors`` for what they are.
 DETECTORS = (
     *("fused", "clip_score", "neg_clip_loss", "lemon", "lemon_z", "deep_knn", "cross_fit", "trusted_fit"),

@@ -20,7 +20,8 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.influence.targets import PairTarget, Target, ZeroShotTarget, fill_prompts, pair_function
+from fiftyone_ecif.influence.target_losses import Classes, find_target_loss
+from fiftyone_ecif.influence.targets import Target, fill_prompts
 from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
@@ -257,10 +258,11 @@ def _read_target(name: str, view: Any, settings: InfluenceSettings, skip_failure
 
 
 def _classes(target_pairs: Mapping[str, Pairs], settings: InfluenceSettings) -> list[str]:
-    """The classes of the target's pairs, of which zero-shot classification needs two."""
+    """The classes of the target's pairs, of which a loss that is about them needs two."""
     classes = sorted({label for group in target_pairs.values() for label in group.captions})
-    if settings.target_loss == "zero_shot" and len(classes) < 2:
-        raise EcifError(f"The target has one class only, {classes[0]!r}. Zero-shot classification needs at least 2")
+    loss = find_target_loss(settings.target_loss)
+    if loss.needs_labels and len(classes) < 2:
+        raise EcifError(f"The target has one class only, {classes[0]!r}. target_loss={loss.name!r} needs at least 2")
     return classes
 
 
@@ -273,11 +275,12 @@ def _make_target(
     settings: InfluenceSettings,
     classes: list[str],
 ) -> Target:
-    if settings.target_loss != "zero_shot":
-        return PairTarget(scope, batches, pair_function(scope, settings.function or settings.target_loss))
+    loss = find_target_loss(settings.target_loss)
+    if not loss.needs_labels:
+        return loss.make(scope, batches)
     prompts = encoder.prompts(choice, fill_prompts(classes, settings.templates))
     labels = torch.tensor([classes.index(label) for label in target_pairs.captions])
-    return ZeroShotTarget(scope, batches, labels, prompts, len(settings.templates))
+    return loss.make(scope, batches, Classes(labels, prompts, len(settings.templates)))
 
 
 def _check_sizes(pairs: Pairs, target_pairs: Mapping[str, Pairs], batch_size: int | None) -> None:

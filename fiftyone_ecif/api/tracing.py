@@ -10,6 +10,7 @@ import numpy as np
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.gradient_store import read_effects, stored_influence, stored_products
+from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.influence import TRACE, InfluenceConfig, InfluenceResults
 from fiftyone_ecif.runs.writing import write_scores
@@ -117,8 +118,10 @@ def trace_steps(
     for name, value in (("count", count), ("limit", limit)):
         if value is not None and value < 1:
             raise EcifError(f"{name}={value} must be at least 1")
-    if exact and results.config.solver == "logra":
-        raise EcifError("solver='logra' has no curvature but that of the stored gradients. Leave exact out")
+    if exact and SOLVERS[results.config.solver].needs_gradients:
+        raise EcifError(
+            f"solver={results.config.solver!r} has no curvature but that of the stored gradients. Leave exact out"
+        )
     yield Progress("Reading pairs", 0, 1)
     wanted = None if queries is None else set(queries if isinstance(queries, list | tuple) else queries.values("id"))
     targets = {name: results.target_pairs(name) for name in results.slices}
@@ -247,14 +250,14 @@ def _exact_influence(
     from torch.func import grad
 
     from fiftyone_ecif.api.preparation import reopen
-    from fiftyone_ecif.influence.curvature import curvature_at
     from fiftyone_ecif.influence.direct import direct_influence
     from fiftyone_ecif.influence.linear_solve import solve, solving
 
     config = results.config
     prepared, objective, theta = yield from reopen(results, device)
     target = dict(zip(prepared.target_pairs, prepared.targets.values(), strict=True))[name]
-    product = None if config.solver == "identity" else curvature_at(objective, theta, config.solver)
+    solver = SOLVERS[config.solver]
+    product = solver.product(objective, theta) if solver.solves else None
 
     place = {
         row: (number, position)

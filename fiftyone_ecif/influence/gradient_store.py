@@ -8,7 +8,7 @@ directions, the influence of the pair on a target with gradient ``f`` is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,28 +16,8 @@ import numpy as np
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.store.tables import Store
-
-_COVARIANCE_DAMPING = 0.1
-
-
-def gradient_covariance(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """LoGra's stand-in for the curvature (arXiv 2405.13954), shape ``(r, r)``.
-
-    The mean outer product of the removal gradients, damped by a tenth of its
-    mean eigenvalue.
-
-    Args:
-        parts: the gradients, some rows at a time, shape ``(n, r)`` each.
-    """
-    total, pairs = np.zeros((1, 1)), 0
-    for part in parts:
-        gradients = part.astype(np.float64)
-        total, pairs = total + gradients.T @ gradients, pairs + len(gradients)
-    covariance = total / pairs
-    damping = _COVARIANCE_DAMPING * np.trace(covariance) / len(covariance)
-    damped: np.ndarray = covariance + damping * np.eye(len(covariance))
-    return damped
 
 
 def damped(curvature: np.ndarray, damping: float = 0.0) -> np.ndarray:
@@ -147,14 +127,11 @@ def read_cached(store: Store, solver: str, damping: float = 0.0) -> CachedGradie
 def read_curvature(store: Store, solver: str, damping: float = 0.0) -> np.ndarray:
     """The curvature of a run between its projected gradients, positive definite, shape ``(r, r)``."""
     table = store.table("projected-curvature")
-    if solver == "logra" and solver not in table.parts():
+    if solver not in table.parts():
         gradients = store.table("gradients")
         found = (gradients.read(part, "positive", "negative") for part in gradients.parts())
-        table.write(solver, {"matrix": gradient_covariance(part["positive"] + part["negative"] for part in found)})
-    if solver == "identity" and solver not in table.parts():
-        gradients = store.table("gradients")
-        width = gradients.read(gradients.parts()[0], "positive")["positive"].shape[1]
-        table.write(solver, {"matrix": np.eye(width)})
+        matrix = SOLVERS[solver].stored_curvature(part["positive"] + part["negative"] for part in found)
+        table.write(solver, {"matrix": matrix})
     return damped(table.read(solver, "matrix")["matrix"], damping)
 
 

@@ -20,6 +20,7 @@ from fiftyone_ecif.influence.projections import (
 )
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
+from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.influence.targets import Target
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.store.tables import Store, Table
@@ -50,8 +51,8 @@ def keep_gradients(
         if f"{start:09d}" not in there[name]
     ]
     curvature = store.table("projected-curvature")
-    wanted = processes.first and options.solver in ("hessian", "ggn")
-    lacks_curvature = wanted and options.solver not in curvature.parts()
+    solver = SOLVERS[options.solver]
+    lacks_curvature = processes.first and solver.solves and solver.name not in curvature.parts()
     total = len(missing) + lacks_curvature
     for done, (table, target, start) in enumerate(missing, start=1):
         if target is None:
@@ -61,8 +62,8 @@ def keep_gradients(
         yield Progress("Computing gradients", done, total)
     if lacks_curvature:
         part = _sample(scope, batches, objective.proximal)
-        matrix = projection.objective_curvature(part, theta, options.solver)
-        curvature.write(options.solver, {"matrix": matrix.cpu().double().numpy()})
+        matrix = solver.projected_curvature(projection, part, theta)
+        curvature.write(solver.name, {"matrix": matrix.cpu().double().numpy()})
         yield Progress("Computing gradients", total, total)
     processes.wait()
     return projection

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.curvature import curvature_at
 from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.fitting import stationary_point
 from fiftyone_ecif.influence.gradient_store import read_effects, stored_influence
@@ -30,6 +29,7 @@ from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.projections import Projection
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
+from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.influence.targets import Target
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.store.tables import Store
@@ -72,14 +72,15 @@ def score_pairs(
             gets all scores.
 
     Raises:
-        EcifError: if the fit or a solve does not converge, or an embedding has
-            collapsed
+        EcifError: if the solver or the role is not known, the fit or a solve does
+            not converge, or an embedding has collapsed
     """
+    solver = SOLVERS[options.solver]
     pairs = sum(len(rows) for rows in batches.partition)
     objective = ContrastiveLoss(scope, batches, pairs, options.proximal, processes)
     theta, relative_gradient_norm = yield from stationary_point(store, objective, options.fit)
     smallest_norm = _smallest_norm(objective, theta)
-    product = curvature_at(objective, theta, options.solver) if options.solver in ("hessian", "ggn") else None
+    product = solver.product(objective, theta) if solver.solves else None
 
     solutions: list[Solution] = []
     gradients: list[Tensor] = []
@@ -108,14 +109,14 @@ def score_pairs(
         }
 
     projection: Projection | None = None
-    if options.keep_gradients or options.solver == "logra":
+    if options.keep_gradients or solver.needs_gradients:
         projection = yield from keep_gradients(store, objective, theta, targets, options)
         projected = np.stack([projection.project(gradient).cpu().double().numpy() for gradient in gradients])
         from_store = partial(stored_influence, store, options.solver, options.damping, projected, pairs)
         if objective.processes.first:
             read_effects(store, options.solver, options.damping, pairs)  # which writes them: tracing is then quick
         objective.processes.wait()
-    if options.solver == "logra":
+    if solver.needs_gradients:
         positive, negative = (from_store(columns=[part]).astype(np.float64) for part in ("positive", "negative"))
     else:
         vectors = [solution.vector for solution in solutions] or gradients

@@ -14,6 +14,8 @@ from fiftyone.core.odm import get_db_conn
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.gradient_store import CachedGradients, read_cached, read_effects
+from fiftyone_ecif.influence.solvers import SOLVERS
+from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, OwnLoss
 from fiftyone_ecif.runs.base import EcifRun, RunConfig, RunRecord, RunResults, ScoreField
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.settings.influence import InfluenceSettings
@@ -65,9 +67,10 @@ TRACE = ScoreField(fof.StringField, "Which of the mistakes traced last this is, 
 def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[str, ScoreField]:
     """The fields of a run; of a plain one if its configuration is not given."""
     config = config or InfluenceConfig()
-    unit = "nats" if config.target_loss in ("contrastive", "zero_shot") else "units of the target loss"
+    own = config.target_loss not in TARGET_LOSSES  # a function of the user's own
+    unit = OwnLoss.unit if own else TARGET_LOSSES[config.target_loss].unit
     what = "Change of the target loss if this pair had not been trained on"
-    if config.solver == "identity" or config.role == "as_printed":
+    if not SOLVERS[config.solver].keeps_unit or config.role == "as_printed":
         unit, what = "no unit", f"Score of the pair by solver={config.solver}, role={config.role}, for comparison"
     fields = {
         "influence": ScoreField(fof.FloatField, f"{what}, in {unit}: positive = valuable, negative = harmful"),

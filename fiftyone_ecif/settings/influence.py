@@ -9,8 +9,8 @@ from uuid import uuid4
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
-from fiftyone_ecif.influence.solvers import SOLVERS
-from fiftyone_ecif.influence.target_losses import TARGET_LOSSES
+from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
+from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, find_target_loss
 from fiftyone_ecif.options import EXTRA_SCORES, ROLES, parse_scope
 from fiftyone_ecif.settings.option import Settings, option
 
@@ -125,14 +125,13 @@ class InfluenceSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice = parse_scope(self.scope)
-        self._set("solver", self.solver or ("hessian" if choice.heads else "ggn"))
+        self._set("solver", self.solver or default_solver(choice))
         if self.function is not None:
             self._set("function_token", self.function_token or uuid4().hex)
-        elif not self.is_function:
-            TARGET_LOSSES[self.target_loss]  # type: ignore[index]
-        labelled = not self.is_function and TARGET_LOSSES[self.target_loss].needs_labels  # type: ignore[index]
+        labelled = not self.is_function and find_target_loss(self.target_loss).needs_labels
         if labelled != (self.label_field is not None):
-            raise EcifError("target_loss='zero_shot' and label_field, the classes of the target, belong together")
+            names = " or ".join(repr(name) for name, loss in TARGET_LOSSES.items() if loss.needs_labels)
+            raise EcifError(f"target_loss={names} and label_field, the classes of the target, belong together")
         if not self.templates or not all(isinstance(text, str) and "{}" in text for text in self.templates):
             raise EcifError(
                 f"templates={list(self.templates)!r} must hold {{}} for the class, as in 'a photo of a {{}}.'"

@@ -37,7 +37,7 @@ def cached(world: World, sizes: Sizes) -> list[Row]:
     sources = (objective, ContrastiveLoss(study.scope, target.batches, 1))
     half = sizes.directions // 2
     drawn = gradient_basis(theta, [(source, half) for source in sources])
-    curvature = BasisProjection(study.scope, drawn).objective_curvature(objective, theta, "ggn")
+    curvature = BasisProjection(study.scope, drawn).gauss_newton(objective, theta)
 
     def row(
         way: str, size: float, columns: Tensor, gradients_of: Callable[[Any, Tensor], tuple[Tensor, Tensor]]

@@ -22,7 +22,8 @@ from fiftyone_ecif.demo import training
 from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import Batches, random_partition
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.influence.targets import PairTarget, Target, pair_function
+from fiftyone_ecif.influence.target_losses import Contrastive
+from fiftyone_ecif.influence.targets import Target
 from fiftyone_ecif.models.inputs import Images, ImageTextBatches
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.models.tower_scope import TowerScope
@@ -83,7 +84,7 @@ class World:
         """The contrastive loss of the first validation pairs, all by default."""
         rows = torch.arange(self.training, self.training + (count or self.validation))
         batches = self.batches(text, rows, batch_size, seed=0)
-        return PairTarget(scope, batches, pair_function(scope, "contrastive"))
+        return Contrastive().make(scope, batches)
 
 
 class _Double(ImageTextBatches):

@@ -29,7 +29,7 @@ from fiftyone_ecif.bench.misalignment.frozen_towers import frozen_features
 from fiftyone_ecif.bench.misalignment.pairs import CleanPairs, swap_captions
 from fiftyone_ecif.demo.training import train
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.curvature import curvature_at
+from fiftyone_ecif.influence.curvature import hessian_at
 from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.fitting import minimise
 from fiftyone_ecif.influence.gradient_store import read_cached
@@ -38,7 +38,7 @@ from fiftyone_ecif.influence.linear_solve import solve, solving
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
-from fiftyone_ecif.influence.targets import PairTarget, pair_function
+from fiftyone_ecif.influence.target_losses import Contrastive
 from fiftyone_ecif.misalignment.active_learning import first_guess, propose, refit
 from fiftyone_ecif.misalignment.duplicates import find_duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs, EmbeddingSpace
@@ -358,8 +358,8 @@ def _fit(
         store.delete()
     count = len(validation[0])
     aims = FeatureBatches(*validation, random_partition(count, min(size, count), 0))
-    gradient, _ = PairTarget(scope, aims, pair_function(scope, "contrastive")).gradient_and_value(theta)
-    steps = solve(curvature_at(objective, theta, "hessian"), gradient, tolerance=1e-2)
+    gradient, _ = Contrastive().make(scope, aims).gradient_and_value(theta)
+    steps = solve(hessian_at(objective, theta), gradient, tolerance=1e-2)
     solution = follow(solving(steps), progress=False).vector
     positive, negative = follow(direct_influence(objective, theta, [solution], "exact"), progress=False)
     duplicates = find_duplicates(features[0], captions)

@@ -85,8 +85,7 @@ from fiftyone_ecif.distributed import join
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.scoring import score_pairs
 from fiftyone_ecif.store.tables import Store
-from fiftyone_ecif.influence.targets import PairTarget
-from fiftyone_ecif.influence.targets import pair_function
+from fiftyone_ecif.influence.target_losses import Contrastive
 
 def draw(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -96,7 +95,7 @@ scope = HeadScope(draw(30, 12, seed=0), draw(20, 12, seed=1), 3.0)
 images, texts = draw(70, 30, seed=2), draw(70, 20, seed=3)
 batches = FeatureBatches(images, texts, random_partition(70, 9, 0))
 target_pairs = FeatureBatches(images[:25] + 0.1, texts[:25], random_partition(25, 9, 1))
-target = PairTarget(scope, target_pairs, pair_function(scope, "contrastive"))
+target = Contrastive().make(scope, target_pairs)
 target.processes = processes
 method = ScoringOptions(fit=True, solver=sys.argv[2])
 scores = follow(score_pairs(Store("ranks", sys.argv[1]), scope, batches, {"target": target}, method, processes), False)

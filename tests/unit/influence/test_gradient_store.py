@@ -9,7 +9,6 @@ from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.gradient_store import (
     CachedGradients,
     damped,
-    gradient_covariance,
     read_cached,
     read_curvature,
     read_effects,
@@ -20,6 +19,7 @@ from fiftyone_ecif.influence.gradient_store import (
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projections import BasisProjection
+from fiftyone_ecif.influence.solvers import LoGra
 from fiftyone_ecif.store.tables import Store
 
 each_shape = pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_the_covariance_is_damped_by_a_tenth_of_its_mean_eigenvalue(pairs, rank)
         gradient = cached.positive[n] + cached.negative[n]
         covariance += np.outer(gradient, gradient) / pairs
     gradients = cached.positive + cached.negative
-    found = gradient_covariance([gradients[:1], gradients[1:]])
+    found = LoGra().stored_curvature([gradients[:1], gradients[1:]])
     mean = np.linalg.eigvalsh(covariance).mean()
     np.testing.assert_allclose(found, covariance + 0.1 * mean * np.eye(rank))
     assert np.linalg.eigvalsh(found)[0] > 0.09 * mean
-    half = gradient_covariance([gradients.astype(np.float16)])
+    half = LoGra().stored_curvature([gradients.astype(np.float16)])
     assert half.dtype == np.float64
     np.testing.assert_allclose(half, found, rtol=1e-2, atol=1e-2 * mean)
 
@@ -188,7 +188,7 @@ def test_part_by_part_is_as_all_at_once(stored):
 
 def test_the_covariance_of_a_store_is_that_of_its_gradients(stored):
     store, cached, _ = stored
-    expected = gradient_covariance([cached.positive + cached.negative])
+    expected = LoGra().stored_curvature([cached.positive + cached.negative])
     np.testing.assert_allclose(read_curvature(store, "logra"), expected, rtol=1e-6)
     np.testing.assert_array_equal(read_curvature(store, "identity"), np.eye(4))
 

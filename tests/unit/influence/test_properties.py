@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_gradient_store import make_cached
 
 from fiftyone_ecif.influence import curvature
-from fiftyone_ecif.influence.curvature import curvature_at
+from fiftyone_ecif.influence.curvature import gauss_newton_at, hessian_at
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradients
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
@@ -229,7 +229,7 @@ def test_curvature_products_are_those_of_curvlinops(objective, seed, kept):
     data = [({"images": images, "texts": texts}, torch.zeros(len(images))) for images, texts in objective.batches]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curvature, "_KEPT_BYTES", kept)  # none of the graphs, some or all
-        hessian, ggn = (curvature_at(objective, scope.start, solver) for solver in ("hessian", "ggn"))
+        hessian, ggn = (at(objective, scope.start) for at in (hessian_at, gauss_newton_at))
     for operator, product in (
         (HessianLinearOperator, lambda v: objective.hessian_product(scope.start, v)),
         (HessianLinearOperator, hessian),
@@ -256,8 +256,8 @@ def test_graphs_go_with_the_product_that_they_were_made_for():
     objective = ContrastiveLoss(scope, FeatureBatches(images, texts, [torch.arange(256)]), 256)
     process, resident = psutil.Process(), []
     for _ in range(60):
-        curvature_at(objective, scope.start, "hessian")
-        curvature_at(objective, scope.start, "ggn")
+        hessian_at(objective, scope.start)
+        gauss_newton_at(objective, scope.start)
         gc.collect()
         resident.append(process.memory_info().rss / 2**20)
     assert resident[-1] - resident[10] < 20  # each holds some 2 MiB
