@@ -34,6 +34,7 @@ from fiftyone_ecif.influence.tower_gradients import truncated_gradients
 
 _CHUNK = 32  # vectors at a time
 _PRODUCTS = 8  # likewise; of matrices of a batch, which then stay in the processor's cache
+_ENTRIES = 2**19  # of those matrices at a time, where a batch is small enough for more than that many
 
 
 class Projection(ABC):
@@ -193,7 +194,8 @@ class KroneckerProjection(Projection):
         moved = _MovedHeads(self, theta)
         # of a scope the loss asks for the similarity only
         along = ContrastiveLoss(moved, moved.batches(objective.batches), objective.pairs, objective.proximal)  # type: ignore[arg-type]
-        columns = torch.vmap(lambda row: product(along, moved.start, row), chunk_size=_PRODUCTS)
+        at_once = max(_PRODUCTS, _ENTRIES // max(map(len, objective.batches.partition)) ** 2)
+        columns = torch.vmap(lambda row: product(along, moved.start, row), chunk_size=at_once)
         matrix: Tensor = columns(torch.eye(self.rank).to(theta))
         return (matrix + matrix.T) / 2
 
