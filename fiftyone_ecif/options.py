@@ -25,13 +25,6 @@ ROLES = ("exact", "taylor", "positive", "negative", "as_printed")
 SOLVERS = ("hessian", "ggn", "logra", "identity")
 #: What is measured on the target, beside a function of the user's own; see ``targets``.
 TARGET_LOSSES = ("contrastive", "zero_shot", "retrieval_margin")
-#: Detectors of misaligned pairs; see ``detectors`` for what they are.
-DETECTORS = (
-    *("fused", "clip_score", "neg_clip_loss", "lemon", "lemon_z", "deep_knn", "cross_fit", "trusted_fit"),
-    *("loss", "self_influence", "loo_loss", "global_influence", "neighbour_influence"),
-)
-#: Those that presume that the model was trained on the pairs.
-TRAINED_DETECTORS = ("self_influence", "loo_loss", "global_influence", "neighbour_influence")
 DEFAULT_RANK = 4
 
 

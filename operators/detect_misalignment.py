@@ -9,6 +9,7 @@ import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector
 from fiftyone_ecif.samples.review_tags import check_score_tag
 
 from .estimates import estimate, remember
@@ -53,21 +54,6 @@ _DEFAULTS: dict[str, Any] = {
     "num_workers": None,
 }
 _METHOD = ("detector", "fit", "trained", "proximal", "batch_size", "seed")
-_DETECTORS = {
-    "fused": "several detectors together",
-    "clip_score": "image and caption are far apart",
-    "neg_clip_loss": "other images and captions fit better",
-    "lemon": "far apart, and from the neighbours too; weights of the paper",
-    "lemon_z": "the same, all parts weighing alike",
-    "deep_knn": "similar images have other captions",
-    "cross_fit": "far apart for heads fitted without the pair",
-    "trusted_fit": "lemon_z for heads fitted without the pair and all suspects",
-    "loss": "the pair's own loss",
-    "self_influence": "the model knows the pair by heart",
-    "loo_loss": "the pair's loss had it not been trained on",
-    "global_influence": "harms the loss of validation pairs",
-    "neighbour_influence": "harms the loss of similar pairs",
-}
 _TAGGING = {
     "none": "None",
     "estimated": "As many as the estimated noise rate says",
@@ -199,19 +185,23 @@ def _ask_tag(inputs: Any, ctx: Any) -> None:
 
 
 def _ask_detector(inputs: Any, ctx: Any, samples: Any) -> None:
-    from fiftyone_ecif.options import TRAINED_DETECTORS
-
     offered = {
-        name: f"{name}: {label}"
-        for name, label in _DETECTORS.items()
-        if name != "global_influence" or target_names(ctx.dataset)
+        name: f"{name}: {detector.says}"
+        for name, detector in DETECTORS.items()
+        if not detector.needs_target or target_names(ctx.dataset)
     }
     detector = dropdown(inputs, "detector", offered, _DEFAULTS["detector"], label="Detector")
-    chosen = ctx.params.get("detector")
-    if chosen in TRAINED_DETECTORS and not _knows_the_pairs(ctx):
+    chosen = _detector(ctx.params)
+    if chosen.needs_training and not _knows_the_pairs(ctx):
         refuse(detector, "It needs a model that was trained on the pairs: tick one of the two boxes above")
-    if chosen == "global_influence":
+    if chosen.needs_target:
         ask_target(inputs, ctx, samples)
+
+
+def _detector(params: dict[str, Any]) -> Detector:
+    """The chosen detector, the default where none that is known was chosen."""
+    chosen: str = params.get("detector") or ""
+    return DETECTORS[chosen if chosen in DETECTORS else _DEFAULTS["detector"]]
 
 
 def _detect(ctx: Any, job: Job) -> Iterator[Any]:
@@ -255,7 +245,7 @@ def _chosen(params: dict[str, Any]) -> dict[str, Any]:
     tagging = params.get("tagging") or "none"
     stale = {name for name in ("share", "threshold") if name != tagging}
     stale |= {"tag"} if tagging == "none" else set()
-    stale |= {"target"} if params.get("detector") != "global_influence" else set()
+    stale |= {"target"} if not _detector(params).needs_target else set()
     return {name: value for name, value in params.items() if name not in stale}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, narrow, print_result
-from fiftyone_ecif.options import DETECTORS
+from fiftyone_ecif.misalignment.detectors import DETECTORS
 from fiftyone_ecif.samples.review_tags import ALIGNED, LEAST, MISALIGNED
 
 
@@ -19,7 +19,9 @@ from fiftyone_ecif.samples.review_tags import ALIGNED, LEAST, MISALIGNED
 @click.option("--tag", "tags", multiple=True, help="Look at samples with this tag only.")
 @click.option("--view", help="Look at this saved view only.")
 @click.option("--key", default="audit", show_default=True, help="Names the run and its fields.")
-@click.option("--detector", type=click.Choice(DETECTORS), default="fused", show_default=True, help="What the score is.")
+@click.option(
+    "--detector", type=click.Choice([*DETECTORS]), default="fused", show_default=True, help="What the score is."
+)
 @click.option("--fit/--no-fit", default=True, show_default=True, help="Fit the heads to the pairs first.")
 @click.option("--trained", is_flag=True, help="Say that the weights were trained on these pairs.")
 @click.option(

@@ -9,8 +9,8 @@ import fiftyone.core.fields as fof
 import numpy as np
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.misalignment.detectors import DETECTORS
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
-from fiftyone_ecif.options import DETECTORS, TRAINED_DETECTORS
 from fiftyone_ecif.runs.base import EcifRun, ScoreField
 from fiftyone_ecif.runs.influence import InfluenceConfig
 from fiftyone_ecif.store.tables import Store
@@ -56,9 +56,7 @@ class MisalignmentConfig(fob.BrainMethodConfig):
         table: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if detector not in DETECTORS:
-            raise EcifError(f"detector={detector!r} is not available. Use one of {', '.join(DETECTORS)}")
-        if detector in TRAINED_DETECTORS and not (fit or trained):
+        if DETECTORS[detector].needs_training and not (fit or trained):
             raise EcifError(
                 f"detector={detector!r} tells about pairs that the model was trained on. Set fit=True, or trained=True "
                 "if the weights were trained on these pairs"
