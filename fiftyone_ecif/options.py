@@ -11,13 +11,6 @@ from fiftyone_ecif.errors import EcifError
 #: negative one to first order, one role alone, or the paper's formula as printed,
 #: which is wrong and here for comparison only.
 ROLES = ("exact", "taylor", "positive", "negative", "as_printed")
-#: Detectors of misaligned pairs; see ``detectors`` for what they are.
-DETECTORS = (
-    *("fused", "clip_score", "neg_clip_loss", "lemon", "lemon_z", "deep_knn", "cross_fit", "trusted_fit"),
-    *("loss", "self_influence", "loo_loss", "global_influence", "neighbour_influence"),
-)
-#: Those that presume that the model was trained on the pairs.
-TRAINED_DETECTORS = ("self_influence", "loo_loss", "global_influence", "neighbour_influence")
 DEFAULT_RANK = 4
 
 

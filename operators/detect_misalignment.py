@@ -8,7 +8,7 @@ from typing import Any
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.misalignment.detectors import DETECTORS
+from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector
 from fiftyone_ecif.samples.review_tags import check_score_tag
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings
@@ -171,13 +171,17 @@ def _ask_detector(inputs: Any, ctx: Any, samples: Any) -> None:
         if not detector.needs_target or target_names(ctx.dataset)
     }
     asked = ask_option(inputs, ctx, MisalignmentSettings, "detector", choices=offered, description=None)
-    name = ctx.params.get("detector")
-    if name not in DETECTORS:
-        return
-    if DETECTORS[name].needs_training and not _knows_the_pairs(ctx):
+    detector = _detector(ctx.params)
+    if detector.needs_training and not _knows_the_pairs(ctx):
         refuse(asked, "It needs a model that was trained on the pairs: tick one of the two boxes above")
-    if DETECTORS[name].needs_target:
+    if detector.needs_target:
         ask_target(inputs, ctx, samples)
+
+
+def _detector(params: dict[str, Any]) -> Detector:
+    """The chosen detector, the default where none that is known was chosen."""
+    name: str = params.get("detector") or ""
+    return DETECTORS[name if name in DETECTORS else MisalignmentSettings.detector]
 
 
 def _entered(params: dict[str, Any]) -> dict[str, Any]:
@@ -187,9 +191,7 @@ def _entered(params: dict[str, Any]) -> dict[str, Any]:
     tagging = params.get("tagging") or "none"
     stale = {name for name in ("share", "threshold") if name != tagging}
     stale |= {"tag"} if tagging == "none" else set()
-    stale |= (
-        {"target"} if not DETECTORS[params.get("detector") or MisalignmentSettings.detector].needs_target else set()
-    )
+    stale |= {"target"} if not _detector(params).needs_target else set()
     return {name: value for name, value in params.items() if name not in stale}
 
 

@@ -17,12 +17,12 @@ from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scoring import score_pairs
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
-from fiftyone_ecif.misalignment.detectors import DETECTORS
+from fiftyone_ecif.misalignment.detectors import DETECTORS, LemonZ
 from fiftyone_ecif.misalignment.duplicates import find_duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs
+from fiftyone_ecif.misalignment.findings import Findings, reasons, run_detectors
 from fiftyone_ecif.misalignment.fusion import ranked
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
-from fiftyone_ecif.misalignment.scores import EVIDENCE, Findings, reasons, run_detectors
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.base import check_key, check_view
 from fiftyone_ecif.runs.misalignment import MisalignmentConfig, MisalignmentRecord, MisalignmentResults
@@ -120,8 +120,10 @@ def misalignment_steps(
 ) -> Generator[Progress, None, MisalignmentResults]:
     """:func:`compute_misalignment` as a generator of its progress, for a caller that shows it or stops it."""
     _check_tag(tag, share, threshold)
-    if (target is not None) != DETECTORS[settings.detector].needs_target:
-        raise EcifError("target, a view of validation pairs, and detector='global_influence' belong together")
+    detector = DETECTORS[settings.detector]
+    if (target is not None) != detector.needs_target:
+        needing = " or ".join(f"detector={name!r}" for name, one in DETECTORS.items() if one.needs_target)
+        raise EcifError(f"target, a view of validation pairs, and {needing} belong together")
     check_collection(samples, settings.caption_field)
     check_view(samples)
     overwrite = job.overwrite or brain_key in finish_writing(samples._dataset)  # its job was killed, and is run again
@@ -135,15 +137,17 @@ def misalignment_steps(
     store = prepared.store.inside(prepared.run_name(settings.seed))
     settings = replace(settings, batch_size=prepared.batch_size)
     inputs, norm = yield from _open_inputs(prepared, settings, store)
-    names = [settings.detector]
-    if settings.detector == "fused":  # all, for a review to learn from
-        names = [name for name in DETECTORS if name != "global_influence"]
-    findings = yield from run_detectors(inputs, [*names, *EVIDENCE, "lemon_z"])
+    names = [
+        name
+        for name, one in DETECTORS.items()
+        if name == settings.detector or one.evidence or (detector.with_all and not one.needs_target)
+    ]
+    findings = yield from run_detectors(inputs, [*names, LemonZ.name])
     table = _write_scores(store, settings, prepared, findings)
 
     yield Progress("Writing fields", 0, 1)
     if settings.trained:
-        rate = share_of_upper_mode(findings.scores["lemon_z"], settings.seed)
+        rate = share_of_upper_mode(findings.scores[LemonZ.name], settings.seed)
     else:
         rate = share_that_fits_like_random(findings.share_below)
     used = inputs.gradients is not None
@@ -176,7 +180,7 @@ def misalignment_steps(
         diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold)
         results.save()
     yield Progress("Writing fields", 1, 1)
-    if not used and settings.detector == "fused":
+    if not used and any(DETECTORS[name].needs_training for name in detector.needs):
         logger.warning(
             "Influence was left out: the model was not trained on these pairs. Set fit=True, or trained=True if it was"
         )

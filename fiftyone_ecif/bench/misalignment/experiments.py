@@ -40,13 +40,15 @@ from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.target_losses import Contrastive
 from fiftyone_ecif.misalignment.active_learning import first_guess, propose, refit
+from fiftyone_ecif.misalignment.detectors import DETECTORS, Fused
 from fiftyone_ecif.misalignment.duplicates import find_duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs, EmbeddingSpace
-from fiftyone_ecif.misalignment.fusion import FUSED, fuse, normal_scores, ranked
+from fiftyone_ecif.misalignment.findings import run_detectors
+from fiftyone_ecif.misalignment.fusion import fuse, normal_scores, ranked
+from fiftyone_ecif.misalignment.neighbour_influence import neighbour_influence
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
-from fiftyone_ecif.misalignment.scores import neighbour_influence, run_detectors
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
-from fiftyone_ecif.options import DETECTORS, parse_scope
+from fiftyone_ecif.options import parse_scope
 from fiftyone_ecif.store.tables import Store
 
 Row = dict[str, Any]
@@ -164,7 +166,7 @@ def run(
             report(f"{data.name}: {noise} noise, {ratio:.0%}, seed {seed}")
             where = {"data": data.name, "noise": noise, "ratio": ratio, "seed": seed}
             trained = _train(data, noise, ratio, seed, sizes, frozen)
-            findings = follow(run_detectors(trained.inputs, DETECTORS), progress=False)
+            findings = follow(run_detectors(trained.inputs, list(DETECTORS)), progress=False)
             scores = findings.scores | {"lemon_tuned": _tuned_lemon(trained)}
             wrong = trained.wrong
             found.append((wrong, scores))
@@ -420,7 +422,7 @@ def _review(wrong: np.ndarray, scores: Mapping[str, np.ndarray], rate: float, st
 
 def _signals(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a review learns from."""
-    return {name: values for name, values in scores.items() if name != "global_influence"}
+    return {name: values for name, values in scores.items() if not DETECTORS[name].needs_target}
 
 
 def _review_of_all(wrong: np.ndarray, scores: Mapping[str, np.ndarray]) -> Row:
@@ -486,7 +488,7 @@ def _ablation(trained: Trained, scores: Mapping[str, np.ndarray]) -> list[Row]:
     frozen = EmbeddingSpace(*trained.features, inputs.model.group)
     rows = [side.rows for side in frozen.neighbours]
     found.append({"what": "neighbours in", "value": "frozen features", "auroc": score(both, rows)})
-    for name in FUSED:
-        left = fuse({other: scores[other] for other in FUSED if other != name})
+    for name in Fused.needs:
+        left = fuse({other: scores[other] for other in Fused.needs if other != name})
         found.append({"what": "fused without", "value": name, "auroc": float(roc_auc_score(trained.wrong, left))})
     return found
