@@ -168,8 +168,7 @@ def prepare(
         features = images.select(chosen), texts.select(chosen)
         batches = encoder.batches(choice, group.paths, group.captions, partition, features)
         measured = settings.target_loss_name + settings.function_token, list(settings.templates), classes, settings.seed
-        made_of = label, [keys[row] for row in chosen], measured
-        name = "target-" + digest(json.dumps(made_of))
+        name = _target_name(label, [keys[row] for row in chosen], measured)
         targets[name] = _make_target(encoder, choice, scope, batches, group, settings, classes)
         targets[name].processes = processes
     return PreparedRun(

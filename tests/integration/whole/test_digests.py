@@ -14,6 +14,7 @@ from fiftyone_ecif.bench.fidelity import world
 from fiftyone_ecif.bench.misalignment.frozen_towers import frozen_features
 from fiftyone_ecif.demo import demo
 from fiftyone_ecif.models.fine_tuning import FitSettings
+from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.store.keys import PairKey, pair_key
 
 KEYS = [PairKey("a" * 32, "b" * 32), PairKey("c" * 32, "d" * 32)]
@@ -37,14 +38,12 @@ def test_of_pairs(monkeypatch):
 )
 def test_of_the_store_of_a_partition(keep_gradients, heads, name):
     prepared = SimpleNamespace(
-        batch_size=24,
-        choice=SimpleNamespace(heads=heads),
+        settings=InfluenceSettings(fit=True, keep_gradients=keep_gradients, batch_size=24),
         targets={"target-1": None},
         keys=KEYS,
-        scope=SCOPE,
+        scope=SimpleNamespace(start=SCOPE.start, suits_directions_to_target=not heads),
     )
-    config = SimpleNamespace(scope="heads", fit=True, proximal=1.0, role="exact", keep_gradients=keep_gradients)
-    assert preparation.PreparedRun.run_name(prepared, config, 3) == name
+    assert preparation.PreparedRun.run_name(prepared, 3) == name
 
 
 def test_of_a_target():
@@ -56,8 +55,8 @@ def test_of_the_scores_of_detectors():
     written = []
     store = SimpleNamespace(table=lambda name: SimpleNamespace(write=lambda *rows: written.append((name, *rows))))
     findings = SimpleNamespace(scores={"lemon_z": np.zeros(2), "deep_knn": np.ones(2)})
-    config, prepared = SimpleNamespace(trained=True), SimpleNamespace(targets={"target-1": None})
-    name = misalignment._write_scores(store, config, prepared, findings)
+    settings, prepared = SimpleNamespace(trained=True), SimpleNamespace(targets={"target-1": None})
+    name = misalignment._write_scores(store, settings, prepared, findings)
     assert name == "detectors-55d55737e8c003d67eba67d925068927"
     assert written == [(name, "0", findings.scores)]
 
@@ -86,7 +85,7 @@ def test_of_a_model(half, fingerprint, monkeypatch):
         model.weight.copy_(torch.arange(6).view(2, 3))
         model.bias.zero_()
     encoder = SimpleNamespace(model=model, tokenizer=SimpleNamespace(context_length=77), _half=half)
-    assert Encoder._fingerprint(encoder, "no model of open_clip") == fingerprint
+    assert OpenClipEncoder._fingerprint(encoder, "no model of open_clip") == fingerprint
 
 
 def test_of_the_folders_of_the_demo_and_of_the_benchmarks(monkeypatch, tmp_path):
