@@ -49,7 +49,7 @@ _TAGGING = {
 
 
 class DetectMisalignment(JobOperator):
-    """ProcessGroup pairs by how likely the caption does not belong to the image, and says why."""
+    """Ranks pairs by how likely the caption does not belong to the image, and says why."""
 
     identifier = "detect_misalignment"
     title = "Detect misaligned pairs"

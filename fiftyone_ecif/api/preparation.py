@@ -194,7 +194,7 @@ def _target_name(label: str, keys: list[PairKey], measured: tuple[Any, ...]) -> 
 def reopen(
     results: InfluenceResults, device: str | None = None
 ) -> Generator[Progress, None, tuple[PreparedRun, ContrastiveLoss, Tensor]]:
-    """The prepared of a run once more, from its samples as they are now.
+    """A run prepared once more, from its samples as they are now.
 
     Returns:
         the prepared, its objective and the parameters that were scored at

@@ -44,8 +44,8 @@ def score(
     with job(shared=True):
         from fiftyone_ecif.distributed import join
 
-        ranks = join()
-        found = load_dataset_in_turn(dataset, ranks)
+        processes = join()
+        found = load_dataset_in_turn(dataset, processes)
         from fiftyone_ecif.api.influence import compute_influence  # brings FiftyOne
 
         results = compute_influence(
@@ -53,7 +53,7 @@ def score(
             target=narrow(found, target_tags, target_view),
             brain_key=key,
             skip_failures=not strict,
-            progress=None if ranks.first else False,
+            progress=None if processes.first else False,
             **options,
         )
         result = {
@@ -63,8 +63,8 @@ def score(
             "skipped": results.skipped,
             "diagnostics": results.diagnostics,
         }
-        ranks.wait()  # FiftyOne's database can go when the process that started it ends
-    if ranks.first:
+        processes.wait()  # FiftyOne's database can go when the process that started it ends
+    if processes.first:
         print_result(
             result,
             as_json,

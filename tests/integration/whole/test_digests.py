@@ -14,6 +14,7 @@ from fiftyone_ecif.bench.fidelity import world
 from fiftyone_ecif.bench.misalignment.frozen_towers import frozen_features
 from fiftyone_ecif.demo import demo
 from fiftyone_ecif.models.fine_tuning import FitSettings
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.store.keys import PairKey, pair_key
 
