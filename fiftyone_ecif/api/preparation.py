@@ -197,7 +197,7 @@ def reopen(
     """A run prepared once more, from its samples as they are now.
 
     Returns:
-        the prepared, its objective and the parameters that were scored at
+        the prepared run, its objective and the parameters that were scored at
 
     Raises:
         EcifError: if pairs were deleted or changed since, or the target was a

@@ -31,7 +31,7 @@ def test_names_are_known_without_what_takes_seconds(module):
 def test_open_clips_models_and_ours_are_offered():
     assert {"ViT-B-32", "RN50", "ecif-digits", "ecif-tiny"} <= set(model_names())
     assert len(model_names()) == len(set(model_names()))
-    assert all(library_of(name).name == "open_clip" for name in model_names())
+    assert all(library_of(name).name == "open_clip" for name in MODEL_LIBRARIES["open_clip"].model_names())
 
 
 @pytest.mark.parametrize("schema", [HF_HUB_PREFIX, LOCAL_DIR_PREFIX])
