@@ -72,10 +72,11 @@ def score_pairs(
             gets all scores.
 
     Raises:
-        EcifError: if the solver or the role is not known, the fit or a solve does
+        EcifError: if the solver or the role is not available, the fit or a solve does
             not converge, or an embedding has collapsed
     """
     solver = SOLVERS[options.solver]
+    scope.loss.check_role(options.role)
     pairs = sum(len(rows) for rows in batches.partition)
     objective = ContrastiveLoss(scope, batches, pairs, options.proximal, processes)
     theta, relative_gradient_norm = yield from stationary_point(store, objective, options.fit)

@@ -19,7 +19,7 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.gradient_store import CachedGradients, read_cached, read_effects
 from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, OwnLoss
-from fiftyone_ecif.options import EXTRA_SCORES, METHOD, ROLES, parse_scope
+from fiftyone_ecif.options import EXTRA_SCORES, METHOD, ROLES, parse_role, parse_scope
 from fiftyone_ecif.runs.base import EcifRun, ScoreField
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.store.tables import Store, Table
@@ -111,8 +111,8 @@ class InfluenceConfig(fob.BrainMethodConfig):
             raise EcifError(f"templates={templates!r} must hold {{}} for the class, as in 'a photo of a {{}}.'")
         for score in scores:
             _check_choice("scores", score, EXTRA_SCORES)
-        if role == "negative" and set(scores) & {"self_influence", "leave_one_out_loss"}:
-            raise EcifError("role='negative' leaves out a pair's own loss, which self_influence and others are about")
+        if parse_role(role).part == "negative" and set(scores) & {"self_influence", "leave_one_out_loss"}:
+            raise EcifError(f"{role=} leaves out a pair's own loss, which self_influence and others are about")
         needed = bool(scores) or SOLVERS[solver].needs_gradients
         if keep_gradients is False and needed:
             raise EcifError(f"keep_gradients=False does not go with {'scores' if scores else f'solver={solver}'}")
@@ -165,7 +165,7 @@ def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[st
     own = config.target_loss not in TARGET_LOSSES  # a function of the user's own
     unit = OwnLoss.unit if own else TARGET_LOSSES[config.target_loss].unit
     what = "Change of the target loss if this pair had not been trained on"
-    if not SOLVERS[config.solver].keeps_unit or config.role == "as_printed":
+    if not SOLVERS[config.solver].keeps_unit or parse_role(config.role).approximation == "as_printed":
         unit, what = "no unit", f"Score of the pair by solver={config.solver}, role={config.role}, for comparison"
     fields = {
         "influence": ScoreField(fof.FloatField, f"{what}, in {unit}: positive = valuable, negative = harmful"),
