@@ -12,7 +12,7 @@ from fiftyone_ecif.api.preparation import PreparedRun, prepare
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
-from fiftyone_ecif.influence.gradient_store import read_cached
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scoring import score_pairs
@@ -277,7 +277,8 @@ def _open_inputs(
 ) -> Generator[Progress, None, tuple[DetectorInputs, float]]:
     """The pairs and the model as detectors take them, and how far from a minimum the model is."""
     objective = ContrastiveLoss(prepared.scope, prepared.batches(config.seed), len(prepared.pairs.ids), config.proximal)
-    theta, norm = yield from stationary_point(store, objective, config.fit)
+    kept = GradientStore(store, objective.pairs)
+    theta, norm = yield from stationary_point(kept, objective, config.fit)
     duplicates = find_duplicates(prepared.features[0][:], prepared.pairs.captions, prepared.encoder.device)
     gradients = influence = None
     if config.fit or config.trained:
@@ -288,8 +289,8 @@ def _open_inputs(
             )
             influence = (scores.positive + scores.negative).mean(0)
         else:
-            yield from keep_gradients(store, objective, theta, {}, method)
-        gradients = read_cached(store, method.solver)
+            yield from keep_gradients(kept, objective, theta, {})
+        gradients = kept.load()
     return DetectorInputs(
         objective, theta, duplicates, gradients, influence, config.seed, prepared.encoder.device
     ), norm

@@ -53,7 +53,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.gradient_store import damped
+from fiftyone_ecif.influence.damping import damped
 from fiftyone_ecif.influence.objective import random_partition
 from fiftyone_ecif.misalignment.cross_fitting import HeldOut, refit_held_out, share_that_fits_no_better
 from fiftyone_ecif.misalignment.embeddings import NEIGHBOURS, ROWS_AT_ONCE, DetectorInputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 import fiftyone.core.brain as fob
@@ -16,14 +16,16 @@ from bson import ObjectId
 from fiftyone.core.odm import get_db_conn
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.gradient_store import CachedGradients, read_cached, read_effects
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
+from fiftyone_ecif.influence.gradient_store import GradientStore, MissingRowsError
 from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, OwnLoss
 from fiftyone_ecif.options import EXTRA_SCORES, METHOD, ROLES, parse_role, parse_scope
 from fiftyone_ecif.runs.base import EcifRun, ScoreField
 from fiftyone_ecif.samples.pairs import every_sample
-from fiftyone_ecif.store.tables import Store, Table
+from fiftyone_ecif.store.tables import Store
 
+T = TypeVar("T")
 PairFunction = Callable[..., Any]
 _FUNCTION = "function "  # what the record of a function of the user's own starts with
 
@@ -292,13 +294,12 @@ class InfluenceResults(fob.BrainResults):
         Raises:
             EcifError: if the run kept none, or its store was deleted
         """
-        self._stored("row")
-        return read_cached(Store(*self.config.store), self.config.solver, self.config.damping)
+        return self._read(GradientStore.load)
 
     def self_influence(self) -> np.ndarray:
         """Change of each pair's own loss if it had not been trained on, in nats, shape ``(N,)``."""
         self._stored("row")
-        return read_effects(Store(*self.config.store), self.config.solver, self.config.damping, len(self.ids))["own"]
+        return self._read(GradientStore.effects).own
 
     def leave_one_out_loss(self) -> np.ndarray:
         """Predicted loss of each pair had it not been trained on, in nats, shape ``(N,)``."""
@@ -328,23 +329,29 @@ class InfluenceResults(fob.BrainResults):
             EcifError: if the run kept no gradients, or its store was deleted
         """
         self._stored("row")
-        table = Store(*self.config.store).table(self.config.target["tables"][name])
-        columns = ("loss", "mistake", "gradient", "image")
-        ids = self.config.target["ids"][name]
-        return TargetPairs(ids, *self._rows_of(table, len(ids), columns))
+        table, ids = self.config.target["tables"][name], self.config.target["ids"][name]
+        rows = self._read(lambda store: store.target(table, len(ids)))
+        return TargetPairs(ids, rows.loss, rows.mistake, rows.gradient, rows.image)
+
+    @property
+    def gradient_store(self) -> GradientStore:
+        """What the run keeps of its pairs, whether or not it is there."""
+        config = self.config
+        return GradientStore(Store(*config.store), len(self.ids), config.solver, config.damping)
 
     def _stored(self, *columns: str) -> list[np.ndarray]:
+        return self._read(lambda store: store.columns(*columns))
+
+    def _read(self, read: Callable[[GradientStore], T]) -> T:
+        """What the run keeps, all of which must be there."""
         if not self.config.keep_gradients:
             raise EcifError(f"Run {self.key!r} kept no gradients. Run compute_influence with keep_gradients=True")
-        return self._rows_of(Store(*self.config.store).table("gradients"), len(self.ids), columns)
-
-    def _rows_of(self, table: Table, count: int, columns: Sequence[str]) -> list[np.ndarray]:
-        """Columns in the order of their rows, all of which must be there."""
-        found = table.read_all("row", *columns)
-        order = np.argsort(found["row"])
-        if not np.array_equal(found["row"][order], np.arange(count)):
-            raise EcifError(f"The store of run {self.key!r} is gone. Run compute_influence again with overwrite=True")
-        return [found[column][order] for column in columns]
+        try:
+            return read(self.gradient_store)
+        except MissingRowsError as error:
+            raise EcifError(
+                f"The store of run {self.key!r} is gone. Run compute_influence again with overwrite=True"
+            ) from error
 
     @classmethod
     def _from_dict(cls, d: dict[str, Any], samples: Any, config: InfluenceConfig, key: str) -> InfluenceResults:
