@@ -13,7 +13,7 @@ from fiftyone_ecif.api.preparation import PreparedRun, describe, prepare
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.distributed import ProcessGroup
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.gradient_store import read_effects
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.scoring import Scores, score_pairs
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.base import check_key, check_view
@@ -199,15 +199,15 @@ def _columns(found: Sequence[Scores], config: InfluenceConfig, prepared: Prepare
     for name, row in zip(config.slices, positive + negative, strict=False):
         columns[f"influence_on_{name}"] = row
     if config.scores:
-        store = Store(*(config.store or ()))
-        effects = read_effects(store, config.solver, config.damping, len(influence))
+        store = GradientStore(Store(*(config.store or ())), len(influence), config.solver, config.damping)
+        effects = store.effects()
         if "relative_influence" in config.scores:
-            columns["relative_influence"] = influence / effects["length"]
+            columns["relative_influence"] = influence / effects.length
         if "self_influence" in config.scores:
-            columns["self_influence"] = effects["own"]
+            columns["self_influence"] = effects.own
         if "leave_one_out_loss" in config.scores:
-            table = store.table("gradients").read_all("row", "loss")
-            columns["leave_one_out_loss"] = effects["own"] + table["loss"][np.argsort(table["row"])]
+            (losses,) = store.columns("loss")
+            columns["leave_one_out_loss"] = losses + effects.own
     return columns
 
 

@@ -12,7 +12,7 @@ from fiftyone_ecif.api.preparation import PreparedRun, prepare
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
-from fiftyone_ecif.influence.gradient_store import read_cached
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scoring import score_pairs
@@ -238,10 +238,10 @@ def _open_inputs(
     prepared: PreparedRun, settings: MisalignmentSettings, store: Store
 ) -> Generator[Progress, None, tuple[DetectorInputs, float]]:
     """The pairs and the model as detectors take them, and how far from a minimum the model is."""
-    objective = ContrastiveLoss(
-        prepared.scope, prepared.batches(settings.seed), len(prepared.pairs.ids), settings.proximal
-    )
-    theta, norm = yield from stationary_point(store, objective, settings.fit)
+    batches = prepared.batches(settings.seed)
+    objective = ContrastiveLoss(prepared.scope, batches, len(prepared.pairs.ids), settings.proximal)
+    kept = GradientStore(store, objective.pairs)
+    theta, norm = yield from stationary_point(kept, objective, settings.fit)
     duplicates = find_duplicates(prepared.features[0][:], prepared.pairs.captions, prepared.encoder.device)
     gradients = influence = None
     if settings.fit or settings.trained:
@@ -252,8 +252,8 @@ def _open_inputs(
             )
             influence = (scores.positive + scores.negative).mean(0)
         else:
-            yield from keep_gradients(store, objective, theta, {}, method)
-        gradients = read_cached(store, method.solver)
+            yield from keep_gradients(kept, objective, theta, {})
+        gradients = kept.load()
     return DetectorInputs(
         objective, theta, duplicates, gradients, influence, settings.seed, prepared.encoder.device
     ), norm

@@ -223,7 +223,7 @@ def reopen(
             "Run compute_influence again with overwrite=True"
         )
     objective = ContrastiveLoss(prepared.scope, prepared.batches(config.seed), len(prepared.pairs.ids), config.proximal)
-    theta, _ = yield from stationary_point(Store(*config.store), objective, config.fit)
+    theta, _ = yield from stationary_point(results.gradient_store, objective, config.fit)
     return prepared, objective, theta
 
 

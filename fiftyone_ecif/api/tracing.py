@@ -9,7 +9,7 @@ import numpy as np
 
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.gradient_store import read_effects, stored_influence, stored_products
+from fiftyone_ecif.influence.gradient_store import MissingRowsError, target_mistakes
 from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.influence import TRACE, InfluenceConfig, InfluenceResults
@@ -138,9 +138,8 @@ def trace_steps(
         if (target_pairs.mistakes[row] if wanted is None else sample in wanted)
     ]
     chosen = sorted(chosen, key=lambda place: -targets[place[0]].losses[place[1]])[:limit]
-    store, config = Store(*results.config.store), results.config
-    pairs = len(results.ids)
-    lengths = read_effects(store, config.solver, config.damping, pairs)["length"]
+    store = results.gradient_store
+    lengths = store.effects().length
     yield Progress("Reading pairs", 1, 1)
 
     traces = []
@@ -151,8 +150,8 @@ def trace_steps(
             if exact:
                 influence = yield from _exact_influence(results, name, block, device)
             else:
-                influence = stored_influence(store, config.solver, config.damping, target_pairs.gradients[block], pairs)
-            similarity = stored_products(store, target_pairs.images[block], pairs, "image")
+                influence = store.influence(target_pairs.gradients[block])
+            similarity = store.similarity(target_pairs.images[block])
             for place, row in enumerate(block):
                 relative = influence[place] / lengths
                 harms, helps = (
@@ -185,11 +184,11 @@ def count_mistakes(key: str, config: InfluenceConfig) -> int:
     Raises:
         EcifError: if the run's store was deleted
     """
-    store, tables = Store(*(config.store or ())), (config.target or {})["tables"]
-    found = [store.table(name).read_all("mistake")["mistake"] for name in tables.values()]
-    if not all(map(len, found)):
-        raise EcifError(f"The store of run {key!r} is gone. Run compute_influence again with overwrite=True")
-    return int(np.concatenate(found).sum())
+    tables = (config.target or {})["tables"].values()
+    try:
+        return int(target_mistakes(Store(*(config.store or ())), list(tables)).sum())
+    except MissingRowsError as error:
+        raise EcifError(f"The store of run {key!r} is gone. Run compute_influence again with overwrite=True") from error
 
 
 def mark_traces(results: InfluenceResults, traces: Sequence[Trace]) -> Any:

@@ -10,7 +10,7 @@ from scipy.linalg import cho_factor, cho_solve
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fiftyone_ecif.influence.gradient_store import damped
+from fiftyone_ecif.influence.damping import damped
 from fiftyone_ecif.misalignment.embeddings import ROWS_AT_ONCE
 
 _DAMPING = 1.0  # of the curvature, relative to its mean eigenvalue

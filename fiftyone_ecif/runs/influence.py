@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import fiftyone.core.dataset as fod
 import fiftyone.core.fields as fof
@@ -13,13 +13,17 @@ from bson import ObjectId
 from fiftyone.core.odm import get_db_conn
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.gradient_store import CachedGradients, read_cached, read_effects
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
+from fiftyone_ecif.influence.gradient_store import GradientStore, MissingRowsError
 from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, OwnLoss
+from fiftyone_ecif.options import parse_role
 from fiftyone_ecif.runs.base import EcifRun, RunConfig, RunRecord, RunResults, ScoreField
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.settings.influence import InfluenceSettings
-from fiftyone_ecif.store.tables import Store, Table
+from fiftyone_ecif.store.tables import Store
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[st
     own = config.target_loss not in TARGET_LOSSES  # a function of the user's own
     unit = OwnLoss.unit if own else TARGET_LOSSES[config.target_loss].unit
     what = "Change of the target loss if this pair had not been trained on"
-    if not SOLVERS[config.solver].keeps_unit or config.role == "as_printed":
+    if not SOLVERS[config.solver].keeps_unit or parse_role(config.role).approximation == "as_printed":
         unit, what = "no unit", f"Score of the pair by solver={config.solver}, role={config.role}, for comparison"
     fields = {
         "influence": ScoreField(fof.FloatField, f"{what}, in {unit}: positive = valuable, negative = harmful"),
@@ -176,13 +180,12 @@ class InfluenceResults(RunResults):
         Raises:
             EcifError: if the run kept none, or its store was deleted
         """
-        self._stored("row")
-        return read_cached(Store(*self.config.store), self.config.solver, self.config.damping)
+        return self._read(GradientStore.load)
 
     def self_influence(self) -> np.ndarray:
         """Change of each pair's own loss if it had not been trained on, in nats, shape ``(N,)``."""
         self._stored("row")
-        return read_effects(Store(*self.config.store), self.config.solver, self.config.damping, len(self.ids))["own"]
+        return self._read(GradientStore.effects).own
 
     def leave_one_out_loss(self) -> np.ndarray:
         """Predicted loss of each pair had it not been trained on, in nats, shape ``(N,)``."""
@@ -212,23 +215,29 @@ class InfluenceResults(RunResults):
             EcifError: if the run kept no gradients, or its store was deleted
         """
         self._stored("row")
-        table = Store(*self.config.store).table(self.config.target["tables"][name])
-        columns = ("loss", "mistake", "gradient", "image")
-        ids = self.target_ids[name]
-        return TargetPairs(ids, *self._rows_of(table, len(ids), columns))
+        table, ids = self.config.target["tables"][name], self.target_ids[name]
+        rows = self._read(lambda store: store.target(table, len(ids)))
+        return TargetPairs(ids, rows.loss, rows.mistake, rows.gradient, rows.image)
+
+    @property
+    def gradient_store(self) -> GradientStore:
+        """What the run keeps of its pairs, whether or not it is there."""
+        config = self.config
+        return GradientStore(Store(*config.store), len(self.ids), config.solver, config.damping)
 
     def _stored(self, *columns: str) -> list[np.ndarray]:
+        return self._read(lambda store: store.columns(*columns))
+
+    def _read(self, read: Callable[[GradientStore], T]) -> T:
+        """What the run keeps, all of which must be there."""
         if not self.config.keep_gradients:
             raise EcifError(f"Run {self.key!r} kept no gradients. Run compute_influence with keep_gradients=True")
-        return self._rows_of(Store(*self.config.store).table("gradients"), len(self.ids), columns)
-
-    def _rows_of(self, table: Table, count: int, columns: Sequence[str]) -> list[np.ndarray]:
-        """Columns in the order of their rows, all of which must be there."""
-        found = table.read_all("row", *columns)
-        order = np.argsort(found["row"])
-        if not np.array_equal(found["row"][order], np.arange(count)):
-            raise EcifError(f"The store of run {self.key!r} is gone. Run compute_influence again with overwrite=True")
-        return [found[column][order] for column in columns]
+        try:
+            return read(self.gradient_store)
+        except MissingRowsError as error:
+            raise EcifError(
+                f"The store of run {self.key!r} is gone. Run compute_influence again with overwrite=True"
+            ) from error
 
     @classmethod
     def _from_dict(cls, d: dict[str, Any], samples: Any, config: InfluenceConfig, key: str) -> InfluenceResults:

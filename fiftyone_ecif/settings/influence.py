@@ -11,7 +11,7 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, find_target_loss
-from fiftyone_ecif.options import EXTRA_SCORES, ROLES, parse_scope
+from fiftyone_ecif.options import EXTRA_SCORES, ROLES, parse_role, parse_scope
 from fiftyone_ecif.settings.option import Settings, option
 
 PairFunction = Callable[..., Any]
@@ -136,8 +136,10 @@ class InfluenceSettings(Settings):
             raise EcifError(
                 f"templates={list(self.templates)!r} must hold {{}} for the class, as in 'a photo of a {{}}.'"
             )
-        if self.role == "negative" and set(self.scores) & {"self_influence", "leave_one_out_loss"}:
-            raise EcifError("role='negative' leaves out a pair's own loss, which self_influence and others are about")
+        if parse_role(self.role).part == "negative" and set(self.scores) & {"self_influence", "leave_one_out_loss"}:
+            raise EcifError(
+                f"role={self.role!r} leaves out a pair's own loss, which self_influence and others are about"
+            )
         needs_gradients = SOLVERS[self.solver or ""].needs_gradients
         needed = bool(self.scores) or needs_gradients
         if self.keep_gradients is False and needed:

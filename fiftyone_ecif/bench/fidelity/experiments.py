@@ -30,7 +30,7 @@ from fiftyone_ecif.bench.fidelity.study import (
     study_for,
 )
 from fiftyone_ecif.bench.fidelity.world import World, make_world
-from fiftyone_ecif.influence.gradient_store import CachedGradients
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
 from fiftyone_ecif.influence.head_gradients import HeadProjection
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.newton_step import group_gradient, removal_step

@@ -13,8 +13,9 @@ from fiftyone_ecif.bench.fidelity.agreement import agreement, pearson, spearman
 from fiftyone_ecif.bench.fidelity.sizes import Row, Sizes
 from fiftyone_ecif.bench.fidelity.study import Study, drive, leave_one_out, make_study, minimum, projected_scores
 from fiftyone_ecif.bench.fidelity.world import World
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
 from fiftyone_ecif.influence.curvature import hessian_at
-from fiftyone_ecif.influence.gradient_store import CachedGradients, damped
+from fiftyone_ecif.influence.damping import damped
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.linear_solve import solve
 from fiftyone_ecif.influence.projections import principal_projection

@@ -32,12 +32,11 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.curvature import hessian_at
 from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.fitting import minimise
-from fiftyone_ecif.influence.gradient_store import read_cached
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.linear_solve import solve, solving
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
-from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.target_losses import Contrastive
 from fiftyone_ecif.misalignment.active_learning import first_guess, propose, refit
 from fiftyone_ecif.misalignment.detectors import DETECTORS, Fused
@@ -354,8 +353,9 @@ def _fit(
     theta = _minimum(objective)
     store = Store("bench", f"detectors-{time.time_ns()}")
     try:
-        follow(keep_gradients(store, objective, theta, {}, ScoringOptions(proximal=proximal)), progress=False)
-        gradients = read_cached(store, "hessian")
+        kept = GradientStore(store, pairs)
+        follow(keep_gradients(kept, objective, theta, {}), progress=False)
+        gradients = kept.load()
     finally:
         store.delete()
     count = len(validation[0])

@@ -58,7 +58,8 @@ def job() -> tuple[Heads, TensorDataset, TensorDataset]:
 
 
 def _ecif(heads: Heads, train: TensorDataset, queries: TensorDataset, solver: str = "hessian") -> Any:
-    from fiftyone_ecif.influence.gradient_store import CachedGradients, damped
+    from fiftyone_ecif.influence.cached_gradients import CachedGradients
+    from fiftyone_ecif.influence.damping import damped
     from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
     from fiftyone_ecif.influence.objective import ContrastiveLoss
     from fiftyone_ecif.influence.projections import principal_projection

@@ -150,6 +150,17 @@ def test_the_misprint_is_refused_for_a_sigmoid_loss():
 
 
 @each_loss
+def test_an_unknown_role_is_an_error(loss):
+    similarity = random_similarity(3)
+    for ask in (
+        lambda: loss.role_gradients(similarity, "both"),
+        lambda: loss.removal_tangents(similarity, similarity, ""),
+    ):
+        with pytest.raises(EcifError, match=r"is not available\. Use one of exact, taylor"):
+            ask()
+
+
+@each_loss
 def test_the_own_loss_is_the_positive_role(loss):
     similarity = random_similarity(6, 3.0)
     torch.testing.assert_close(loss.own_losses(similarity), roles_by_definition(loss, similarity)[0])

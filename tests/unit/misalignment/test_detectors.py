@@ -14,8 +14,8 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import softplus
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
 from fiftyone_ecif.influence.fitting import minimise
-from fiftyone_ecif.influence.gradient_store import CachedGradients
 from fiftyone_ecif.influence.head_gradients import HeadProjection
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
