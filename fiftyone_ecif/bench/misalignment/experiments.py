@@ -422,7 +422,8 @@ def _review(wrong: np.ndarray, scores: Mapping[str, np.ndarray], rate: float, st
 
 def _signals(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a review learns from."""
-    return {name: values for name, values in scores.items() if not DETECTORS[name].needs_target}
+    aimed = {name for name, detector in DETECTORS.items() if detector.needs_target}
+    return {name: values for name, values in scores.items() if name not in aimed}
 
 
 def _review_of_all(wrong: np.ndarray, scores: Mapping[str, np.ndarray]) -> Row:
