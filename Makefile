@@ -6,7 +6,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 PYTEST := -m pytest -n auto
 # the wings without FiftyOne, whose examples in docstrings are run
-DOCTESTS := --doctest-modules $(addprefix fiftyone_ecif/,influence misalignment store settings options.py registry.py progress.py)
+DOCTESTS := --doctest-modules $(addprefix fiftyone_ecif/,influence misalignment store settings registry.py progress.py)
 BIN := $(VENV)/bin
 export FIFTYONE_DO_NOT_TRACK := 1
 

@@ -124,7 +124,7 @@ def _how(inputs: Any, ctx: Any) -> None:
 
 
 def _what_scope(inputs: Any, ctx: Any) -> None:
-    from fiftyone_ecif.options import parse_scope
+    from fiftyone_ecif.influence.scope_choice import parse_scope
 
     view = types.AutocompleteView(allow_user_input=True)
     for name in _SCOPES:

@@ -22,9 +22,9 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.linear_solve import solve, solving
 from fiftyone_ecif.influence.newton_step import removal_step
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
 from fiftyone_ecif.models.checkpoint import new_checkpoint
-from fiftyone_ecif.options import parse_scope
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.influence import InfluenceResults
 

@@ -20,13 +20,13 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.scope_choice import ScopeChoice, parse_scope
 from fiftyone_ecif.influence.target_losses import Classes, find_target_loss
 from fiftyone_ecif.influence.targets import Target, fill_prompts
 from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
 from fiftyone_ecif.models.libraries import library_of, load_encoder
-from fiftyone_ecif.options import ScopeChoice, parse_scope
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
 from fiftyone_ecif.runs.influence import InfluenceResults

@@ -8,6 +8,7 @@ import click
 
 from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, load_dataset_in_turn, narrow, print_result
 from fiftyone_ecif.cli.flags import flags
+from fiftyone_ecif.settings.fine_tuning import FitSettings
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 
@@ -75,17 +76,9 @@ def score(
 @click.command()
 @click.argument("dataset")
 @click.argument("path")
-@click.option("--caption-field", default="caption", show_default=True, help="The string field of the captions.")
+@flags(FitSettings)
 @click.option("--tag", "tags", multiple=True, help="Train on samples with this tag only.")
 @click.option("--view", help="Train on this saved view only.")
-@click.option("--model", default="ViT-B-32", show_default=True, help="An open_clip model.")
-@click.option("--pretrained", help="A pretrained tag of the model, or the path of a checkpoint.")
-@click.option("--scope", default="lora", show_default=True, help="What to train: lora:RANK, blocks:K or a pattern.")
-@click.option("--epochs", default=5, show_default=True, help="How often each pair is seen.")
-@click.option("--batch-size", default=64, show_default=True, help="Pairs that compete in one softmax.")
-@click.option("--learning-rate", default=1e-3, show_default=True, help="The highest, after the warm-up.")
-@click.option("--weight-decay", default=0.0, show_default=True, help="Of what is trained to zero.")
-@click.option("--seed", default=0, show_default=True, help="Fixes new adapters and all batches.")
 @click.option("--device", help="cpu or cuda.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be trained on.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint.")

@@ -48,7 +48,7 @@ def removal_gradients(
         theta: its parameters, shape ``(p,)``.
         batch: image and caption features, ``(n, w_image)`` and ``(n, w_text)``.
         projections: of the image head and of the text head.
-        role ("exact"): see ``options.ROLES``.
+        role ("exact"): see ``roles.ROLES``.
 
     Returns:
         ``(positive, negative)``, each of shape ``(n, r)`` with ``r`` the sum of

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.options import Approximation, Role, parse_role
+from fiftyone_ecif.influence.roles import Approximation, Role, parse_role
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class BatchLoss(ABC):
 
         Args:
             similarity: ``S``, shape ``(n, n)``.
-            role: one of :data:`fiftyone_ecif.options.ROLES`.
+            role: one of :data:`fiftyone_ecif.influence.roles.ROLES`.
 
         Returns:
             ``(positive, negative)``: the role gradients that add up to each role
@@ -154,7 +154,7 @@ class BatchLoss(ABC):
         Args:
             similarity: ``S``, shape ``(n, n)``.
             direction: the derivative of ``S`` along some change of the model, same shape.
-            role: one of :data:`fiftyone_ecif.options.ROLES`.
+            role: one of :data:`fiftyone_ecif.influence.roles.ROLES`.
 
         Returns:
             ``(positive, negative)``, each of shape ``(n,)``.

@@ -38,7 +38,7 @@ def keep_gradients(
         objective: over the pairs.
         theta: where, shape ``(p,)``.
         targets: name -> target.
-        role ("exact"): one of ``options.ROLES``.
+        role ("exact"): one of ``roles.ROLES``.
 
     Returns:
         what the gradients are projected by

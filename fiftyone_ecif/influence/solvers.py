@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.options import ScopeChoice
+from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.registry import Registry
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ SOLVERS: Registry[Solver] = Registry("solver")
 def default_solver(scope: ScopeChoice) -> str:
     """The solver of a scope: the Hessian for heads; deeper, where that is seldom positive, the Gauss-Newton matrix.
 
-    >>> from fiftyone_ecif.options import parse_scope
+    >>> from fiftyone_ecif.influence.scope_choice import parse_scope
     >>> default_solver(parse_scope("heads")), default_solver(parse_scope("lora:4"))
     ('hessian', 'ggn')
     """

@@ -35,7 +35,7 @@ def truncated_gradients(
         scope: what varies.
         theta: its parameters, shape ``(p,)``.
         batch: images and captions, ``n`` of each.
-        role ("exact"): see ``options.ROLES``.
+        role ("exact"): see ``roles.ROLES``.
         basis (None): directions to keep coordinates of, orthonormal columns,
             shape ``(p, r)``; by default all of the gradient.
         kept (0.999): the least share of the length of the pulls on an embedding to

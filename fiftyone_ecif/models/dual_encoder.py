@@ -16,8 +16,8 @@ from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.losses import BatchLoss
 from fiftyone_ecif.influence.objective import Batches
 from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.inputs import Images, ImageTextBatches, collate
-from fiftyone_ecif.options import ScopeChoice
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
 
 _PROMPTS_AT_ONCE = 128

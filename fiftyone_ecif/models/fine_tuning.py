@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +20,14 @@ from torch import Tensor
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.objective import Batches, random_partition
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.models.libraries import library_of
-from fiftyone_ecif.options import ScopeChoice, parse_scope
 from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.settings.fine_tuning import FitSettings
 from fiftyone_ecif.store.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
 _SAVE_EVERY = 10.0  # seconds of training
 _BETAS = (0.9, 0.98)  # of AdamW, as CLIP was trained with
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """What the result of :func:`fit_model` depends on, beside the pairs; its arguments are explained there."""
-
-    caption_field: str = "caption"
-    model: str = "ViT-B-32"
-    pretrained: str | None = None
-    scope: str = "lora"
-    epochs: int = 5
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    seed: int = 0
-    skip_failures: bool = True
-
-    def check(self) -> ScopeChoice:
-        """Checks what can be checked without the data and the model.
-
-        Returns:
-            what the scope means
-
-        Raises:
-            EcifError: if a value is not usable
-        """
-        for name, least in (("epochs", 1), ("batch_size", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise EcifError(f"{name}={value!r} must be a whole number from {least} up")
-        if not 0 < self.learning_rate < math.inf:
-            raise EcifError(f"learning_rate={self.learning_rate!r} must be a positive number, such as 0.001")
-        if not 0 <= self.weight_decay < math.inf:
-            raise EcifError(f"weight_decay={self.weight_decay!r} must be a number from 0 up, such as 0.01")
-        choice = parse_scope(self.scope)
-        if choice.heads:
-            raise EcifError(
-                f"scope={self.scope!r} is not for fine-tuning: compute_influence(fit=True) brings heads to their "
-                "minimum. Use scope='lora', 'blocks:1' or a regular expression over parameter names"
-            )
-        library_of(self.model).check(self.model, self.pretrained)
-        return choice
 
 
 def train_scope(

@@ -26,6 +26,7 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.checkpoint import PREPROCESSING, load_adapters, load_preprocessing, save_checkpoint
 from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
@@ -33,7 +34,6 @@ from fiftyone_ecif.models.open_clip_names import brings_weights, check_names
 from fiftyone_ecif.models.projection_heads import HEAD_PATHS, Head, named_head
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
 from fiftyone_ecif.models.towers import Tower, causal_mask
-from fiftyone_ecif.options import ScopeChoice
 from fiftyone_ecif.store.keys import digest
 
 logger = logging.getLogger(__name__)

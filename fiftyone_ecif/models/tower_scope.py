@@ -19,8 +19,8 @@ from torch.func import functional_call
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.losses import BatchLoss
 from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.towers import Tower, differentiable_attention
-from fiftyone_ecif.options import ScopeChoice
 
 
 class TowerScope(Scope):

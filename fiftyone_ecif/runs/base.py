@@ -11,8 +11,7 @@ from bson import json_util
 from fiftyone.core.view import DatasetView
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.options import METHOD
-from fiftyone_ecif.runs.cache import release_store
+from fiftyone_ecif.runs.cache import METHOD, release_store
 from fiftyone_ecif.runs.sidebar import forget_fields, show_fields
 from fiftyone_ecif.settings.option import Settings
 

@@ -15,9 +15,9 @@ from fiftyone.core.odm import get_db_conn
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.cached_gradients import CachedGradients
 from fiftyone_ecif.influence.gradient_store import GradientStore, MissingRowsError
+from fiftyone_ecif.influence.roles import parse_role
 from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, OwnLoss
-from fiftyone_ecif.options import parse_role
 from fiftyone_ecif.runs.base import EcifRun, RunConfig, RunRecord, RunResults, ScoreField
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.settings.influence import InfluenceSettings

@@ -8,12 +8,15 @@ from typing import Any
 from uuid import uuid4
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.roles import ROLES, parse_role
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, find_target_loss
-from fiftyone_ecif.options import EXTRA_SCORES, ROLES, parse_role, parse_scope
 from fiftyone_ecif.settings.option import Settings, option
 
+#: Scores that a run can write beside influence, from the projected gradients.
+EXTRA_SCORES = ("relative_influence", "self_influence", "leave_one_out_loss")
 PairFunction = Callable[..., Any]
 _FUNCTION = "function "  # what the record of a function of the user's own starts with
 

@@ -36,8 +36,8 @@ from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.newton_step import group_gradient, removal_step
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projections import KroneckerProjection
+from fiftyone_ecif.influence.roles import ROLES
 from fiftyone_ecif.influence.solvers import SOLVERS, Solver
-from fiftyone_ecif.options import ROLES
 
 
 def loo(world: World, sizes: Sizes) -> list[Row]:

@@ -22,12 +22,12 @@ from fiftyone_ecif.demo import training
 from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import Batches, random_partition
 from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.influence.target_losses import Contrastive
 from fiftyone_ecif.influence.targets import Target
 from fiftyone_ecif.models.inputs import Images, ImageTextBatches
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.models.tower_scope import TowerScope
-from fiftyone_ecif.options import parse_scope
 from fiftyone_ecif.store.files import cache_folder
 from fiftyone_ecif.store.keys import digest
 

@@ -37,6 +37,7 @@ from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.linear_solve import solve, solving
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.influence.target_losses import Contrastive
 from fiftyone_ecif.misalignment.active_learning import first_guess, propose, refit
 from fiftyone_ecif.misalignment.detectors import DETECTORS, Fused
@@ -47,7 +48,6 @@ from fiftyone_ecif.misalignment.fusion import fuse, normal_scores, ranked
 from fiftyone_ecif.misalignment.neighbour_influence import neighbour_influence
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
-from fiftyone_ecif.options import parse_scope
 from fiftyone_ecif.store.tables import Store
 
 Row = dict[str, Any]

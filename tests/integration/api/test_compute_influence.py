@@ -14,8 +14,8 @@ from scipy.sparse.linalg import LinearOperator, minres
 from fiftyone_ecif import EcifError, InfluenceResults
 from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
-from fiftyone_ecif.options import parse_scope
 from fiftyone_ecif.store.files import cache_folder
 from fiftyone_ecif.store.tables import Store
 

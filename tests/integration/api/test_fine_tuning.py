@@ -18,11 +18,11 @@ from fiftyone_ecif.cli.main import main
 from fiftyone_ecif.demo import training
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.objective import random_partition
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models import fine_tuning
-from fiftyone_ecif.models.fine_tuning import FitSettings
 from fiftyone_ecif.models.inputs import ImageTextBatches
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
-from fiftyone_ecif.options import parse_scope
+from fiftyone_ecif.settings.fine_tuning import FitSettings
 
 PAIRS, BATCH, EPOCHS = 30, 10, 3
 VIT = {

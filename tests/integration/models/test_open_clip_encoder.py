@@ -16,10 +16,10 @@ from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.linear_solve import solve, solving
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.checkpoint import save_checkpoint
 from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
-from fiftyone_ecif.options import parse_scope
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 2, "width": 48, "patch_size": 8, "head_width": 16}

@@ -52,6 +52,7 @@ from fiftyone_ecif.api import influence as api  # noqa: E402
 from fiftyone_ecif.api import misalignment  # noqa: E402
 from fiftyone_ecif.api.fine_tuning import fit_steps  # noqa: E402
 from fiftyone_ecif.models import features, fine_tuning  # noqa: E402
+from fiftyone_ecif.settings.fine_tuning import FitSettings  # noqa: E402
 from fiftyone_ecif.settings.influence import InfluenceSettings  # noqa: E402
 from fiftyone_ecif.settings.job import JobSettings  # noqa: E402
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings  # noqa: E402
@@ -79,7 +80,7 @@ def steps_of(job, dataset, model, pretrained, path, overwrite, seed):
     if job == "detect":
         settings = MisalignmentSettings(model=model, pretrained=pretrained, batch_size=24, seed=seed)
         return misalignment.misalignment_steps(train, settings, JobSettings(num_workers=0, overwrite=overwrite))
-    settings = fine_tuning.FitSettings(model=model, pretrained=pretrained, epochs=2, batch_size=24, seed=seed)
+    settings = FitSettings(model=model, pretrained=pretrained, epochs=2, batch_size=24, seed=seed)
     return fit_steps(train, path, settings, device="cpu", overwrite=overwrite)
 
 

@@ -13,8 +13,8 @@ from fiftyone_ecif.api import fine_tuning, misalignment, preparation
 from fiftyone_ecif.bench.fidelity import world
 from fiftyone_ecif.bench.misalignment.frozen_towers import frozen_features
 from fiftyone_ecif.demo import demo
-from fiftyone_ecif.models.fine_tuning import FitSettings
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
+from fiftyone_ecif.settings.fine_tuning import FitSettings
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.store.keys import PairKey, pair_key
 

@@ -21,9 +21,9 @@ from safetensors.torch import save
 from fiftyone_ecif import EcifError
 from fiftyone_ecif.bench.misalignment.pairs import read_folder
 from fiftyone_ecif.cli.main import main
+from fiftyone_ecif.influence.scope_choice import ScopeChoice, parse_scope
 from fiftyone_ecif.influence.targets import fill_prompts
 from fiftyone_ecif.models.checkpoint import load_adapters, load_preprocessing
-from fiftyone_ecif.options import ScopeChoice, parse_scope
 from fiftyone_ecif.runs.influence import slice_names
 from fiftyone_ecif.samples.export import _csv_cell
 from fiftyone_ecif.settings.influence import InfluenceSettings

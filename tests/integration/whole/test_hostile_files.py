@@ -20,9 +20,9 @@ from fiftyone_ecif.api.fine_tuning import fit_steps
 from fiftyone_ecif.bench.misalignment.pairs import read_folder
 from fiftyone_ecif.demo import training
 from fiftyone_ecif.models.checkpoint import load_adapters, load_preprocessing
-from fiftyone_ecif.models.fine_tuning import FitSettings
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.runs.influence import slice_names
+from fiftyone_ecif.settings.fine_tuning import FitSettings
 from fiftyone_ecif.store.files import cache_folder
 from fiftyone_ecif.store.tables import FORMAT, Store
 

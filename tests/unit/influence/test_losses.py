@@ -6,7 +6,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.losses import RoleGradient, SigmoidLoss, SingleRoleGradient, SoftmaxLoss
-from fiftyone_ecif.options import ROLES
+from fiftyone_ecif.influence.roles import ROLES
 
 LOSSES = {"softmax": SoftmaxLoss(), "sigmoid": SigmoidLoss()}
 NO_FORMULA = ("sigmoid", "as_printed")

@@ -6,12 +6,13 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 import pytest
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.settings.fine_tuning import FitSettings
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 from fiftyone_ecif.settings.option import Settings, check_known, documented, option, same
 
-TABLES = (InfluenceSettings, MisalignmentSettings, JobSettings)
+TABLES = (InfluenceSettings, MisalignmentSettings, FitSettings, JobSettings)
 
 
 @pytest.mark.parametrize("table", TABLES)

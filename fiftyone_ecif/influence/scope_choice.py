@@ -1,56 +1,13 @@
-"""What a user can choose by name. No heavy imports: forms and configurations read it."""
+"""What a user's ``scope=`` means. No heavy imports: forms and settings read it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 from fiftyone_ecif.errors import EcifError
 
 DEFAULT_RANK = 4
-
-Approximation = Literal["exact", "taylor", "as_printed"]
-Part = Literal["both", "positive", "negative"]
-
-
-class Role(NamedTuple):
-    """What a user's ``role=`` means: which part of what a pair does in its batch is taken, and how.
-
-    Attributes:
-        approximation: of the part from serving as a negative: exact, to first
-            order, or the paper's formula as printed, which is wrong and here
-            for comparison only.
-        part: from the pair's own loss, from serving as a negative, or both.
-    """
-
-    approximation: Approximation
-    part: Part
-
-
-_ROLES = {
-    "exact": Role("exact", "both"),
-    "taylor": Role("taylor", "both"),
-    "positive": Role("exact", "positive"),
-    "negative": Role("exact", "negative"),
-    "as_printed": Role("as_printed", "both"),
-}
-#: How a pair's part in its batch is taken, by name; the first is the default.
-ROLES = tuple(_ROLES)
-
-
-def parse_role(text: str) -> Role:
-    """Reads a role.
-
-    >>> parse_role("negative")
-    Role(approximation='exact', part='negative')
-
-    Raises:
-        EcifError: if there is none of that name
-    """
-    if text not in _ROLES:
-        raise EcifError(f"role={text!r} is not available. Use one of {', '.join(ROLES)}")
-    return _ROLES[text]
 
 
 @dataclass(frozen=True)
@@ -93,10 +50,3 @@ def parse_scope(text: str) -> ScopeChoice:
     if not text or re.fullmatch(r"(lora|blocks|heads)\W.*|blocks", text):
         raise EcifError(f"scope={text!r} is not known. Use heads, heads+logit_scale, lora:4, lora:4:2, blocks:1 ...")
     return ScopeChoice(text, pattern=text)
-
-
-METHOD = "ecif"  # of all runs of this package, whatever their type
-
-
-#: Scores that a run can write beside influence, from the projected gradients.
-EXTRA_SCORES = ("relative_influence", "self_influence", "leave_one_out_loss")
