@@ -39,6 +39,8 @@ class HeadScope(Scope):
         start: the given weights, flat, shape ``(p,)``.
     """
 
+    projection = "kronecker"
+
     def __init__(
         self,
         image_head: Tensor,

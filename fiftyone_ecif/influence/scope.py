@@ -20,10 +20,12 @@ class Scope(ABC):
     Attributes:
         start: the parameters as loaded, shape ``(p,)``.
         loss: the loss that the model is trained with.
+        projection: the kind of directions that gradients are stored in, see ``projections.PROJECTIONS``.
     """
 
     start: Tensor
     loss: BatchLoss
+    projection = "basis"
 
     @abstractmethod
     def embed_images(self, theta: Tensor, images: Any) -> Tensor:
