@@ -8,13 +8,6 @@ from typing import Literal, NamedTuple
 
 from fiftyone_ecif.errors import EcifError
 
-#: Detectors of misaligned pairs; see ``detectors`` for what they are.
-DETECTORS = (
-    *("fused", "clip_score", "neg_clip_loss", "lemon", "lemon_z", "deep_knn", "cross_fit", "trusted_fit"),
-    *("loss", "self_influence", "loo_loss", "global_influence", "neighbour_influence"),
-)
-#: Those that presume that the model was trained on the pairs.
-TRAINED_DETECTORS = ("self_influence", "loo_loss", "global_influence", "neighbour_influence")
 DEFAULT_RANK = 4
 
 Approximation = Literal["exact", "taylor", "as_printed"]

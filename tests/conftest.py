@@ -23,8 +23,7 @@ os.environ |= {
     "FIFTYONE_DO_NOT_TRACK": "1",
     "FIFTYONE_SHOW_PROGRESS_BARS": "false",
 }
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the other cores are the other workers'
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the other cores are the other workers'
 
 
 def pytest_addoption(parser):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from forking import forked_python
 
 from fiftyone_ecif.install.database import mongod
 
@@ -42,6 +43,13 @@ from PIL import Image  # noqa: E402
 
 from fiftyone_ecif.demo import scenes, training  # noqa: E402
 from fiftyone_ecif.progress import result_of  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def python():
+    """The command of a Python that starts at once, in a process of its own."""
+    with forked_python(HOME) as command:
+        yield command
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,7 @@ from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.linear_solve import solve, solving
 from fiftyone_ecif.influence.newton_step import removal_step
 from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
-from fiftyone_ecif.models.checkpoint import new_checkpoint, save_checkpoint
-from fiftyone_ecif.models.tower_scope import TowerScope
+from fiftyone_ecif.models.checkpoint import new_checkpoint
 from fiftyone_ecif.options import parse_scope
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.influence import InfluenceResults
@@ -170,9 +169,7 @@ def edit_steps(
     targets = prepared.targets.values()
     after = sum(target.loss(edited).item() for target in targets) / len(targets)
     wrong = [torch.cat([target.mistakes(at) for target in targets]).double().mean().item() for at in (theta, edited)]
-    scope = prepared.scope
-    adapters = scope.adapters(edited) if isinstance(scope, TowerScope) and scope.rank else None
-    save_checkpoint(out, prepared.encoder.changed_state(scope, edited), adapters, prepared.encoder.preprocessing)
+    prepared.encoder.save(out, prepared.scope, edited)
     edit = Edit(
         str(out),
         len(rows),

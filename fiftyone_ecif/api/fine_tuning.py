@@ -1,12 +1,11 @@
 """Fine-tuning a model on a user's pairs, with low-rank adapters by default.
 
-What is trained is the flat vector of a deep scope (see ``models.tower_scope``),
+What is trained is the flat vector of a scope of the model's own parameters (see ``influence.scope``),
 so that the same parameters can be attributed afterwards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -19,22 +18,16 @@ from typing import Any
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.objective import random_partition
-from fiftyone_ecif.models.checkpoint import new_checkpoint, save_checkpoint
-from fiftyone_ecif.models.checks import choose_device
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.models.fine_tuning import (
-    FitSettings,
-    diverged,
-    load_state,
-    mean_loss,
-    train_scope,
-    warn_of_preprocessing,
-)
-from fiftyone_ecif.models.inputs import Images, ImageTextBatches
-from fiftyone_ecif.models.tower_scope import TowerScope
+from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.models.checkpoint import new_checkpoint
+from fiftyone_ecif.models.device import choose_device
+from fiftyone_ecif.models.dual_encoder import DualEncoder
+from fiftyone_ecif.models.fine_tuning import FitSettings, diverged, load_state, mean_loss, train_scope
+from fiftyone_ecif.models.inputs import Images
+from fiftyone_ecif.models.libraries import load_encoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.samples.pairs import Pairs, check_collection, read_pairs, warn_skipped
-from fiftyone_ecif.store.keys import pair_key
+from fiftyone_ecif.store.keys import digest, pair_key
 
 logger = logging.getLogger(__name__)
 _READ_AT_ONCE = 64  # images
@@ -145,12 +138,11 @@ def fit_steps(
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = Encoder(settings.model, settings.pretrained, device)
+    encoder = load_encoder(settings.model, settings.pretrained, device)
     scope = encoder.scope(choice, settings.seed)
-    assert isinstance(scope, TowerScope)  # heads were refused
     resume = path.with_name(f"{path.name}.resume")
-    digest = _digest(settings, pairs, encoder, scope)
-    state = load_state(resume, digest, overwrite)
+    fingerprint = _fingerprint(settings, pairs, encoder, scope)
+    state = load_state(resume, fingerprint, overwrite)
     yield Progress("Loading the model", 1, 1)
 
     if state is None:
@@ -162,11 +154,11 @@ def fit_steps(
     _check_count(pairs)
 
     partition = random_partition(len(pairs.ids), settings.batch_size, settings.seed)
-    batches = ImageTextBatches(encoder, pairs.paths, pairs.captions, partition)
+    batches = encoder.batches(choice, pairs.paths, pairs.captions, partition)
     if state is None:
         before = yield from mean_loss(scope, scope.start, batches)
         state = {
-            "digest": digest,
+            "digest": fingerprint,
             "unreadable": unreadable,
             "loss_before": before,
             "step": 0,
@@ -179,10 +171,8 @@ def fit_steps(
         raise diverged(settings)
 
     yield Progress("Saving", 0, 1)
-    adapters = scope.adapters(theta) if scope.rank else None
-    save_checkpoint(path, encoder.changed_state(scope, theta), adapters, encoder.preprocessing)
+    encoder.save(path, scope, theta)
     resume.unlink(missing_ok=True)
-    warn_of_preprocessing(encoder, path)
     yield Progress("Saving", 1, 1)
     return {
         "checkpoint": str(path),
@@ -196,7 +186,9 @@ def fit_steps(
     }
 
 
-def _find_unreadable(encoder: Encoder, pairs: Pairs, skip_failures: bool) -> Generator[Progress, None, dict[int, str]]:
+def _find_unreadable(
+    encoder: DualEncoder, pairs: Pairs, skip_failures: bool
+) -> Generator[Progress, None, dict[int, str]]:
     """Decodes every image once, so that none ends the training half-way.
 
     Returns:
@@ -226,9 +218,7 @@ def _check_count(pairs: Pairs) -> None:
         raise EcifError(f"Fine-tuning needs at least 2 readable pairs, there are {len(pairs.ids)}")
 
 
-def _digest(settings: FitSettings, pairs: Pairs, encoder: Encoder, scope: TowerScope) -> str:
-    """Of all that the result depends on: settings, pairs, weights and where the scope starts."""
+def _fingerprint(settings: FitSettings, pairs: Pairs, encoder: DualEncoder, scope: Scope) -> str:
+    """A digest of all that the result depends on: settings, pairs, weights and where the scope starts."""
     keys = [pair_key(path, caption) for path, caption in zip(pairs.paths, pairs.captions, strict=True)]
-    digest = hashlib.blake2b(json.dumps([asdict(settings), encoder.fingerprint, keys]).encode(), digest_size=16)
-    digest.update(scope.start.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return digest([json.dumps([asdict(settings), encoder.fingerprint, keys]), scope.start.cpu().numpy().tobytes()])

@@ -227,10 +227,10 @@ def mark_traces(results: InfluenceResults, traces: Sequence[Trace]) -> Any:
         said = [f"{verb} {noun} {', '.join(numbers)}" for (verb, noun), numbers in role.items()]
         says.setdefault(pair, []).extend(said)
 
-    dataset, config, field = results.samples._dataset, results.config, f"{results.key}_trace"
+    dataset, field = results.samples._dataset, f"{results.key}_trace"
     if dataset.has_sample_field(field) and dataset.get_field(field).description != TRACE.description:
         raise EcifError(f"There is a field {field!r} already, which no run wrote. Rename it, or the run")
-    config.traced = True
+    results.record(traced=True)
     write_scores(results, {field: {pair: "; ".join(said) for pair, said in says.items()}})
     return every_sample(dataset).select(list(dict.fromkeys(order)), ordered=True)
 

@@ -33,8 +33,9 @@ from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.tower_gradients import truncated_gradients
 
 _CHUNK = 32  # vectors at a time
-_DIRECTIONS = 128  # of a basis, at most
 _PRODUCTS = 8  # likewise; of matrices of a batch, which then stay in the processor's cache
+_ENTRIES = 2**19  # of those matrices at a time, where a batch is small enough for more than that many
+_DIRECTIONS = 128  # of a basis, at most
 
 
 class Projection(ABC):
@@ -42,9 +43,11 @@ class Projection(ABC):
 
     Attributes:
         kind: what scopes name it by.
+        suits_target: whether the directions are chosen for the target, and so change with it.
     """
 
     kind: str
+    suits_target: bool
 
     @classmethod
     @abstractmethod
@@ -110,6 +113,7 @@ class BasisProjection(Projection):
     """
 
     kind = "basis"
+    suits_target = True
 
     @classmethod
     def choose(cls, objective: ContrastiveLoss, theta: Tensor, targets: Sequence[Batches]) -> BasisProjection:
@@ -183,6 +187,7 @@ class KroneckerProjection(Projection):
     """
 
     kind = "kronecker"
+    suits_target = False
 
     @classmethod
     def choose(cls, objective: ContrastiveLoss, theta: Tensor, targets: Sequence[Batches]) -> KroneckerProjection:
@@ -245,7 +250,8 @@ class KroneckerProjection(Projection):
         moved = _MovedHeads(self, theta)
         # of a scope the loss asks for the similarity only
         along = ContrastiveLoss(moved, moved.batches(objective.batches), objective.pairs, objective.proximal)  # type: ignore[arg-type]
-        columns = torch.vmap(lambda row: product(along, moved.start, row), chunk_size=_PRODUCTS)
+        at_once = max(_PRODUCTS, _ENTRIES // max(map(len, objective.batches.partition)) ** 2)
+        columns = torch.vmap(lambda row: product(along, moved.start, row), chunk_size=at_once)
         matrix: Tensor = columns(torch.eye(self.rank).to(theta))
         return (matrix + matrix.T) / 2
 

@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.factory import parse_model_name
-from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.objective import random_partition
-from fiftyone_ecif.models.checks import check_names
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.models.inputs import ImageTextBatches
-from fiftyone_ecif.models.tower_scope import TowerScope
+from fiftyone_ecif.influence.objective import Batches, random_partition
+from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.models.libraries import library_of
 from fiftyone_ecif.options import ScopeChoice, parse_scope
 from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.store.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +34,7 @@ _BETAS = (0.9, 0.98)  # of AdamW, as CLIP was trained with
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What the result of :func:`fit_model` depends on, beside the pairs; see there."""
+    """What the result of :func:`fit_model` depends on, beside the pairs; its arguments are explained there."""
 
     caption_field: str = "caption"
     model: str = "ViT-B-32"
@@ -75,14 +70,24 @@ class FitSettings:
                 f"scope={self.scope!r} is not for fine-tuning: compute_influence(fit=True) brings heads to their "
                 "minimum. Use scope='lora', 'blocks:1' or a regular expression over parameter names"
             )
-        check_names(self.model, self.pretrained)
+        library_of(self.model).check(self.model, self.pretrained)
         return choice
 
 
 def train_scope(
-    scope: TowerScope, batches: ImageTextBatches, settings: FitSettings, state: dict[str, Any], resume: Path
+    scope: Scope, batches: Batches, settings: FitSettings, state: dict[str, Any], resume: Path
 ) -> Generator[Progress, None, Tensor]:
     """Trains from a state to the end, saving the state every now and then.
+
+    Args:
+        scope: what is trained.
+        batches: the training pairs; each epoch regroups them.
+        settings: of the fit.
+        state: ``theta``, the ``optimiser``'s state or None, and the ``step`` to go on from.
+        resume: the file that the state is saved to.
+
+    Raises:
+        EcifError: if the loss is not finite any more, or the state cannot be saved
 
     Returns:
         the trained parameters, shape ``(p,)``
@@ -123,8 +128,14 @@ def _learning_rate(peak: float, step: int, steps: int) -> float:
     return peak * min(1, (step + 1) / max(1, steps // 10)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def mean_loss(scope: TowerScope, theta: Tensor, batches: ImageTextBatches) -> Generator[Progress, None, float]:
-    """The mean pair loss over the batches, in nats."""
+def mean_loss(scope: Scope, theta: Tensor, batches: Batches) -> Generator[Progress, None, float]:
+    """The mean pair loss over the batches, in nats.
+
+    Args:
+        scope: what it is a function of.
+        theta: its parameters, shape ``(p,)``.
+        batches: the pairs.
+    """
     total, pairs = 0.0, 0
     for index in range(len(batches)):
         yield Progress("Measuring the loss", index, len(batches))
@@ -136,10 +147,9 @@ def mean_loss(scope: TowerScope, theta: Tensor, batches: ImageTextBatches) -> Ge
 
 
 def _save_state(resume: Path, state: dict[str, Any]) -> None:
-    temporary = resume.with_name(f"{resume.name}.tmp")
     try:
-        torch.save(state, temporary)
-        os.replace(temporary, resume)
+        with atomic_path(resume) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
         raise EcifError(
             f"The state of the fit cannot be saved to {resume} ({error}). Make room, and run again"
@@ -148,6 +158,11 @@ def _save_state(resume: Path, state: dict[str, Any]) -> None:
 
 def load_state(resume: Path, digest: str, overwrite: bool) -> dict[str, Any] | None:
     """The saved state of the same fit, or None for a new start.
+
+    Args:
+        resume: the file that it may be in.
+        digest: of all that the fit depends on.
+        overwrite: whether to start anew where there is a state that cannot be gone on from.
 
     Raises:
         EcifError: if there is a state that is damaged or of another fit, and it
@@ -169,25 +184,8 @@ def load_state(resume: Path, digest: str, overwrite: bool) -> dict[str, Any] | N
 
 
 def diverged(settings: FitSettings) -> EcifError:
+    """What to raise when the loss is not finite any more."""
     return EcifError(
         f"The loss is not finite any more with learning_rate={settings.learning_rate}. Use a smaller one, and "
         "overwrite=True if a saved state is left"
     )
-
-
-def warn_of_preprocessing(encoder: Encoder, path: Path) -> None:
-    """Says so if open_clip prepares images in another way once the model is loaded from a file."""
-    usual = asdict(PreprocessCfg())
-    special = {
-        name: value
-        for name, value in open_clip.get_model_preprocess_cfg(encoder.model).items()
-        if name != "size" and value != usual[name]
-    }
-    if special and not parse_model_name(encoder.name)[0]:
-        logger.warning(
-            "open_clip forgets how %s prepares images when it loads weights from a file. This plugin remembers; "
-            "elsewhere load %s with force_preprocess_cfg=%s, or its embeddings are off",
-            encoder.name,
-            path,
-            special,
-        )

@@ -16,7 +16,7 @@ from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.linear_solve import conjugate_gradient
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.store.tables import Store, Table
 
 
@@ -149,7 +149,7 @@ def test_tracing_does_without_torch():
 
 def test_a_thousand_targets_are_scored_from_the_store_without_the_model(run, monkeypatch):
     results, _, _ = run
-    monkeypatch.setattr(Encoder, "__init__", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(OpenClipEncoder, "__init__", lambda *_: pytest.fail("a model was loaded"))
     store = Store(*results.config.store)
     (table,) = results.config.target["tables"].values()
     single = store.table(table).read_all("gradient")["gradient"].astype(float)

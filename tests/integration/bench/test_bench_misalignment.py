@@ -17,7 +17,7 @@ from fiftyone_ecif.bench.misalignment.pairs import CleanPairs, load_pairs, read_
 from fiftyone_ecif.cli.main import main
 from fiftyone_ecif.demo import scenes as digits
 
-SMALL = Sizes(pairs=120, ratios=(0.3,), seeds=2, steps=60, labels=(10, 20), drops=(0.0,), ablations=1, draws=20)
+SMALL = Sizes(pairs=80, ratios=(0.3,), seeds=2, steps=20, labels=(10, 20), drops=(0.0,), ablations=1, draws=20)
 
 
 @pytest.fixture(scope="module")

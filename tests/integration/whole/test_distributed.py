@@ -13,21 +13,24 @@ import torch
 from fiftyone_ecif.api.influence import influence_steps
 from fiftyone_ecif.demo.training import MODEL
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 
 _SCORE = """
 import os, sys
 import fiftyone as fo
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.api.influence import influence_steps
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.distributed import join
 
 processes = join()
 dataset = fo.load_dataset(sys.argv[1])
-config = InfluenceConfig(model=sys.argv[2], pretrained=sys.argv[3], fit=True, batch_size=24)
+settings = InfluenceSettings(model=sys.argv[2], pretrained=sys.argv[3], fit=True, batch_size=24)
 try:
-    steps = influence_steps(dataset.match_tags("train"), dataset.match_tags("val"), config, num_workers=0)
+    train, val = (dataset.match_tags(tag) for tag in ("train", "val"))
+    steps = influence_steps(train, val, settings, JobSettings(num_workers=0))
     for step in steps:
         if processes.rank == 1 and step.stage == "Computing gradients":
             os._exit(9)
@@ -36,15 +39,15 @@ except EcifError as error:
 """
 
 
-def torchrun(script, *arguments, count=2):
+def torchrun(python, script, *arguments, count=2):
     """Runs a script in several processes as torchrun does, without its agent, which would end all when one dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
+            [*python, "-c", script, *arguments],
             env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -105,10 +108,10 @@ torch.save([torch.from_numpy(scores.positive), torch.from_numpy(scores.negative)
 
 
 @pytest.mark.parametrize("solver", ["hessian", "logra"])
-def test_three_processes_find_what_one_finds(tmp_path, solver):
+def test_three_processes_find_what_one_finds(tmp_path, solver, python):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    subprocess.run([sys.executable, "-c", _ENGINE, f"alone-{solver}", solver, alone], check=True)
-    for _, complaint, code in torchrun(_ENGINE, f"shared-{solver}", solver, str(shared), count=3):
+    subprocess.run([*python, "-c", _ENGINE, f"alone-{solver}", solver, alone], check=True)
+    for _, complaint, code in torchrun(python, _ENGINE, f"shared-{solver}", solver, str(shared), count=3):
         assert code == 0, complaint
     expected = torch.load(f"{alone}-0.pt", weights_only=True)
     for rank in range(3):
@@ -147,24 +150,24 @@ def test_torchrun_scores_as_one_process_does(dataset, score, made):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
-def test_what_cannot_be_shared_says_so(dataset):
-    command = [sys.executable, "-m", "fiftyone_ecif", "tag", dataset.name, "--count", "2"]
+def test_what_cannot_be_shared_says_so(dataset, python):
+    command = [*python, "-m", "fiftyone_ecif", "tag", dataset.name, "--count", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "2"})
     assert done.returncode == 1
     assert done.stderr == "Error: Only score can be shared between processes. Run this command without torchrun\n"
 
 
-def test_a_process_that_died_is_said_and_nothing_is_lost(dataset, score, made):
+def test_a_process_that_died_is_said_and_nothing_is_lost(dataset, score, made, python):
     dataset.persistent = True
-    (_, complaint, code), (_, _, died) = torchrun(_SCORE, dataset.name, MODEL, made[1])
+    (_, complaint, code), (_, _, died) = torchrun(python, _SCORE, dataset.name, MODEL, made[1])
     assert died == 9
     assert code == 1
     assert "Another process of this job ended" in complaint.splitlines()[-1]
     dataset.reload()
     assert not dataset.has_sample_field("ecif_influence")
     train, val = dataset.match_tags("train"), dataset.match_tags("val")
-    config = InfluenceConfig(model=MODEL, pretrained=made[1], fit=True, batch_size=24)
-    stages = {step.stage for step in influence_steps(train, val, config, num_workers=0)}
+    settings = InfluenceSettings(model=MODEL, pretrained=made[1], fit=True, batch_size=24)
+    stages = {step.stage for step in influence_steps(train, val, settings, JobSettings(num_workers=0))}
     assert "Computing gradients" in stages
     assert not stages & {"Encoding images", "Encoding captions", "Fitting"}
     found = np.array(train.values("ecif_influence"))

@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import fiftyone as fo
@@ -14,6 +14,7 @@ import pytest
 import torch
 from bson.errors import InvalidStringData
 from click.testing import CliRunner
+from forking import forked_python
 from PIL import Image
 
 from fiftyone_ecif import EcifError, delete_run, export_pairs, list_runs, review_misalignment, staleness, trace
@@ -24,7 +25,8 @@ from fiftyone_ecif.cli.main import main
 from fiftyone_ecif.demo import training
 from fiftyone_ecif.install.database import mongod
 from fiftyone_ecif.progress import Progress
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.store import tables as store
 from fiftyone_ecif.store.tables import Store
 
@@ -46,8 +48,10 @@ def steps(dataset, made):
     """A scoring job to look into while it runs."""
 
     def run(**options):
-        config = InfluenceConfig(model=training.MODEL, pretrained=made[1], batch_size=24, **options)
-        return influence_steps(dataset.match_tags("train"), dataset.match_tags("val"), config, num_workers=0)
+        settings = InfluenceSettings(model=training.MODEL, pretrained=made[1], batch_size=24, **options)
+        return influence_steps(
+            dataset.match_tags("train"), dataset.match_tags("val"), settings, JobSettings(num_workers=0)
+        )
 
     return run
 
@@ -272,13 +276,9 @@ except EcifError as error:
 
 
 @pytest.mark.parametrize("keys", [("ecif", "other"), ("ecif", "ecif")])
-def test_two_processes_on_one_store_at_once(keys, dataset, made, train, val, score):
-    command = [sys.executable, "-c", TOGETHER, dataset.name, training.MODEL, made[1]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen([*command, key], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        for key in keys
-    ]
+def test_two_processes_on_one_store_at_once(keys, dataset, made, train, val, score, python):
+    command = [*python, "-c", TOGETHER, dataset.name, training.MODEL, made[1]]
+    both = [subprocess.Popen([*command, key], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for key in keys]
     for process in both:
         while process.stdout.readline() != "ready\n":
             assert process.poll() is None
@@ -316,18 +316,19 @@ from PIL import Image
 from fiftyone_ecif.api import influence as api
 from fiftyone_ecif import EcifError, list_runs
 from fiftyone_ecif.api.progress_bar import follow
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 folder, model, weights, when = sys.argv[1:]
 pairs = json.load(open(f"{folder}/pairs.json"))
-new = not fo.dataset_exists("lost")
-dataset = fo.Dataset("lost", persistent=True) if new else fo.load_dataset("lost")
+new = not fo.dataset_exists(folder)
+dataset = fo.Dataset(folder, persistent=True) if new else fo.load_dataset(folder)
 if new:
     dataset.add_samples([fo.Sample(path, caption=text, tags=tags) for path, text, tags in pairs], progress=False)
 train, val = dataset.match_tags("train"), dataset.match_tags("val")
-config = InfluenceConfig(model=model, pretrained=weights, batch_size=24)
+settings = InfluenceSettings(model=model, pretrained=weights, batch_size=24)
 
 def work():
-    for step in api.influence_steps(train, val, config, num_workers=0):
+    for step in api.influence_steps(train, val, settings, JobSettings(num_workers=0)):
         if step.stage == when:
             print("now", flush=True)
             sys.stdin.readline()
@@ -352,38 +353,46 @@ except EcifError as error:
 """
 
 
-@pytest.fixture
-def database(tmp_path):
-    """A database of its own that can be killed and started again; its address."""
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """A database of its own that can be killed and started again, and the command of a Python that uses it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    folder, running = tmp_path / "database", []
-    folder.mkdir()
-    command = [mongod(), "--dbpath", folder, "--port", port, "--bind_ip", "127.0.0.1", "--nounixsocket"]
+        port = free.getsockname()[1]
+    home, running = tmp_path_factory.mktemp("database"), []
+    command = [mongod(), "--dbpath", home, "--port", str(port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
+
+    def answers():
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
 
     def start():
         running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        while not answers():
+            assert running[-1].poll() is None
+            time.sleep(0.1)
 
     def kill():
         running[-1].kill()
         running[-1].wait()
 
     start()
-    yield f"mongodb://127.0.0.1:{port}/?serverSelectionTimeoutMS=2000", start, kill
+    uri = f"mongodb://127.0.0.1:{port}/?serverSelectionTimeoutMS=2000"
+    with forked_python(home, FIFTYONE_DATABASE_URI=uri) as python:
+        yield python, start, kill
     kill()
 
 
 @pytest.mark.parametrize("when", ["Encoding captions", "in the middle"])
 def test_a_database_that_is_lost_is_said_and_the_run_ends_alike(when, database, made, train, val, score, tmp_path):
-    address, start, kill = database
+    python, start, kill = database
     pairs = list(zip(*made[0].values(["filepath", "caption", "tags"]), strict=True))
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    environment = os.environ | {"FIFTYONE_DATABASE_URI": address, "FIFTYONE_ECIF_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | {"FIFTYONE_ECIF_CACHE_DIR": str(tmp_path / "cache")}
 
     def run(when):
         return subprocess.Popen(
-            [sys.executable, "-c", LOSE, tmp_path, training.MODEL, made[1], when],
+            [*python, "-c", LOSE, tmp_path, training.MODEL, made[1], when],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -2,8 +2,8 @@
 
 import os
 import re
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import fiftyone as fo
@@ -48,12 +48,15 @@ def test_the_python_example(example):
     assert variables["review"].aligned + variables["review"].misaligned == 20
 
 
-def test_the_shell_example(example):
+def test_the_shell_example(example, python, tmp_path):
     folder, _ = example
+    program = tmp_path / "fiftyone-ecif"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join([*python, "-m", "fiftyone_ecif"])} "$@"\n')
+    program.chmod(0o755)
     ran = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", section("From the shell", "shell")],
         cwd=folder,
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        env=os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
     )
