@@ -56,18 +56,26 @@ class Registry(Mapping[str, T]):
         """Takes an entry back, such as one that a test added."""
         del self._entries[name]
 
+    def table(self) -> str:
+        """A Markdown table of all entries: ``name``, ``says`` and ``source``, where any of them has it."""
+        columns = {
+            column: [getattr(entry, column, "") for entry in self.values()] for column in ("name", "says", "source")
+        }
+        told = [[column, "---", *cells] for column, cells in columns.items() if any(cells)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in zip(*told, strict=True))
+
     def __getitem__(self, name: str) -> T:
         """The entry of a name.
 
         Raises:
             EcifError: if there is none, with what is known
         """
-        if name not in self._entries:
+        if name not in self:
             raise EcifError(f"{self.noun}={name!r} is not available. Use one of {', '.join(self._entries)}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries  # a mapping's own would take an EcifError for a KeyError
+        return isinstance(name, str) and name in self._entries  # a mapping's own would take an EcifError for a KeyError
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import fiftyone as fo
-import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.target_losses import TARGET_LOSSES
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 
+from .base import JobOperator
 from .estimates import estimate, remember
 from .forms import (
     advanced,
@@ -18,88 +21,41 @@ from .forms import (
     ask_fit_and_batches,
     ask_key,
     ask_model,
+    ask_option,
     ask_pairs,
     ask_target,
     blocked,
+    chosen,
     dropdown,
     is_from_form,
-    menu_button,
     refuse,
     target_names,
     target_view,
-    unusable,
 )
-from .jobs import Job, call, report, run_job, show, with_progress
+from .jobs import Job, call, report, show, with_progress
 
-_DEFAULTS: dict[str, Any] = {
-    "caption_field": "caption",
-    "model": "ViT-B-32",
-    "pretrained": "",
-    "brain_key": "ecif",
-    "overwrite": False,
-    "scope": "heads",
-    "role": "exact",
-    "solver": None,
-    "damping": 0.0,
-    "target_loss": "contrastive",
-    "label_field": None,
-    "n_partitions": 1,
-    "scores": [],
-    "keep_gradients": None,
-    "fit": False,
-    "proximal": 1.0,
-    "batch_size": None,
-    "seed": 0,
-    "skip_failures": True,
-    "device": None,
-    "num_workers": None,
-}
-
-_METHOD = (
-    *("scope", "role", "solver", "damping", "target_loss", "label_field", "n_partitions", "scores", "keep_gradients"),
-    *("fit", "proximal", "batch_size", "seed"),
-)
+_DEFAULTS = {**InfluenceSettings.defaults(), **JobSettings.defaults(), "brain_key": "ecif", "pretrained": ""}
 _SCOPES = ("heads", "heads+logit_scale", "lora:4", "blocks:1")
-_LOSSES = {
-    "contrastive": "to match images and captions",
-    "zero_shot": "to name the class of an image",
-    "retrieval_margin": "how far the own caption is ahead of the others",
-}
 
 
-class ComputeInfluence(foo.Operator):
+class ComputeInfluence(JobOperator):
     """Writes the influence of every pair on a validation view."""
 
-    @property
-    def config(self) -> foo.OperatorConfig:
-        return foo.OperatorConfig(
-            name="compute_influence",
-            label="Compute ECIF influence",
-            description="Which image-caption pairs help a model on a validation view, and which hurt",
-            icon="insights",
-            dynamic=True,
-            execute_as_generator=True,
-            allow_immediate_execution=True,
-            allow_delegated_execution=True,
-            risk_level="medium",
-        )
+    identifier = "compute_influence"
+    title = "Compute ECIF influence"
+    about = "Which image-caption pairs help a model on a validation view, and which hurt"
+    icon = "insights"
 
-    def resolve_placement(self, ctx: Any) -> types.Placement:
-        return menu_button("Compute ECIF influence", "insights")
-
-    def resolve_input(self, ctx: Any) -> types.Property:
-        inputs = types.Object()
-        form = types.Property(inputs, view=types.View(label="Compute ECIF influence"))
-        if unusable(inputs, ctx):
-            return form
+    def ask(self, inputs: Any, ctx: Any) -> None:
+        """Fills the form."""
         from fiftyone_ecif.runs.influence import InfluenceConfig
 
         samples = ask_pairs(inputs, ctx)
         if samples is None:
-            return form
+            return
         if not target_names(ctx.dataset):
             blocked(inputs, "no_target", "Tag some validation pairs, or save a view of them: influence needs a target")
-            return form
+            return
         target_pairs = ask_target(inputs, ctx, samples)
         if target_pairs is not None:
             counts = f"{len(samples):,} pairs will be scored towards {len(target_pairs):,} validation pairs"
@@ -111,14 +67,36 @@ class ComputeInfluence(foo.Operator):
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, InfluenceConfig())
         _how(inputs, ctx)
         ask_background(inputs)
-        return form
 
     def resolve_run_name(self, ctx: Any) -> str:
         return f"ECIF influence, run {ctx.params.get('brain_key', _DEFAULTS['brain_key'])!r}"
 
-    def execute(self, ctx: Any) -> Iterator[Any]:
-        """Runs the job, reporting progress and failures in a way that the App shows."""
-        yield from run_job(ctx, self.resolve_run_name(ctx), _score)
+    def work(self, ctx: Any, job: Job) -> Iterator[Any]:
+        """Scores the pairs, and brings them to the grid."""
+        from fiftyone_ecif.api.influence import influence_steps
+
+        params = _DEFAULTS | {name: value for name, value in ctx.params.items() if value is not None}
+        if is_from_form(ctx.params) and not _needs_labels(params["target_loss"]):
+            params["label_field"] = None
+        samples = ctx.target_view()
+        if len(samples) == 0:
+            raise EcifError("No samples are selected")
+        work = influence_steps(
+            samples,
+            target_view(ctx.dataset, ctx.params["target"]),
+            *chosen(ctx, params, InfluenceSettings),
+            params["brain_key"],
+        )
+        results = yield from with_progress(ctx, job, work)
+        remember(_kind(params), len(results.ids) + results.diagnostics["target_pairs"], job.watch)
+
+        key = params["brain_key"]
+        done = f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}"
+        yield report(ctx, done, 1.0)
+        if not ctx.delegated:
+            field = f"{key}_influence"
+            yield from show(ctx, samples.exists(field).sort_by(field), params["caption_field"], field, f"{key}_rank")
+            yield ctx.ops.notify(f"{done}. The most harmful come first", variant="success")
 
     def __call__(self, samples: Any, target: str, delegate: bool = False, **options: Any) -> Any:
         """Scores a dataset or view; ``target`` is ``"tag: NAME"`` or ``"saved view: NAME"``.
@@ -135,40 +113,23 @@ def _kind(params: dict[str, Any]) -> str:
 
 
 def _how(inputs: Any, ctx: Any) -> None:
-    inputs.bool(
-        "fit",
-        default=_DEFAULTS["fit"],
-        label="Fit the model to these pairs first",
-        description="What is in scope, in memory: influence describes a model at a minimum of its loss",
-        view=types.CheckboxView(),
-    )
+    ask_option(inputs, ctx, InfluenceSettings, "fit")
     _what_loss(inputs, ctx)
     if not advanced(inputs, ctx):
         return
     _what_scope(inputs, ctx)
-    inputs.int(
-        "n_partitions",
-        default=_DEFAULTS["n_partitions"],
-        min=1,
-        label="Partitions",
-        description="Random partitions into batches to average over; more than one gives a standard error",
-    )
-    ask_fit_and_batches(inputs, ctx, _DEFAULTS)
+    for name in ("solver", "damping", "n_partitions"):
+        ask_option(inputs, ctx, InfluenceSettings, name)
+    ask_fit_and_batches(inputs, ctx, InfluenceSettings)
 
 
 def _what_scope(inputs: Any, ctx: Any) -> None:
-    from fiftyone_ecif.options import parse_scope
+    from fiftyone_ecif.influence.scope_choice import parse_scope
 
     view = types.AutocompleteView(allow_user_input=True)
     for name in _SCOPES:
         view.add_choice(name, label=name)
-    scope = inputs.str(
-        "scope",
-        default=_DEFAULTS["scope"],
-        label="Scope",
-        description="heads: the final projections. Inside the towers, slow: lora:RANK, blocks:K, regular expressions",
-        view=view,
-    )
+    scope = ask_option(inputs, ctx, InfluenceSettings, "scope", view=view)
     try:
         parse_scope(ctx.params.get("scope") or _DEFAULTS["scope"])
     except EcifError as error:
@@ -182,44 +143,11 @@ def _what_loss(inputs: Any, ctx: Any) -> None:
         if getattr(field, "document_type", None) is fo.Classification
         or (isinstance(field, fo.StringField) and name not in ("filepath", ctx.params.get("caption_field")))
     ]
-    offered = {name: f"{name}: {label}" for name, label in _LOSSES.items() if labels or name != "zero_shot"}
-    dropdown(inputs, "target_loss", offered, _DEFAULTS["target_loss"], label="Target loss")
-    if ctx.params.get("target_loss") == "zero_shot":
+    offered = {name: f"{name}: {loss.says}" for name, loss in TARGET_LOSSES.items() if labels or not loss.needs_labels}
+    ask_option(inputs, ctx, InfluenceSettings, "target_loss", choices=offered, description=None)
+    if _needs_labels(ctx.params.get("target_loss")):
         dropdown(inputs, "label_field", labels, label="Classes", description="The field of the classes to tell apart")
 
 
-def _score(ctx: Any, job: Job) -> Iterator[Any]:
-    from fiftyone_ecif.api.influence import influence_steps
-    from fiftyone_ecif.runs.influence import InfluenceConfig
-
-    params = _DEFAULTS | {name: value for name, value in ctx.params.items() if value is not None}
-    if is_from_form(ctx.params) and params["target_loss"] != "zero_shot":
-        params["label_field"] = None
-    samples = ctx.target_view()
-    if len(samples) == 0:
-        raise EcifError("No samples are selected")
-    work = influence_steps(
-        samples,
-        target_view(ctx.dataset, ctx.params["target"]),
-        InfluenceConfig(
-            caption_field=params["caption_field"],
-            model=params["model"],
-            pretrained=params["pretrained"] or None,
-            **{name: params[name] for name in _METHOD},
-        ),
-        brain_key=params["brain_key"],
-        device=params["device"] or None,
-        num_workers=params["num_workers"] if ctx.delegated else 0,  # the App's server must not fork
-        skip_failures=params["skip_failures"],
-        overwrite=params["overwrite"],
-    )
-    results = yield from with_progress(ctx, job, work)
-    remember(_kind(params), len(results.ids) + results.diagnostics["target_pairs"], job.watch)
-
-    key = params["brain_key"]
-    done = f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}"
-    yield report(ctx, done, 1.0)
-    if not ctx.delegated:
-        field = f"{key}_influence"
-        yield from show(ctx, samples.exists(field).sort_by(field), params["caption_field"], field, f"{key}_rank")
-        yield ctx.ops.notify(f"{done}. The most harmful come first", variant="success")
+def _needs_labels(target_loss: str | None) -> bool:
+    return target_loss is not None and target_loss in TARGET_LOSSES and TARGET_LOSSES[target_loss].needs_labels

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector
 from fiftyone_ecif.samples.review_tags import check_score_tag
+from fiftyone_ecif.settings.job import JobSettings
+from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 
+from .base import JobOperator
 from .estimates import estimate, remember
 from .forms import (
     advanced,
@@ -18,55 +21,24 @@ from .forms import (
     ask_fit_and_batches,
     ask_key,
     ask_model,
+    ask_option,
     ask_pairs,
     ask_target,
-    dropdown,
+    chosen,
     is_from_form,
-    menu_button,
     refuse,
     target_names,
     target_view,
-    unusable,
     warning,
 )
-from .jobs import Job, call, report, run_job, show, with_progress
+from .jobs import Job, call, report, show, with_progress
 
-_LABEL, _ICON = "Detect misaligned pairs", "link_off"
-_DEFAULTS: dict[str, Any] = {
-    "caption_field": "caption",
-    "model": "ViT-B-32",
-    "pretrained": "",
+_DEFAULTS = {
+    **MisalignmentSettings.defaults(),
+    **JobSettings.defaults(),
+    **dict.fromkeys(("target", "tag", "share", "threshold")),
     "brain_key": "audit",
-    "overwrite": False,
-    "detector": "fused",
-    "fit": True,
-    "trained": False,
-    "target": None,
-    "tag": None,
-    "share": None,
-    "threshold": None,
-    "proximal": 1.0,
-    "batch_size": None,
-    "seed": 0,
-    "skip_failures": True,
-    "device": None,
-    "num_workers": None,
-}
-_METHOD = ("detector", "fit", "trained", "proximal", "batch_size", "seed")
-_DETECTORS = {
-    "fused": "several detectors together",
-    "clip_score": "image and caption are far apart",
-    "neg_clip_loss": "other images and captions fit better",
-    "lemon": "far apart, and from the neighbours too; weights of the paper",
-    "lemon_z": "the same, all parts weighing alike",
-    "deep_knn": "similar images have other captions",
-    "cross_fit": "far apart for heads fitted without the pair",
-    "trusted_fit": "lemon_z for heads fitted without the pair and all suspects",
-    "loss": "the pair's own loss",
-    "self_influence": "the model knows the pair by heart",
-    "loo_loss": "the pair's loss had it not been trained on",
-    "global_influence": "harms the loss of validation pairs",
-    "neighbour_influence": "harms the loss of similar pairs",
+    "pretrained": "",
 }
 _TAGGING = {
     "none": "None",
@@ -76,36 +48,21 @@ _TAGGING = {
 }
 
 
-class DetectMisalignment(foo.Operator):
-    """ProcessGroup pairs by how likely the caption does not belong to the image, and says why."""
+class DetectMisalignment(JobOperator):
+    """Ranks pairs by how likely the caption does not belong to the image, and says why."""
 
-    @property
-    def config(self) -> foo.OperatorConfig:
-        return foo.OperatorConfig(
-            name="detect_misalignment",
-            label=_LABEL,
-            description="Which captions do not belong to their image, without labels",
-            icon=_ICON,
-            dynamic=True,
-            execute_as_generator=True,
-            allow_immediate_execution=True,
-            allow_delegated_execution=True,
-            risk_level="medium",
-        )
+    identifier = "detect_misalignment"
+    title = "Detect misaligned pairs"
+    about = "Which captions do not belong to their image, without labels"
+    icon = "link_off"
 
-    def resolve_placement(self, ctx: Any) -> types.Placement:
-        return menu_button(_LABEL, _ICON)
-
-    def resolve_input(self, ctx: Any) -> types.Property:
-        inputs = types.Object()
-        form = types.Property(inputs, view=types.View(label=_LABEL))
-        if unusable(inputs, ctx):
-            return form
+    def ask(self, inputs: Any, ctx: Any) -> None:
+        """Fills the form."""
         from fiftyone_ecif.runs.misalignment import MisalignmentConfig
 
         samples = ask_pairs(inputs, ctx)
         if samples is None:
-            return form
+            return
         params = _DEFAULTS | ctx.params
         takes = estimate(_kind(params), len(samples), params["model"], "heads")
         inputs.view("counts", types.Notice(label=f"{len(samples):,} pairs will be scored", description=takes))
@@ -116,16 +73,37 @@ class DetectMisalignment(foo.Operator):
         _ask_tag(inputs, ctx)
         if advanced(inputs, ctx):
             _ask_detector(inputs, ctx, samples)
-            ask_fit_and_batches(inputs, ctx, _DEFAULTS)
+            ask_fit_and_batches(inputs, ctx, MisalignmentSettings)
         ask_background(inputs)
-        return form
 
     def resolve_run_name(self, ctx: Any) -> str:
         return f"Misalignment, run {ctx.params.get('brain_key', _DEFAULTS['brain_key'])!r}"
 
-    def execute(self, ctx: Any) -> Iterator[Any]:
-        """Runs the job, reporting progress and failures in a way that the App shows."""
-        yield from run_job(ctx, self.resolve_run_name(ctx), _detect)
+    def work(self, ctx: Any, job: Job) -> Iterator[Any]:
+        """Looks for misaligned pairs, and brings them to the grid."""
+        from fiftyone_ecif.api.misalignment import misalignment_steps
+
+        params = _DEFAULTS | {name: value for name, value in _entered(ctx.params).items() if value is not None}
+        samples = ctx.target_view()
+        if len(samples) == 0:
+            raise EcifError("No samples are selected")
+        work = misalignment_steps(
+            samples,
+            *chosen(ctx, params, MisalignmentSettings),
+            params["brain_key"],
+            target=target_view(ctx.dataset, params["target"]) if params["target"] else None,
+            **{name: params[name] for name in ("tag", "share", "threshold")},
+        )
+        results = yield from with_progress(ctx, job, work)
+        remember(_kind(params), len(results.ids), job.watch)
+
+        key = params["brain_key"]
+        yield report(ctx, f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}", 1.0)
+        if not ctx.delegated:
+            field = f"{key}_misalignment"
+            view = samples.exists(field).sort_by(field, reverse=True)
+            yield from show(ctx, view, params["caption_field"], field, f"{key}_reason")
+            yield ctx.ops.notify(_summary(results, params["tag"]), variant="success")
 
     def __call__(self, samples: Any, delegate: bool = False, **options: Any) -> Any:
         """Looks for misaligned pairs in a dataset or view.
@@ -142,20 +120,8 @@ def _kind(params: dict[str, Any]) -> str:
 
 
 def _ask_trained(inputs: Any, ctx: Any) -> None:
-    inputs.bool(
-        "fit",
-        default=_DEFAULTS["fit"],
-        label="Fit the heads to these pairs first",
-        description="In memory, from the loaded weights. Influence tells about pairs that a model was fitted to",
-        view=types.CheckboxView(),
-    )
-    inputs.bool(
-        "trained",
-        default=_DEFAULTS["trained"],
-        label="The model was trained on these pairs",
-        description="It then knows wrong captions by heart, and their share is estimated another way",
-        view=types.CheckboxView(),
-    )
+    for name in ("fit", "trained"):
+        ask_option(inputs, ctx, MisalignmentSettings, name)
     if not _knows_the_pairs(ctx):
         warning(
             inputs,
@@ -199,63 +165,33 @@ def _ask_tag(inputs: Any, ctx: Any) -> None:
 
 
 def _ask_detector(inputs: Any, ctx: Any, samples: Any) -> None:
-    from fiftyone_ecif.options import TRAINED_DETECTORS
-
     offered = {
-        name: f"{name}: {label}"
-        for name, label in _DETECTORS.items()
-        if name != "global_influence" or target_names(ctx.dataset)
+        name: f"{name}: {detector.says}"
+        for name, detector in DETECTORS.items()
+        if not detector.needs_target or target_names(ctx.dataset)
     }
-    detector = dropdown(inputs, "detector", offered, _DEFAULTS["detector"], label="Detector")
-    chosen = ctx.params.get("detector")
-    if chosen in TRAINED_DETECTORS and not _knows_the_pairs(ctx):
-        refuse(detector, "It needs a model that was trained on the pairs: tick one of the two boxes above")
-    if chosen == "global_influence":
+    asked = ask_option(inputs, ctx, MisalignmentSettings, "detector", choices=offered, description=None)
+    detector = _detector(ctx.params)
+    if detector.needs_training and not _knows_the_pairs(ctx):
+        refuse(asked, "It needs a model that was trained on the pairs: tick one of the two boxes above")
+    if detector.needs_target:
         ask_target(inputs, ctx, samples)
 
 
-def _detect(ctx: Any, job: Job) -> Iterator[Any]:
-    from fiftyone_ecif.api.misalignment import misalignment_steps
-    from fiftyone_ecif.runs.misalignment import MisalignmentConfig
-
-    params = _DEFAULTS | {name: value for name, value in _chosen(ctx.params).items() if value is not None}
-    samples = ctx.target_view()
-    if len(samples) == 0:
-        raise EcifError("No samples are selected")
-    work = misalignment_steps(
-        samples,
-        MisalignmentConfig(
-            caption_field=params["caption_field"],
-            model=params["model"],
-            pretrained=params["pretrained"] or None,
-            **{name: params[name] for name in _METHOD},
-        ),
-        target=target_view(ctx.dataset, params["target"]) if params["target"] else None,
-        brain_key=params["brain_key"],
-        device=params["device"] or None,
-        num_workers=params["num_workers"] if ctx.delegated else 0,  # the App's server must not fork
-        **{name: params[name] for name in ("tag", "share", "threshold", "skip_failures", "overwrite")},
-    )
-    results = yield from with_progress(ctx, job, work)
-    remember(_kind(params), len(results.ids), job.watch)
-
-    key = params["brain_key"]
-    yield report(ctx, f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}", 1.0)
-    if not ctx.delegated:
-        field = f"{key}_misalignment"
-        view = samples.exists(field).sort_by(field, reverse=True)
-        yield from show(ctx, view, params["caption_field"], field, f"{key}_reason")
-        yield ctx.ops.notify(_summary(results, params["tag"]), variant="success")
+def _detector(params: dict[str, Any]) -> Detector:
+    """The chosen detector, the default where none that is known was chosen."""
+    name: str = params.get("detector") or ""
+    return DETECTORS[name if name in DETECTORS else MisalignmentSettings.detector]
 
 
-def _chosen(params: dict[str, Any]) -> dict[str, Any]:
+def _entered(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters without what was entered before a choice was changed."""
     if not is_from_form(params):
         return params
     tagging = params.get("tagging") or "none"
     stale = {name for name in ("share", "threshold") if name != tagging}
     stale |= {"tag"} if tagging == "none" else set()
-    stale |= {"target"} if params.get("detector") != "global_influence" else set()
+    stale |= {"target"} if not _detector(params).needs_target else set()
     return {name: value for name, value in params.items() if name not in stale}
 
 

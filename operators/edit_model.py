@@ -6,60 +6,42 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.samples.pairs import every_sample
 
+from .base import JobOperator
 from .forms import (
     ask_background,
     ask_new_file,
     blocked,
     dropdown,
-    menu_button,
     new_file,
     refuse,
     target_names,
     target_view,
-    unusable,
     warning,
 )
-from .jobs import Job, call, report, run_job, with_progress
+from .jobs import Job, call, report, with_progress
 
-_LABEL, _ICON = "Edit model", "auto_fix_high"
 _KEY, _SELECTION = "ecif", "selection"
 _FORMATS = (".pt", ".pth", ".safetensors")
 
 
-class EditModel(foo.Operator):
+class EditModel(JobOperator):
     """Writes the model of a run as if some of its pairs had never been trained on."""
 
-    @property
-    def config(self) -> foo.OperatorConfig:
-        return foo.OperatorConfig(
-            name="edit_model",
-            label=_LABEL,
-            description="The model of a run as if chosen pairs had never been trained on, without retraining",
-            icon=_ICON,
-            dynamic=True,
-            execute_as_generator=True,
-            allow_immediate_execution=True,
-            allow_delegated_execution=True,
-            risk_level="medium",
-        )
+    identifier = "edit_model"
+    title = "Edit model"
+    about = "The model of a run as if chosen pairs had never been trained on, without retraining"
+    icon = "auto_fix_high"
 
-    def resolve_placement(self, ctx: Any) -> types.Placement:
-        return menu_button(_LABEL, _ICON)
-
-    def resolve_input(self, ctx: Any) -> types.Property:
-        inputs = types.Object()
-        form = types.Property(inputs, view=types.View(label=_LABEL))
-        if unusable(inputs, ctx):
-            return form
+    def ask(self, inputs: Any, ctx: Any) -> None:
+        """Fills the form."""
         runs = ctx.dataset.list_brain_runs(type="influence", method="ecif")
         if not runs:
             blocked(inputs, "no_run", "No run to edit the model of yet: run Compute ECIF influence first")
-            return form
+            return
         default = _KEY if _KEY in runs else runs[-1]
         dropdown(inputs, "brain_key", runs, default, label="Run", description="Whose model to edit")
         key = ctx.params.get("brain_key") or default
@@ -73,14 +55,23 @@ class EditModel(foo.Operator):
             description=f"A file to write on the machine that runs FiftyOne; ends in {' or '.join(_FORMATS)}",
         )
         ask_background(inputs)
-        return form
 
     def resolve_run_name(self, ctx: Any) -> str:
         return f"Model edit, run {ctx.params.get('brain_key', _KEY)!r}"
 
-    def execute(self, ctx: Any) -> Iterator[Any]:
-        """Runs the job, reporting progress and failures in a way that the App shows."""
-        yield from run_job(ctx, self.resolve_run_name(ctx), _edit)
+    def work(self, ctx: Any, job: Job) -> Iterator[Any]:
+        """Edits the model."""
+        from fiftyone_ecif.api.editing import edit_steps
+        from fiftyone_ecif.runs.manage import load_run
+
+        key = ctx.params.get("brain_key", _KEY)
+        removed = _removed(ctx, ctx.params["remove"]).exists(f"{key}_influence").values("id")
+        results = load_run(ctx.dataset, key)
+        work = edit_steps(results, removed, str(new_file(ctx)), overwrite=ctx.params.get("overwrite", False))
+        edit = yield from with_progress(ctx, job, work)
+        yield report(ctx, str(edit), 1.0)
+        if not ctx.delegated:
+            yield ctx.ops.notify(str(edit), variant="success")
 
     def __call__(
         self,
@@ -143,17 +134,3 @@ def _ask_removed(inputs: Any, ctx: Any, key: str) -> None:
 
 def _removed(ctx: Any, remove: str) -> Any:
     return every_sample(ctx.dataset).select(ctx.selected) if remove == _SELECTION else target_view(ctx.dataset, remove)
-
-
-def _edit(ctx: Any, job: Job) -> Iterator[Any]:
-    from fiftyone_ecif.api.editing import edit_steps
-    from fiftyone_ecif.runs.manage import load_run
-
-    key = ctx.params.get("brain_key", _KEY)
-    removed = _removed(ctx, ctx.params["remove"]).exists(f"{key}_influence").values("id")
-    results = load_run(ctx.dataset, key)
-    work = edit_steps(results, removed, str(new_file(ctx)), overwrite=ctx.params.get("overwrite", False))
-    edit = yield from with_progress(ctx, job, work)
-    yield report(ctx, str(edit), 1.0)
-    if not ctx.delegated:
-        yield ctx.ops.notify(str(edit), variant="success")

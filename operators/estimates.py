@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from fiftyone_ecif.models.zoo import multiplications
-from fiftyone_ecif.store.files import cache_folder
+from fiftyone_ecif.models.libraries import library_of
+from fiftyone_ecif.store.files import atomic_path, cache_folder
 
 _ENCODING = ("Encoding images", "Encoding captions")
 _LOADING = "Loading the model"
@@ -55,11 +54,8 @@ def remember(kind: str, pairs: int, watch: Watch) -> None:
     if watch.encoded:
         pace["encode"] = encoding / watch.encoded
     place = cache_folder() / "estimates.json"
-    with contextlib.suppress(OSError):  # an estimate is not worth a failure
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    with contextlib.suppress(OSError), atomic_path(place, shared=True) as temporary:  # not worth a failure
         temporary.write_text(json.dumps(paces | {kind: pace}))
-        os.replace(temporary, place)
 
 
 def estimate(kind: str, pairs: int, model: str, scope: str) -> str:
@@ -81,7 +77,7 @@ def estimate(kind: str, pairs: int, model: str, scope: str) -> str:
 
 
 def _guess(pairs: int, model: str, scope: str) -> str:
-    size = multiplications(model)
+    size = library_of(model).multiplications(model)
     if size is None:
         return "How long that takes is not known yet: no such run ended on this machine"
     passes = 1 if scope.startswith("heads") else _DEEP_PASSES

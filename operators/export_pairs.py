@@ -5,35 +5,24 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
-from .forms import ask_new_file, blocked, dropdown, menu_button, new_file, unusable
+from .base import FormOperator
+from .forms import ask_new_file, blocked, dropdown, new_file
 from .jobs import call
 
 
-class ExportPairs(foo.Operator):
+class ExportPairs(FormOperator):
     """Exports ids, paths, captions, tags and scores."""
 
-    @property
-    def config(self) -> foo.OperatorConfig:
-        return foo.OperatorConfig(
-            name="export_pairs",
-            label="Export pairs",
-            description="Write ids, paths, captions, tags and scores to a CSV or JSON file",
-            icon="download",
-            dynamic=True,
-            allow_delegated_execution=True,
-            risk_level="medium",
-        )
+    identifier = "export_pairs"
+    title = "Export pairs"
+    about = "Write ids, paths, captions, tags and scores to a CSV or JSON file"
+    icon = "download"
+    delegable = True
 
-    def resolve_placement(self, ctx: Any) -> types.Placement:
-        return menu_button("Export pairs", "download")
-
-    def resolve_input(self, ctx: Any) -> types.Property:
-        inputs = types.Object()
-        if unusable(inputs, ctx):
-            return types.Property(inputs)
+    def ask(self, inputs: Any, ctx: Any) -> None:
+        """Fills the form."""
         from fiftyone_ecif.samples.export import EXPORT_FORMATS
         from fiftyone_ecif.samples.pairs import caption_fields
 
@@ -42,7 +31,7 @@ class ExportPairs(foo.Operator):
         fields = caption_fields(ctx.dataset)
         if not fields:
             blocked(inputs, "no_captions", "This dataset has no string field that could hold captions")
-            return types.Property(inputs)
+            return
         dropdown(inputs, "caption_field", fields, "caption", label="Caption field")
         ask_new_file(
             inputs,
@@ -52,7 +41,6 @@ class ExportPairs(foo.Operator):
             label="File",
             description="On the machine that runs FiftyOne; ends in .csv or .json",
         )
-        return types.Property(inputs, view=types.View(label="Export pairs"))
 
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.samples.export import export_pairs

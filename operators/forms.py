@@ -5,31 +5,27 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.models.zoo import model_names, pretrained_tags
+from fiftyone_ecif.models.libraries import MODEL_LIBRARIES, library_of, model_names
 from fiftyone_ecif.samples.pairs import every_sample
+from fiftyone_ecif.settings.job import JobSettings
+from fiftyone_ecif.settings.option import Settings
 
+S = TypeVar("S", bound=Settings)
 MISSING = [name for name in ("torch", "open_clip", "h5py") if importlib.util.find_spec(name) is None]
 
 
-def menu_button(label: str, icon: str) -> types.Placement:
-    """A place for an operator above the sample grid."""
-    return types.Placement(
-        types.Places.SAMPLES_GRID_SECONDARY_ACTIONS, types.Button(label=label, icon=icon, prompt=True)
-    )
-
-
 def dropdown(inputs: Any, name: str, choices: Iterable[str], default: str | None = None, **options: Any) -> Any:
-    """A required choice among texts, or keys with a label each; the default is taken only if it is one of them."""
+    """A choice among texts, or keys with a label each; the default is taken only if it is one of them."""
     view = types.DropdownView()
     for choice in choices:
         view.add_choice(choice, label=choices[choice] if isinstance(choices, Mapping) else choice)
     default = default if default in view.values() else None
-    return inputs.enum(name, view.values(), required=True, default=default, view=view, **options)
+    return inputs.enum(name, view.values(), default=default, view=view, **{"required": True, **options})
 
 
 def refuse(prop: Any, message: str) -> None:
@@ -130,24 +126,28 @@ def ask_target(inputs: Any, ctx: Any, samples: Any) -> Any:
 
 def ask_model(inputs: Any, ctx: Any, default: str) -> None:
     """Asks for a model and its weights."""
-    names = model_names()
     view = types.AutocompleteView(allow_user_input=True)
-    for name in names:
+    for name in model_names():
         view.add_choice(name, label=name)
     model = inputs.str(
-        "model", required=True, default=default, label="Model", description="An open_clip model name", view=view
+        "model",
+        required=True,
+        default=default,
+        label="Model",
+        description="A model of " + " or ".join(f"{one.name} ({one.says})" for one in MODEL_LIBRARIES.values()),
+        view=view,
     )
     name = ctx.params.get("model") or ""
-    brings_weights = ":" in name
-    if name and not brings_weights and name not in names:
-        refuse(model, f"open_clip has no model {name!r}")
-    known = pretrained_tags(name)
+    library = library_of(name)
+    if name and not library.knows(name):
+        refuse(model, f"{library.name} has no model {name!r}")
+    known = library.pretrained_tags(name)
     tags = types.AutocompleteView(allow_user_input=True)
     for tag in known or []:
         tags.add_choice(tag, label=tag)
     pretrained = inputs.str(
         "pretrained",
-        required=not brings_weights,
+        required=not library.brings_weights(name),
         label="Pretrained",
         description="A pretrained tag of the model, or the path of a checkpoint on the machine that runs FiftyOne",
         view=tags,
@@ -244,26 +244,49 @@ def is_from_form(params: Mapping[str, Any]) -> bool:
     return "advanced" in params
 
 
-def ask_fit_and_batches(inputs: Any, ctx: Any, defaults: Mapping[str, Any]) -> None:
+def ask_option(inputs: Any, ctx: Any, table: type[Settings], name: str, **shown: Any) -> Any:
+    """Asks for one option of a table, and judges the answer by what the table says of it.
+
+    Args:
+        inputs: the form.
+        ctx: its context.
+        table: of options.
+        name: of the option.
+        **shown: what the form says otherwise than the table, such as ``choices`` with a text each.
+    """
+    known, default = table.options()[name], getattr(table, name)
+    text = known.help.removeprefix("whether to ")
+    told = {"label": known.label, "description": f"{text[0].upper()}{text[1:]}"} | shown
+    choices = told.pop("choices", known.choices and {each: each for each in known.choices()})
+    if known.kind is bool:
+        return inputs.bool(name, default=default, view=types.CheckboxView(), **told)
+    if choices:
+        return dropdown(inputs, name, choices, default, required=default is not None, **told)
+    ask = {int: inputs.int, float: inputs.float, str: inputs.str}[known.kind]
+    asked = ask(name, default=default, **told)
+    wrong = known.problem(ctx.params.get(name))
+    if wrong:
+        refuse(asked, wrong[0].upper() + wrong[1:])
+    return asked
+
+
+def ask_fit_and_batches(inputs: Any, ctx: Any, table: type[Settings]) -> None:
     """Advanced settings of all scoring: how the heads are fitted, which pairs compete, where it runs."""
-    proximal = inputs.float(
-        "proximal",
-        default=defaults["proximal"],
-        label="Proximal strength",
-        description="RoleGradient to the loaded weights, and the damping of the Hessian",
-    )
-    if not (ctx.params.get("proximal") or defaults["proximal"]) > 0:
-        refuse(proximal, "Must be a positive number")
-    batch_size = inputs.int(
-        "batch_size", label="Batch size", description="Pairs that compete in one softmax; 256 if left empty"
-    )
-    if ctx.params.get("batch_size") is not None and ctx.params["batch_size"] < 2:
-        refuse(batch_size, "Use at least 2")
-    inputs.int("seed", default=defaults["seed"], label="Seed", description="Which pairs share a batch")
-    inputs.str("device", label="Device", description="cpu or cuda; a GPU where there is one if left empty")
-    inputs.bool(
-        "skip_failures",
-        default=defaults["skip_failures"],
-        label="Skip samples that cannot be scored",
-        view=types.CheckboxView(),
-    )
+    for name in ("proximal", "batch_size", "seed"):
+        ask_option(inputs, ctx, table, name)
+    for name in ("device", "skip_failures"):
+        ask_option(inputs, ctx, JobSettings, name)
+
+
+def chosen(ctx: Any, params: Mapping[str, Any], table: type[S]) -> tuple[S, JobSettings]:
+    """The settings of a job by its parameters, whatever else is among them.
+
+    Args:
+        ctx: of the operator.
+        params: of it, with the defaults.
+        table: of its options.
+    """
+    given = {**params, "pretrained": params["pretrained"] or None, "device": params["device"] or None}
+    if not ctx.delegated:
+        given["num_workers"] = 0  # the App's server must not fork
+    return table.take(given), JobSettings.take(given)

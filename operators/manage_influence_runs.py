@@ -8,45 +8,33 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import fiftyone as fo
-import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
 
-from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
+from .base import FormOperator
+from .forms import blocked, dropdown, refuse, warning
 from .jobs import call
 
 if TYPE_CHECKING:
     from fiftyone_ecif.runs.manage import RunEntry, Stale
 
-_LABEL, _ICON = "Manage influence runs", "inventory_2"
 _ACTIONS = {"describe": "Describe", "rename": "Rename", "delete": "Delete", "free": "Free disk"}
 _CONFIRMED = "delete_"  # what the name of a tick starts with
 _REMEMBERED = 20  # seconds
 
 
-class ManageInfluenceRuns(foo.Operator):
+class ManageInfluenceRuns(FormOperator):
     """Describes, renames and deletes runs, and frees disk."""
 
-    @property
-    def config(self) -> foo.OperatorConfig:
-        return foo.OperatorConfig(
-            name="manage_influence_runs",
-            label=_LABEL,
-            description="Describe, rename and delete runs, see what changed since, free disk",
-            icon=_ICON,
-            dynamic=True,
-            risk_level="high",
-        )
+    identifier = "manage_influence_runs"
+    title = "Manage influence runs"
+    about = "Describe, rename and delete runs, see what changed since, free disk"
+    icon = "inventory_2"
+    risk = "high"
 
-    def resolve_placement(self, ctx: Any) -> types.Placement:
-        return menu_button(_LABEL, _ICON)
-
-    def resolve_input(self, ctx: Any) -> types.Property:
-        inputs = types.Object()
-        form = types.Property(inputs, view=types.View(label=_LABEL))
-        if unusable(inputs, ctx):
-            return form
+    def ask(self, inputs: Any, ctx: Any) -> None:
+        """Fills the form."""
         choice = types.RadioGroup(orientation="horizontal")
         for name, label in _ACTIONS.items():
             choice.add_choice(name, label=label)
@@ -54,14 +42,14 @@ class ManageInfluenceRuns(foo.Operator):
         action = ctx.params.get("action", "describe")
         if action == "free":
             _say_what_is_freed(inputs)
-            return form
+            return
         from fiftyone_ecif.runs.describe import describe_run
         from fiftyone_ecif.runs.manage import list_runs
 
         runs = {run.key: run for run in list_runs(ctx.dataset)}
         if not runs:
             blocked(inputs, "no_run", "No runs yet: run Compute ECIF influence or Detect misaligned pairs first")
-            return form
+            return
         labels = {key: _label(ctx.dataset, run) for key, run in runs.items()}
         chosen = dropdown(inputs, "brain_key", labels, next(iter(labels)), label="Run")
         run = runs.get(ctx.params.get("brain_key"))
@@ -75,7 +63,6 @@ class ManageInfluenceRuns(foo.Operator):
             _ask_new_key(inputs, ctx, run)
         else:
             _ask_consent(inputs, ctx, run)
-        return form
 
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.runs.cache import free_disk, size_text
@@ -102,7 +89,7 @@ class ManageInfluenceRuns(foo.Operator):
     def resolve_output(self, ctx: Any) -> types.Property:
         outputs = types.Object()
         outputs.md(ctx.results["about"], name="about")
-        return types.Property(outputs, view=types.View(label=_LABEL))
+        return types.Property(outputs, view=types.View(label=self.title))
 
     def __call__(
         self, samples: Any, action: str = "describe", brain_key: str | None = None, new_key: str | None = None

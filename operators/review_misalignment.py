@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.api.review import review_or_propose
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.samples.review_tags import ALIGNED, LEAST, MISALIGNED, count_review_tags
 
-from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
+from .base import FormOperator
+from .forms import blocked, dropdown, refuse, warning
 from .jobs import call, show
 
-_LABEL, _ICON = "Review misalignment", "rate_review"
 _KEY, _COUNT = "audit", 20
 _HOW_TO_TAG = (
     f"Select some of these pairs, press the tag button above the grid, tag them {ALIGNED!r} or {MISALIGNED!r}, "
@@ -22,40 +21,27 @@ _HOW_TO_TAG = (
 )
 
 
-class ReviewMisalignment(foo.Operator):
+class ReviewMisalignment(FormOperator):
     """Refits a misalignment score to the pairs that were tagged, and shows those to look at next."""
 
-    @property
-    def config(self) -> foo.OperatorConfig:
-        return foo.OperatorConfig(
-            name="review_misalignment",
-            label=_LABEL,
-            description="Look at a few pairs, tag them, and let the score learn from that",
-            icon=_ICON,
-            dynamic=True,
-            allow_delegated_execution=True,
-            risk_level="medium",
-        )
+    identifier = "review_misalignment"
+    title = "Review misalignment"
+    about = "Look at a few pairs, tag them, and let the score learn from that"
+    icon = "rate_review"
+    delegable = True
 
-    def resolve_placement(self, ctx: Any) -> types.Placement:
-        return menu_button(_LABEL, _ICON)
-
-    def resolve_input(self, ctx: Any) -> types.Property:
-        inputs = types.Object()
-        form = types.Property(inputs, view=types.View(label=_LABEL))
-        if unusable(inputs, ctx):
-            return form
+    def ask(self, inputs: Any, ctx: Any) -> None:
+        """Fills the form."""
         runs = ctx.dataset.list_brain_runs(type="misalignment", method="ecif")
         if not runs:
             blocked(inputs, "no_run", "Nothing to review yet: run Detect misaligned pairs first")
-            return form
+            return
         dropdown(inputs, "brain_key", runs, _KEY if _KEY in runs else runs[-1], label="Run")
         count = inputs.int("count", required=True, default=_COUNT, label="Pairs to look at next")
         if ctx.params.get("count") is not None and ctx.params["count"] < 1:
             refuse(count, "Must be at least 1")
         if ctx.params.get("brain_key") in runs:
             _say_what_happens(inputs, ctx)
-        return form
 
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.runs.manage import load_run
@@ -97,7 +83,7 @@ class ReviewMisalignment(foo.Operator):
             )
         outputs.int("proposed", label="Pairs to look at next")
         outputs.view("means", types.Notice(label=means))
-        return types.Property(outputs, view=types.View(label=_LABEL))
+        return types.Property(outputs, view=types.View(label=self.title))
 
     def __call__(self, samples: Any, brain_key: str = _KEY, count: int = _COUNT) -> Any:
         """Reviews a run of a dataset; a view stands for its dataset."""

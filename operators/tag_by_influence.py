@@ -4,40 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import every_sample
 
-from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
+from .base import FormOperator
+from .forms import blocked, dropdown, refuse, warning
 from .jobs import call
 
 _LIMITS = {"count": "A number of pairs", "share": "A share of the pairs", "threshold": "All beyond a score"}
 
 
-class TagByInfluence(foo.Operator):
+class TagByInfluence(FormOperator):
     """Tags the most harmful or the most valuable pairs."""
 
-    @property
-    def config(self) -> foo.OperatorConfig:
-        return foo.OperatorConfig(
-            name="tag_by_influence",
-            label="Tag by influence",
-            description="Tag the most harmful or the most valuable pairs",
-            icon="sell",
-            dynamic=True,
-            allow_delegated_execution=True,
-            risk_level="medium",
-        )
+    identifier = "tag_by_influence"
+    title = "Tag by influence"
+    about = "Tag the most harmful or the most valuable pairs"
+    icon = "sell"
+    delegable = True
 
-    def resolve_placement(self, ctx: Any) -> types.Placement:
-        return menu_button("Tag by influence", "sell")
-
-    def resolve_input(self, ctx: Any) -> types.Property:
-        inputs = types.Object()
-        if unusable(inputs, ctx):
-            return types.Property(inputs)
+    def ask(self, inputs: Any, ctx: Any) -> None:
+        """Fills the form."""
         from fiftyone_ecif.samples.review_tags import check_score_tag
         from fiftyone_ecif.samples.selection import DIRECTIONS, score_fields, select_by_influence
 
@@ -45,7 +34,7 @@ class TagByInfluence(foo.Operator):
         fields = score_fields(ctx.dataset)
         if not fields:
             blocked(inputs, "no_scores", "No scores yet: run Compute ECIF influence first")
-            return types.Property(inputs)
+            return
         ours = [field for end in ("_influence", "_misalignment") for field in fields if field.endswith(end)]
         default = (ours or fields)[0]
         dropdown(inputs, "field", fields, default, label="Score")
@@ -79,7 +68,6 @@ class TagByInfluence(foo.Operator):
                 inputs.view("preview", types.Notice(label=f"{len(selected):,} pairs will be tagged"))
             except EcifError as error:
                 refuse(value, str(error))
-        return types.Property(inputs, view=types.View(label="Tag by influence"))
 
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.samples.selection import DIRECTIONS, tag_by_influence

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import fiftyone.operators as foo
 import fiftyone.operators.types as types
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import pairs_now
 
-from .forms import blocked, dropdown, menu_button, refuse, unusable, warning
+from .base import FormOperator
+from .forms import blocked, dropdown, refuse, warning
 from .jobs import call, show
 
 if TYPE_CHECKING:
     from fiftyone_ecif.api.tracing import Trace
 
-_LABEL, _ICON = "Trace predictions", "troubleshoot"
 _KEY, _COUNT, _LIMIT = "ecif", 5, 5
 _COLUMNS = {
     "query": "Number",
@@ -26,28 +25,16 @@ _COLUMNS = {
 }
 
 
-class TracePredictions(foo.Operator):
+class TracePredictions(FormOperator):
     """Shows mistakes of a model on validation pairs beside the training pairs behind them."""
 
-    @property
-    def config(self) -> foo.OperatorConfig:
-        return foo.OperatorConfig(
-            name="trace_predictions",
-            label=_LABEL,
-            description="Which training pairs are behind a mistake, and which help against it",
-            icon=_ICON,
-            dynamic=True,
-            risk_level="medium",
-        )
+    identifier = "trace_predictions"
+    title = "Trace predictions"
+    about = "Which training pairs are behind a mistake, and which help against it"
+    icon = "troubleshoot"
 
-    def resolve_placement(self, ctx: Any) -> types.Placement:
-        return menu_button(_LABEL, _ICON)
-
-    def resolve_input(self, ctx: Any) -> types.Property:
-        inputs = types.Object()
-        form = types.Property(inputs, view=types.View(label=_LABEL))
-        if unusable(inputs, ctx):
-            return form
+    def ask(self, inputs: Any, ctx: Any) -> None:
+        """Fills the form."""
         runs = ctx.dataset.list_brain_runs(type="influence", method="ecif", keep_gradients=True)
         if not runs:
             any_run = ctx.dataset.list_brain_runs(type="influence", method="ecif")
@@ -59,7 +46,7 @@ class TracePredictions(foo.Operator):
                 if any_run
                 else "Nothing to trace with yet: run Compute ECIF influence first",
             )
-            return form
+            return
         default = _KEY if _KEY in runs else runs[-1]
         run = dropdown(inputs, "brain_key", runs, default, label="Run")
         key = ctx.params.get("brain_key") or default
@@ -67,7 +54,6 @@ class TracePredictions(foo.Operator):
             _ask_queries(inputs, ctx, key, run)
         count = inputs.int("count", required=True, default=_COUNT, label="Pairs that harm, and that help, for each")
         _at_least_one(ctx, "count", count)
-        return form
 
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.api.tracing import mark_traces, trace
@@ -97,7 +83,7 @@ class TracePredictions(foo.Operator):
         for name, label in _COLUMNS.items():
             table.add_column(name, label=label)
         outputs.list("pairs", types.Object(), view=table)
-        return types.Property(outputs, view=types.View(label=_LABEL))
+        return types.Property(outputs, view=types.View(label=self.title))
 
     def __call__(
         self, samples: Any, queries: Any = None, brain_key: str = _KEY, count: int = _COUNT, limit: int = _LIMIT
@@ -130,15 +116,15 @@ def _chosen(ctx: Any) -> list[str]:
 
 def _ask_queries(inputs: Any, ctx: Any, key: str, run: Any) -> None:
     from fiftyone_ecif.api.tracing import count_mistakes
-    from fiftyone_ecif.runs.influence import target_dataset
+    from fiftyone_ecif.runs.manage import load_run
 
-    config = ctx.dataset.get_brain_info(key).config
-    target_pairs = {sample for ids in config.target["ids"].values() for sample in ids}
     try:
-        mistakes = count_mistakes(key, config)
+        results = load_run(ctx.dataset, key)
+        mistakes = count_mistakes(key, results.config)
     except EcifError as error:
         refuse(run, str(error))
         return
+    target_pairs = {sample for ids in results.target_ids.values() for sample in ids}
     worst = f"The worst of the {mistakes:,} mistakes on {len(target_pairs):,} validation pairs"
     offered = ctx.params.get("ids") or ctx.selected
     if offered:
@@ -163,9 +149,9 @@ def _ask_queries(inputs: Any, ctx: Any, key: str, run: Any) -> None:
             refuse(asked, "The model makes no mistakes on these pairs. Select some of them to trace")
         limit = inputs.int("limit", required=True, default=_LIMIT, label="Mistakes to trace at most")
         _at_least_one(ctx, "limit", limit)
-    home = target_dataset(ctx.dataset, config.target)
+    home = results.target_dataset()
     if home is not ctx.dataset:
-        name = config.target["dataset"] if home is None else home.name
+        name = results.config.target["dataset"] if home is None else home.name
         warning(
             inputs, "elsewhere", f"The validation pairs are in dataset {name!r}: here you see the pairs behind them"
         )

@@ -19,13 +19,12 @@ from torch import Tensor
 from fiftyone_ecif.api.preparation import PreparedRun, reopen
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.curvature import curvature_at
 from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.linear_solve import solve, solving
 from fiftyone_ecif.influence.newton_step import removal_step
-from fiftyone_ecif.models.checkpoint import new_checkpoint, save_checkpoint
-from fiftyone_ecif.models.tower_scope import TowerScope
-from fiftyone_ecif.options import parse_scope
+from fiftyone_ecif.influence.scope_choice import parse_scope
+from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
+from fiftyone_ecif.models.checkpoint import new_checkpoint
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.influence import InfluenceResults
 
@@ -108,7 +107,7 @@ def group_influence(
         rows = _rows(results, group)
         prepared, objective, theta = yield from reopen(results, device)
         gradient, _ = _target_gradient(prepared, theta)
-        product = curvature_at(objective, theta, _solver(results))
+        product = SOLVERS[_solver(results)].product(objective, theta)
         solution = yield from solving(solve(product, gradient, results.config.damping))
         steps = removal_step(objective, theta, rows, _step_solver(results), results.config.damping)
         step = yield from solving(steps)
@@ -170,9 +169,7 @@ def edit_steps(
     targets = prepared.targets.values()
     after = sum(target.loss(edited).item() for target in targets) / len(targets)
     wrong = [torch.cat([target.mistakes(at) for target in targets]).double().mean().item() for at in (theta, edited)]
-    scope = prepared.scope
-    adapters = scope.adapters(edited) if isinstance(scope, TowerScope) and scope.rank else None
-    save_checkpoint(out, prepared.encoder.changed_state(scope, edited), adapters, prepared.encoder.preprocessing)
+    prepared.encoder.save(out, prepared.scope, edited)
     edit = Edit(
         str(out),
         len(rows),
@@ -195,9 +192,7 @@ def edit_steps(
 def _solver(results: InfluenceResults) -> str:
     """Of the run, or what a run of its scope would use if that has no curvature to solve with."""
     solver: str = results.config.solver
-    if solver in ("hessian", "ggn"):
-        return solver
-    return "hessian" if parse_scope(results.config.scope).heads else "ggn"
+    return solver if SOLVERS[solver].solves else default_solver(parse_scope(results.config.scope))
 
 
 def _step_solver(results: InfluenceResults) -> str:

@@ -1,12 +1,11 @@
 """Fine-tuning a model on a user's pairs, with low-rank adapters by default.
 
-What is trained is the flat vector of a deep scope (see ``models.tower_scope``),
+What is trained is the flat vector of a scope of the model's own parameters (see ``influence.scope``),
 so that the same parameters can be attributed afterwards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -19,44 +18,36 @@ from typing import Any
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.objective import random_partition
-from fiftyone_ecif.models.checkpoint import new_checkpoint, save_checkpoint
-from fiftyone_ecif.models.checks import choose_device
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.models.fine_tuning import (
-    FitSettings,
-    diverged,
-    load_state,
-    mean_loss,
-    train_scope,
-    warn_of_preprocessing,
-)
-from fiftyone_ecif.models.inputs import Images, ImageTextBatches
-from fiftyone_ecif.models.tower_scope import TowerScope
+from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.scope_choice import parse_scope
+from fiftyone_ecif.models.checkpoint import new_checkpoint
+from fiftyone_ecif.models.device import choose_device
+from fiftyone_ecif.models.dual_encoder import DualEncoder
+from fiftyone_ecif.models.fine_tuning import diverged, load_state, mean_loss, train_scope
+from fiftyone_ecif.models.inputs import Images
+from fiftyone_ecif.models.libraries import library_of, load_encoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.samples.pairs import Pairs, check_collection, read_pairs, warn_skipped
-from fiftyone_ecif.store.keys import pair_key
+from fiftyone_ecif.settings.fine_tuning import FitSettings
+from fiftyone_ecif.settings.option import check_known, documented
+from fiftyone_ecif.store.keys import digest, pair_key
 
 logger = logging.getLogger(__name__)
 _READ_AT_ONCE = 64  # images
 
 
+@documented(FitSettings)
 def fit_model(
     samples: Any,
     path: str | os.PathLike[str],
-    caption_field: str = "caption",
-    model: str = "ViT-B-32",
-    pretrained: str | None = None,
+    caption_field: str = FitSettings.caption_field,
+    model: str = FitSettings.model,
+    pretrained: str | None = FitSettings.pretrained,
     *,
-    scope: str = "lora",
-    epochs: int = 5,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.0,
-    seed: int = 0,
     device: str | None = None,
-    skip_failures: bool = True,
     overwrite: bool = False,
     progress: bool | Callable[..., None] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Fine-tunes a pretrained model on image-caption pairs and saves a checkpoint.
 
@@ -78,25 +69,11 @@ def fit_model(
         path: the checkpoint to write; safetensors if it ends in that, else
             PyTorch's format. Adapters are written beside it, to
             ``{path}.adapters``.
-        caption_field ("caption"): the string field that holds the captions.
-        model ("ViT-B-32"): the name of an open_clip model.
-        pretrained (None): one of its pretrained tags, or the path of a
-            checkpoint to start from. Needed unless the model name brings its
-            own weights (``local-dir:…``, ``hf-hub:…``).
-        scope ("lora"): the parameters to train: ``lora[:RANK[:BLOCKS]]``,
-            ``blocks:K`` or a regular expression over parameter names.
-        epochs (5): how often each pair is seen.
-        batch_size (64): pairs that compete in one softmax, at most.
-        learning_rate (1e-3): the highest, after the warm-up.
-        weight_decay (0.0): of the trained parameters to zero; decoupled from
-            the loss, as in AdamW.
-        seed (0): fixes new adapters and all batches.
         device (None): where to train; by default a GPU where there is one.
-        skip_failures (True): whether to skip samples without a caption or with
-            an unreadable image, with a warning, rather than raise.
         overwrite (False): whether to replace the checkpoint, and a saved state
             of a fit with other arguments.
         progress (None): whether to show progress bars, or a callback.
+        {options}
 
     Returns:
         ``checkpoint`` (the path), ``pairs``, ``steps`` and ``parameters``
@@ -110,18 +87,9 @@ def fit_model(
             written, or the loss does not stay finite; there is no new
             checkpoint then
     """
-    settings = FitSettings(
-        caption_field=caption_field,
-        model=model,
-        pretrained=pretrained,
-        scope=scope,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        seed=seed,
-        skip_failures=skip_failures,
-    )
+    options |= {"caption_field": caption_field, "model": model, "pretrained": pretrained}
+    settings = FitSettings.take(options)
+    check_known(options, FitSettings)
     return follow(fit_steps(samples, path, settings, device=device, overwrite=overwrite), progress)
 
 
@@ -134,7 +102,8 @@ def fit_steps(
     overwrite: bool = False,
 ) -> Generator[Progress, None, dict[str, Any]]:
     """:func:`fit_model` as a generator of its progress, for a caller that shows it or stops it."""
-    choice = settings.check()
+    library_of(settings.model).check(settings.model, settings.pretrained)
+    choice = parse_scope(settings.scope)
     choose_device(device)
     check_collection(samples, settings.caption_field)
     path = new_checkpoint(path, overwrite)
@@ -145,12 +114,11 @@ def fit_steps(
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = Encoder(settings.model, settings.pretrained, device)
+    encoder = load_encoder(settings.model, settings.pretrained, device)
     scope = encoder.scope(choice, settings.seed)
-    assert isinstance(scope, TowerScope)  # heads were refused
     resume = path.with_name(f"{path.name}.resume")
-    digest = _digest(settings, pairs, encoder, scope)
-    state = load_state(resume, digest, overwrite)
+    fingerprint = _fingerprint(settings, pairs, encoder, scope)
+    state = load_state(resume, fingerprint, overwrite)
     yield Progress("Loading the model", 1, 1)
 
     if state is None:
@@ -162,11 +130,11 @@ def fit_steps(
     _check_count(pairs)
 
     partition = random_partition(len(pairs.ids), settings.batch_size, settings.seed)
-    batches = ImageTextBatches(encoder, pairs.paths, pairs.captions, partition)
+    batches = encoder.batches(choice, pairs.paths, pairs.captions, partition)
     if state is None:
         before = yield from mean_loss(scope, scope.start, batches)
         state = {
-            "digest": digest,
+            "digest": fingerprint,
             "unreadable": unreadable,
             "loss_before": before,
             "step": 0,
@@ -179,10 +147,8 @@ def fit_steps(
         raise diverged(settings)
 
     yield Progress("Saving", 0, 1)
-    adapters = scope.adapters(theta) if scope.rank else None
-    save_checkpoint(path, encoder.changed_state(scope, theta), adapters, encoder.preprocessing)
+    encoder.save(path, scope, theta)
     resume.unlink(missing_ok=True)
-    warn_of_preprocessing(encoder, path)
     yield Progress("Saving", 1, 1)
     return {
         "checkpoint": str(path),
@@ -196,7 +162,9 @@ def fit_steps(
     }
 
 
-def _find_unreadable(encoder: Encoder, pairs: Pairs, skip_failures: bool) -> Generator[Progress, None, dict[int, str]]:
+def _find_unreadable(
+    encoder: DualEncoder, pairs: Pairs, skip_failures: bool
+) -> Generator[Progress, None, dict[int, str]]:
     """Decodes every image once, so that none ends the training half-way.
 
     Returns:
@@ -226,9 +194,7 @@ def _check_count(pairs: Pairs) -> None:
         raise EcifError(f"Fine-tuning needs at least 2 readable pairs, there are {len(pairs.ids)}")
 
 
-def _digest(settings: FitSettings, pairs: Pairs, encoder: Encoder, scope: TowerScope) -> str:
-    """Of all that the result depends on: settings, pairs, weights and where the scope starts."""
+def _fingerprint(settings: FitSettings, pairs: Pairs, encoder: DualEncoder, scope: Scope) -> str:
+    """A digest of all that the result depends on: settings, pairs, weights and where the scope starts."""
     keys = [pair_key(path, caption) for path, caption in zip(pairs.paths, pairs.captions, strict=True)]
-    digest = hashlib.blake2b(json.dumps([asdict(settings), encoder.fingerprint, keys]).encode(), digest_size=16)
-    digest.update(scope.start.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return digest([json.dumps([asdict(settings), encoder.fingerprint, keys]), scope.start.cpu().numpy().tobytes()])

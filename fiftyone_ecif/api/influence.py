@@ -13,47 +13,39 @@ from fiftyone_ecif.api.preparation import PreparedRun, describe, prepare
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.distributed import ProcessGroup
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.gradient_store import read_effects
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.scoring import Scores, score_pairs
-from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.progress import Progress
-from fiftyone_ecif.runs.base import check_key
+from fiftyone_ecif.runs.base import check_key, check_view
 from fiftyone_ecif.runs.diagnostics import diagnose
-from fiftyone_ecif.runs.influence import InfluenceConfig, InfluenceResults, PairFunction, influence_fields, slice_names
+from fiftyone_ecif.runs.influence import (
+    InfluenceConfig,
+    InfluenceRecord,
+    InfluenceResults,
+    influence_fields,
+    slice_names,
+)
 from fiftyone_ecif.runs.writing import finish_writing, write_run
 from fiftyone_ecif.samples.pairs import Pairs, check_collection
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
+from fiftyone_ecif.settings.option import check_known, documented
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
 
 
+@documented(InfluenceSettings, JobSettings)
 def compute_influence(
     samples: Any,
-    caption_field: str = "caption",
-    model: str = "ViT-B-32",
-    pretrained: str | None = None,
+    caption_field: str = InfluenceSettings.caption_field,
+    model: str = InfluenceSettings.model,
+    pretrained: str | None = InfluenceSettings.pretrained,
     target: Any = None,
     *,
-    target_loss: str | PairFunction = "contrastive",
-    label_field: str | None = None,
-    templates: Sequence[str] = ("a photo of a {}.",),
-    scope: str = "heads",
-    role: str = "exact",
-    solver: str | None = None,
-    damping: float = 0.0,
     brain_key: str = "ecif",
-    fit: bool = False,
-    proximal: float = 1.0,
-    batch_size: int | None = None,
-    seed: int = 0,
-    n_partitions: int = 1,
-    scores: Sequence[str] = (),
-    keep_gradients: bool | None = None,
-    device: str | None = None,
-    num_workers: int | None = None,
-    skip_failures: bool = True,
-    overwrite: bool = False,
     progress: bool | Callable[..., None] | None = None,
+    **options: Any,
 ) -> InfluenceResults:
     """Computes what training on each image-caption pair does to a target.
 
@@ -66,7 +58,8 @@ def compute_influence(
 
     Four fields are written: ``{brain_key}_influence``, its parts
     ``{brain_key}_positive`` and ``{brain_key}_negative``, and
-    ``{brain_key}_rank`` (1 = most harmful). Samples that could not be scored
+    ``{brain_key}_rank`` (1 = most harmful). With more than one partition,
+    ``{brain_key}_error`` is the standard error. Samples that could not be scored
     have no value.
 
     .. note::
@@ -80,62 +73,14 @@ def compute_influence(
 
     Args:
         samples: the training pairs, a FiftyOne dataset or view of images.
-        caption_field ("caption"): the string field that holds the captions.
-        model ("ViT-B-32"): the name of an open_clip model.
-        pretrained (None): one of its pretrained tags, or the path of a
-            checkpoint. Needed unless the model name brings its own weights
-            (``local-dir:…``, ``hf-hub:…``).
         target: the validation pairs towards which influence is measured, a
             dataset or view of images with the same caption field; or slices of
             them as a dict of name -> view. Each slice then gets a field
             ``{brain_key}_influence_on_{name}``, and ``{brain_key}_influence`` is
             their mean.
-        target_loss ("contrastive"): what is measured on the target: the pairs'
-            own ``"contrastive"`` loss, ``"zero_shot"`` classification by
-            ``label_field``, ``"retrieval_margin"`` (logit of the strongest
-            wrong match minus that of the right one), or a function
-            ``loss(images, captions, logits)`` of a batch's unit embeddings,
-            ``(n, d)`` each, and its similarity matrix ``(n, n)``, returning a
-            loss for each pair, ``(n,)``, in torch.
-        label_field (None): a string or Classification field of the target's
-            classes; the classes are those found in it.
-        templates ("a photo of a {}.",): prompts of a class; their embeddings
-            are averaged.
-        scope ("heads"): the parameters to attribute: ``"heads"`` (both final
-            projections), ``"heads+logit_scale"``, ``"lora[:RANK[:BLOCKS]]"``
-            (adapters on attention and MLP weights, of the last BLOCKS blocks),
-            ``"blocks:K"`` (the last K blocks of both towers), or a regular
-            expression that parameter names are searched for.
-        role ("exact"): how a pair's part in its batch is taken: ``"exact"``,
-            ``"taylor"`` (the paper's first-order form), ``"positive"`` or
-            ``"negative"`` alone, or ``"as_printed"`` (the paper's formula as
-            printed, which is wrong; for comparison).
-        solver (None): the curvature: ``"hessian"`` (default for heads), ``"ggn"``
-            (default for deeper scopes), ``"logra"`` or ``"identity"``.
-        damping (0.0): added to the curvature, relative to its mean eigenvalue.
         brain_key ("ecif"): names the run and its fields.
-        fit (False): whether to bring the scope to a stationary point of the
-            pairs' loss first, in memory, starting from the loaded weights.
-            Influence functions presume one.
-        proximal (1.0): strength of the pull to the loaded weights, in the
-            objective and in its curvature.
-        batch_size (None): pairs that compete in one softmax; by default 256,
-            or all pairs if there are fewer. Scores depend on it.
-        seed (0): which pairs share a batch.
-        n_partitions (1): how many random partitions into batches to average
-            over; with more than one, ``{brain_key}_error`` is the standard error.
-        scores: further fields to write: ``"relative_influence"``,
-            ``"self_influence"``, ``"leave_one_out_loss"``.
-        keep_gradients (None): whether to store projected gradients, which
-            :func:`fiftyone_ecif.trace` needs; by default for heads only, where
-            they cost little.
-        device (None): where the model runs; by default a GPU where there is
-            one. For the heads all that follows is float64 on the CPU.
-        num_workers (None): processes that load images.
-        skip_failures (True): whether to skip samples without a caption or with
-            an unreadable image, with a warning, rather than raise.
-        overwrite (False): whether to replace a run of the same key.
         progress (None): whether to show progress bars, or a callback.
+        {options}
 
     Returns:
         :class:`fiftyone_ecif.InfluenceResults`. Its ``diagnostics`` hold
@@ -154,87 +99,55 @@ def compute_influence(
         EcifError: if an argument or the data is not usable, or the result
             could not be trusted; nothing on the samples is changed then
     """
-    config = InfluenceConfig(
-        caption_field=caption_field,
-        model=model,
-        pretrained=pretrained,
-        scope=scope,
-        role=role,
-        solver=solver,
-        damping=damping,
-        fit=fit,
-        proximal=proximal,
-        batch_size=batch_size,
-        seed=seed,
-        n_partitions=n_partitions,
-        target_loss=target_loss,
-        label_field=label_field,
-        templates=templates,
-        scores=scores,
-        keep_gradients=keep_gradients,
-    )
-    work = influence_steps(
-        samples,
-        target,
-        config,
-        brain_key=brain_key,
-        device=device,
-        num_workers=num_workers,
-        skip_failures=skip_failures,
-        overwrite=overwrite,
-    )
-    return follow(work, progress)
+    options |= {"caption_field": caption_field, "model": model, "pretrained": pretrained}
+    settings, job = InfluenceSettings.take(options), JobSettings.take(options)
+    check_known(options, InfluenceSettings, JobSettings)
+    return follow(influence_steps(samples, target, settings, job, brain_key), progress)
 
 
 def influence_steps(
     samples: Any,
     target: Any,
-    config: InfluenceConfig,
-    *,
+    settings: InfluenceSettings,
+    job: JobSettings,
     brain_key: str = "ecif",
-    device: str | None = None,
-    num_workers: int | None = None,
-    skip_failures: bool = True,
-    overwrite: bool = False,
 ) -> Generator[Progress, None, InfluenceResults]:
     """:func:`compute_influence` as a generator of its progress, for a caller that shows it or stops it."""
     if target is None or target == {}:
         raise EcifError("target is needed: a view of validation pairs, such as dataset.match_tags('val')")
-    config.slices = slice_names(target)
+    record = InfluenceRecord(slices=slice_names(target))
     processes = ProcessGroup.here()
-    check_collection(samples, config.caption_field)
+    check_collection(samples, settings.caption_field)
+    check_view(samples)
     finished = processes.gather(finish_writing(samples._dataset) if processes.first else [])
-    overwrite = overwrite or brain_key in finished  # its job was killed, and is run again
+    overwrite = job.overwrite or brain_key in finished  # its job was killed, and is run again
     prepared = yield from prepare(
         samples,
         target,
-        config,
-        device=device,
-        num_workers=num_workers,
-        skip_failures=skip_failures,
-        check=lambda: check_key(samples._dataset, brain_key, overwrite, config),
+        settings,
+        job,
+        check=lambda: check_key(samples._dataset, brain_key, overwrite, InfluenceConfig(settings, record)),
         processes=processes,
     )
-    config.batch_size = prepared.batch_size
-    config.encoder = prepared.encoder.fingerprint
-    method = ScoringOptions(
-        config.fit, config.proximal, config.role, config.solver, config.damping, config.keep_gradients
-    )
-    store = prepared.store.inside(prepared.run_name(config, config.seed))
-    config.store = store.names
+    settings = prepared.settings
+    options = settings.scoring
+    home = store = prepared.store.inside(prepared.run_name(settings.seed))
     found: list[Scores] = []
-    for number in range(config.n_partitions):
+    for number in range(settings.n_partitions):
         if number:  # in the first one's folder, so that they are deleted with it
-            store = Store(*config.store).inside(f"partition-{number}")
+            store = home.inside(f"partition-{number}")
         scores = yield from score_pairs(
-            store, prepared.scope, prepared.batches(config.seed + number), prepared.targets, method, processes
+            store, prepared.scope, prepared.batches(settings.seed + number), prepared.targets, options, processes
         )
         _check_scores(prepared.pairs, scores)
         found.append(scores)
-        method = replace(method, keep_gradients=False)  # one partition's are enough
+        options = replace(options, keep_gradients=False)  # one partition's are enough
     if samples._dataset.deleted:
         raise EcifError("The dataset was deleted while it was scored. Nothing was written")
-    config.target = describe(target, prepared)
+    config = InfluenceConfig(
+        settings,
+        replace(record, target=describe(target, prepared), encoder=prepared.encoder.fingerprint, store=home.names),
+    )
     for scores in found:
         for remark in diagnose(config, scores.diagnostics):
             if not remark.fine:
@@ -242,13 +155,12 @@ def influence_steps(
 
     yield Progress("Writing fields", 0, 1)
     attributed = prepared.encoder.scope_names(prepared.choice)
-    names = [name for name, _ in prepared.encoder.model.named_parameters()]
     diagnostics = found[0].diagnostics | {
         "pairs": len(prepared.pairs.ids),
         "target_pairs": sum(len(target_pairs.ids) for target_pairs in prepared.target_pairs.values()),
         "shared_pairs": prepared.shared,
         "attributed": attributed,
-        "held_fixed": [name for name in names if name not in set(attributed)],
+        "held_fixed": [name for name in prepared.encoder.parameter_names() if name not in set(attributed)],
     }
     if not processes.first:
         processes.wait()  # for the first one to write
@@ -263,6 +175,7 @@ def influence_steps(
         prepared.pairs.skipped,
         diagnostics,
         [pair.digest for pair in prepared.keys],
+        {name: group.ids for name, group in prepared.target_pairs.items()},
     )
     write_run(results, columns, overwrite)
     processes.wait()
@@ -286,15 +199,15 @@ def _columns(found: Sequence[Scores], config: InfluenceConfig, prepared: Prepare
     for name, row in zip(config.slices, positive + negative, strict=False):
         columns[f"influence_on_{name}"] = row
     if config.scores:
-        store = Store(*(config.store or ()))
-        effects = read_effects(store, config.solver, config.damping, len(influence))
+        store = GradientStore(Store(*(config.store or ())), len(influence), config.solver, config.damping)
+        effects = store.effects()
         if "relative_influence" in config.scores:
-            columns["relative_influence"] = influence / effects["length"]
+            columns["relative_influence"] = influence / effects.length
         if "self_influence" in config.scores:
-            columns["self_influence"] = effects["own"]
+            columns["self_influence"] = effects.own
         if "leave_one_out_loss" in config.scores:
-            table = store.table("gradients").read_all("row", "loss")
-            columns["leave_one_out_loss"] = effects["own"] + table["loss"][np.argsort(table["row"])]
+            (losses,) = store.columns("loss")
+            columns["leave_one_out_loss"] = losses + effects.own
     return columns
 
 

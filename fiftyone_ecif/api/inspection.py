@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.linalg import cho_solve, cholesky
 
-from fiftyone_ecif.influence.gradient_store import read_curvature, stored_pair, stored_products
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.runs.influence import InfluenceResults
 from fiftyone_ecif.store.tables import Store
 
@@ -54,19 +53,20 @@ def inspect_pair(results: Any, sample: str, count: int = 5) -> Inspection:
     if sample not in results.ids:
         return Inspection([], [], [])
     row = results.ids.index(sample)
-    store = Store(*results.config.store)
-    pair = stored_pair(store, row, "image", "positive", "negative")
+    influence_run = isinstance(results, InfluenceResults)
+    store = results.gradient_store if influence_run else GradientStore(Store(*results.config.store), len(results.ids))
+    pair = store.pair(row, "image", "positive", "negative")
     if pair is None:
         return Inspection([], [], [])
-    similarity = stored_products(store, pair["image"][None], len(results.ids), "image")[0]
+    image, positive, negative = pair
+    similarity = store.similarity(image[None])[0]
     similarity[row] = -np.inf
     neighbours = _links(results.ids, similarity, count)
-    if not isinstance(results, InfluenceResults):
+    if not influence_run:
         return Inspection([], [], neighbours)
-    curvature = read_curvature(store, results.config.solver, results.config.damping)
-    change = cho_solve((cholesky(curvature, lower=True), True), pair["positive"] + pair["negative"])
     target_pairs = [results.target_pairs(name) for name in results.slices]
-    influence = np.concatenate([slice_.gradients @ change for slice_ in target_pairs]) / len(results.ids)
+    gradients = np.concatenate([slice_.gradients for slice_ in target_pairs])
+    influence = store.influence_of(positive + negative, gradients)
     names = [name for slice_ in target_pairs for name in slice_.ids]
     helps = [link for link in _links(names, influence, count) if link.value > 0]
     harms = [Link(link.id, -link.value) for link in _links(names, -influence, count) if link.value > 0]

@@ -2,61 +2,57 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 from fiftyone_ecif.api.preparation import PreparedRun, prepare
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
-from fiftyone_ecif.influence.gradient_store import read_cached
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scoring import score_pairs
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
+from fiftyone_ecif.misalignment.detectors import DETECTORS, LemonZ
 from fiftyone_ecif.misalignment.duplicates import find_duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs
+from fiftyone_ecif.misalignment.findings import Findings, reasons, run_detectors
 from fiftyone_ecif.misalignment.fusion import ranked
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
-from fiftyone_ecif.misalignment.scores import EVIDENCE, Findings, reasons, run_detectors
-from fiftyone_ecif.options import DETECTORS
 from fiftyone_ecif.progress import Progress
-from fiftyone_ecif.runs.base import check_key
-from fiftyone_ecif.runs.misalignment import MisalignmentConfig, MisalignmentResults
+from fiftyone_ecif.runs.base import check_key, check_view
+from fiftyone_ecif.runs.misalignment import MisalignmentConfig, MisalignmentRecord, MisalignmentResults
 from fiftyone_ecif.runs.writing import finish_writing, write_run
 from fiftyone_ecif.samples.pairs import check_collection, every_sample
 from fiftyone_ecif.samples.review_tags import check_score_tag
 from fiftyone_ecif.samples.selection import tag_by_influence
+from fiftyone_ecif.settings.job import JobSettings
+from fiftyone_ecif.settings.misalignment import MisalignmentSettings
+from fiftyone_ecif.settings.option import check_known, documented
+from fiftyone_ecif.store.keys import digest
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
 
 
+@documented(MisalignmentSettings, JobSettings)
 def compute_misalignment(
     samples: Any,
-    caption_field: str = "caption",
-    model: str = "ViT-B-32",
-    pretrained: str | None = None,
+    caption_field: str = MisalignmentSettings.caption_field,
+    model: str = MisalignmentSettings.model,
+    pretrained: str | None = MisalignmentSettings.pretrained,
     *,
-    detector: str = "fused",
     brain_key: str = "audit",
-    fit: bool = True,
-    trained: bool = False,
     target: Any = None,
     tag: str | None = None,
     share: float | None = None,
     threshold: float | None = None,
-    proximal: float = 1.0,
-    batch_size: int | None = None,
-    seed: int = 0,
-    device: str | None = None,
-    num_workers: int | None = None,
-    skip_failures: bool = True,
-    overwrite: bool = False,
     progress: bool | Callable[..., None] | None = None,
+    **options: Any,
 ) -> MisalignmentResults:
     """Finds image-caption pairs that do not belong together, without labels.
 
@@ -67,7 +63,7 @@ def compute_misalignment(
     ``{brain_key}_duplicate``, whether another sample has the same image. Samples
     that could not be scored have no value.
 
-    Detectors and their sources are in :mod:`fiftyone_ecif.detectors`. Those that
+    Detectors and their sources are in :mod:`fiftyone_ecif.misalignment.detectors`. Those that
     use influence tell about pairs that the model was trained on, which ``fit``
     sees to. Where neither ``fit`` nor ``trained`` is set they are left out, with a
     warning.
@@ -80,38 +76,20 @@ def compute_misalignment(
 
     Args:
         samples: the pairs, a FiftyOne dataset or view of images.
-        caption_field ("caption"): the string field that holds the captions.
-        model ("ViT-B-32"): the name of an open_clip model.
-        pretrained (None): one of its pretrained tags, or the path of a
-            checkpoint. Needed unless the model name brings its own weights.
-        detector ("fused"): what the score is, one of
-            :data:`fiftyone_ecif.choices.DETECTORS`.
         brain_key ("audit"): names the run and its fields.
-        fit (True): whether to fit both final projections to the pairs first, in
-            memory, starting from the loaded weights.
-        trained (False): whether the loaded weights were trained on these pairs,
-            and so know some of the wrong ones by heart.
         target (None): validation pairs, a dataset or view of images with the
             same caption field; for ``detector="global_influence"``.
         tag (None): tag to give the most suspicious pairs.
         share (None): which share of the pairs to tag: the expected noise rate;
             by default the estimated one.
         threshold (None): tag the pairs above this score instead.
-        proximal (1.0): strength of the pull to the loaded weights.
-        batch_size (None): pairs that compete in one softmax; by default 256,
-            or all pairs if there are fewer.
-        seed (0): fixes partitions and folds.
-        device (None): where the model runs; by default a GPU where there is one.
-        num_workers (None): processes that load images.
-        skip_failures (True): whether to skip samples without a caption or with
-            an unreadable image, with a warning, rather than raise.
-        overwrite (False): whether to replace a run of the same key.
         progress (None): whether to show progress bars, or a callback.
+        {options}
 
     Returns:
-        :class:`fiftyone_ecif.audits.MisalignmentResults`. Its ``diagnostics``
+        :class:`fiftyone_ecif.MisalignmentResults`. Its ``diagnostics``
         hold ``noise_rate`` (estimated share of misaligned pairs and its 95 %
-        interval, see :mod:`fiftyone_ecif.noise_rate`), ``trained`` (whether
+        interval, see :mod:`fiftyone_ecif.misalignment.noise_rate`), ``trained`` (whether
         influence could be used), ``detectors`` (those that ran), ``duplicates``
         (pairs that share their image, their caption or both with another),
         ``tagged``, ``pairs`` and ``relative_gradient_norm``.
@@ -120,73 +98,56 @@ def compute_misalignment(
         EcifError: if an argument or the data is not usable; nothing on the
             samples is changed then
     """
+    options |= {"caption_field": caption_field, "model": model, "pretrained": pretrained}
+    settings, job = MisalignmentSettings.take(options), JobSettings.take(options)
+    check_known(options, MisalignmentSettings, JobSettings)
     work = misalignment_steps(
-        samples,
-        MisalignmentConfig(
-            caption_field=caption_field,
-            model=model,
-            pretrained=pretrained,
-            detector=detector,
-            fit=fit,
-            trained=trained,
-            proximal=proximal,
-            batch_size=batch_size,
-            seed=seed,
-        ),
-        target=target,
-        tag=tag,
-        share=share,
-        threshold=threshold,
-        brain_key=brain_key,
-        device=device,
-        num_workers=num_workers,
-        skip_failures=skip_failures,
-        overwrite=overwrite,
+        samples, settings, job, brain_key, target=target, tag=tag, share=share, threshold=threshold
     )
     return follow(work, progress)
 
 
 def misalignment_steps(
     samples: Any,
-    config: MisalignmentConfig,
+    settings: MisalignmentSettings,
+    job: JobSettings,
+    brain_key: str = "audit",
     *,
     target: Any = None,
     tag: str | None = None,
     share: float | None = None,
     threshold: float | None = None,
-    brain_key: str = "audit",
-    device: str | None = None,
-    num_workers: int | None = None,
-    skip_failures: bool = True,
-    overwrite: bool = False,
 ) -> Generator[Progress, None, MisalignmentResults]:
     """:func:`compute_misalignment` as a generator of its progress, for a caller that shows it or stops it."""
     _check_tag(tag, share, threshold)
-    if (target is not None) != (config.detector == "global_influence"):
-        raise EcifError("target, a view of validation pairs, and detector='global_influence' belong together")
-    check_collection(samples, config.caption_field)
-    overwrite = overwrite or brain_key in finish_writing(samples._dataset)  # its job was killed, and is run again
+    detector = DETECTORS[settings.detector]
+    if (target is not None) != detector.needs_target:
+        needing = " or ".join(f"detector={name!r}" for name, one in DETECTORS.items() if one.needs_target)
+        raise EcifError(f"target, a view of validation pairs, and {needing} belong together")
+    check_collection(samples, settings.caption_field)
+    check_view(samples)
+    overwrite = job.overwrite or brain_key in finish_writing(samples._dataset)  # its job was killed, and is run again
     prepared = yield from prepare(
         samples,
         {} if target is None else target,
-        config.problem(),
-        device=device,
-        num_workers=num_workers,
-        skip_failures=skip_failures,
-        check=lambda: check_key(samples._dataset, brain_key, overwrite, config),
+        settings.influence,
+        job,
+        check=lambda: check_key(samples._dataset, brain_key, overwrite, MisalignmentConfig(settings)),
     )
-    store = prepared.store.inside(prepared.run_name(config.problem(), config.seed))
-    config.batch_size, config.encoder, config.store = prepared.batch_size, prepared.encoder.fingerprint, store.names
-    inputs, norm = yield from _open_inputs(prepared, config, store)
-    names = [config.detector]
-    if config.detector == "fused":  # all, for a review to learn from
-        names = [name for name in DETECTORS if name != "global_influence"]
-    findings = yield from run_detectors(inputs, [*names, *EVIDENCE, "lemon_z"])
-    config.table = _write_scores(store, config, prepared, findings)
+    store = prepared.store.inside(prepared.run_name(settings.seed))
+    settings = replace(settings, batch_size=prepared.batch_size)
+    inputs, norm = yield from _open_inputs(prepared, settings, store)
+    names = [
+        name
+        for name, one in DETECTORS.items()
+        if name == settings.detector or one.evidence or (detector.with_all and not one.needs_target)
+    ]
+    findings = yield from run_detectors(inputs, [*names, LemonZ.name])
+    table = _write_scores(store, settings, prepared, findings)
 
     yield Progress("Writing fields", 0, 1)
-    if config.trained:
-        rate = share_of_upper_mode(findings.scores["lemon_z"], config.seed)
+    if settings.trained:
+        rate = share_of_upper_mode(findings.scores[LemonZ.name], settings.seed)
     else:
         rate = share_that_fits_like_random(findings.share_below)
     used = inputs.gradients is not None
@@ -198,15 +159,16 @@ def misalignment_steps(
         "duplicates": inputs.duplicates.summary(),
         "relative_gradient_norm": norm,
     }
-    suspicion = findings.scores[config.detector]
+    suspicion = findings.scores[settings.detector]
     columns: dict[str, Any] = {
         "misalignment": ranked(suspicion),
         "reason": reasons(findings.scores),
         "duplicate": inputs.duplicates.kinds(),
     }
+    record = MisalignmentRecord(prepared.encoder.fingerprint, store.names, table=table)
     results = MisalignmentResults(
         samples,
-        config,
+        MisalignmentConfig(settings, record),
         brain_key,
         prepared.pairs.ids,
         prepared.pairs.skipped,
@@ -218,7 +180,7 @@ def misalignment_steps(
         diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold)
         results.save()
     yield Progress("Writing fields", 1, 1)
-    if not used and config.detector == "fused":
+    if not used and any(DETECTORS[name].needs_training for name in detector.needs):
         logger.warning(
             "Influence was left out: the model was not trained on these pairs. Set fit=True, or trained=True if it was"
         )
@@ -273,31 +235,33 @@ def _check_tag(tag: str | None, share: float | None, threshold: float | None) ->
 
 
 def _open_inputs(
-    prepared: PreparedRun, config: MisalignmentConfig, store: Store
+    prepared: PreparedRun, settings: MisalignmentSettings, store: Store
 ) -> Generator[Progress, None, tuple[DetectorInputs, float]]:
     """The pairs and the model as detectors take them, and how far from a minimum the model is."""
-    objective = ContrastiveLoss(prepared.scope, prepared.batches(config.seed), len(prepared.pairs.ids), config.proximal)
-    theta, norm = yield from stationary_point(store, objective, config.fit)
+    batches = prepared.batches(settings.seed)
+    objective = ContrastiveLoss(prepared.scope, batches, len(prepared.pairs.ids), settings.proximal)
+    kept = GradientStore(store, objective.pairs)
+    theta, norm = yield from stationary_point(kept, objective, settings.fit)
     duplicates = find_duplicates(prepared.features[0][:], prepared.pairs.captions, prepared.encoder.device)
     gradients = influence = None
-    if config.fit or config.trained:
-        method = ScoringOptions(fit=config.fit, proximal=config.proximal)
+    if settings.fit or settings.trained:
+        method = ScoringOptions(fit=settings.fit, proximal=settings.proximal)
         if prepared.targets:
             scores = yield from score_pairs(
-                store, prepared.scope, prepared.batches(config.seed), prepared.targets, method
+                store, prepared.scope, prepared.batches(settings.seed), prepared.targets, method
             )
             influence = (scores.positive + scores.negative).mean(0)
         else:
-            yield from keep_gradients(store, objective, theta, {}, method)
-        gradients = read_cached(store, method.solver)
+            yield from keep_gradients(kept, objective, theta, {})
+        gradients = kept.load()
     return DetectorInputs(
-        objective, theta, duplicates, gradients, influence, config.seed, prepared.encoder.device
+        objective, theta, duplicates, gradients, influence, settings.seed, prepared.encoder.device
     ), norm
 
 
-def _write_scores(store: Store, config: MisalignmentConfig, prepared: PreparedRun, findings: Findings) -> str:
+def _write_scores(store: Store, settings: MisalignmentSettings, prepared: PreparedRun, findings: Findings) -> str:
     """Keeps the detectors' scores for a review; returns the name of their table."""
-    made_of = [sorted(findings.scores), config.trained, list(prepared.targets)]
-    name = "detectors-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+    made_of = [sorted(findings.scores), settings.trained, list(prepared.targets)]
+    name = "detectors-" + digest(json.dumps(made_of))
     store.table(name).write("0", findings.scores)
     return name

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import fiftyone.core.labels as fol
@@ -18,21 +18,23 @@ from torch import Tensor
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
-from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.influence.targets import PairTarget, Target, ZeroShotTarget, fill_prompts, pair_function
-from fiftyone_ecif.models.checks import check_names, choose_device
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.influence.scope_choice import ScopeChoice, parse_scope
+from fiftyone_ecif.influence.target_losses import Classes, find_target_loss
+from fiftyone_ecif.influence.targets import Target, fill_prompts
+from fiftyone_ecif.models.device import choose_device
+from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
-from fiftyone_ecif.models.inputs import ImageTextBatches
-from fiftyone_ecif.options import TARGET_LOSSES, ScopeChoice, parse_scope
+from fiftyone_ecif.models.libraries import library_of, load_encoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
-from fiftyone_ecif.runs.influence import InfluenceConfig, InfluenceResults, target_dataset
+from fiftyone_ecif.runs.influence import InfluenceResults
 from fiftyone_ecif.samples.pairs import Pairs, check_collection, every_sample, read_pairs, warn_skipped
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
-from fiftyone_ecif.store.keys import PairKey, pair_key
+from fiftyone_ecif.store.keys import PairKey, digest, pair_key
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
@@ -54,11 +56,11 @@ class PreparedRun:
         target_pairs: the target's pairs, by the name of the slice.
         features: of images and captions of the training pairs.
         targets: by the name of their table in a run's store, in the order of ``target_pairs``.
-        batch_size: pairs that compete in one softmax, at most.
+        settings: with the batch size that it was given, or that suits the number of pairs.
         shared: how many target pairs are also training pairs.
     """
 
-    encoder: Encoder
+    encoder: DualEncoder
     store: Store
     choice: ScopeChoice
     scope: Scope
@@ -67,34 +69,36 @@ class PreparedRun:
     target_pairs: dict[str, Pairs]
     features: tuple[DiskMatrix, DiskMatrix]
     targets: dict[str, Target]
-    batch_size: int
+    settings: InfluenceSettings
     shared: int
+
+    @property
+    def batch_size(self) -> int:
+        """How many pairs compete in one softmax, at most."""
+        assert self.settings.batch_size is not None
+        return self.settings.batch_size
 
     def batches(self, seed: int) -> Batches:
         """The training pairs in random batches."""
         partition = random_partition(len(self.pairs.ids), self.batch_size, seed)
-        return _batches(self.encoder, self.choice, self.pairs, self.features, partition)
+        return self.encoder.batches(self.choice, self.pairs.paths, self.pairs.captions, partition, self.features)
 
-    def run_name(self, config: InfluenceConfig, seed: int) -> str:
+    def run_name(self, seed: int) -> str:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
-        settings = [config.scope, config.fit, config.proximal, self.batch_size, seed, config.role]
-        if config.keep_gradients and not self.choice.heads:  # they are kept in directions that suit the target
-            settings += list(self.targets)
-        digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
-        for key in self.keys:
-            digest.update("".join(key).encode())
-        digest.update(self.scope.start.cpu().numpy().tobytes())  # adapters are not part of the encoder
-        return "run-" + digest.hexdigest()
+        chosen = self.settings
+        made_of = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
+        if chosen.keep_gradients and self.scope.suits_directions_to_target:
+            made_of += list(self.targets)
+        start = self.scope.start.cpu().numpy().tobytes()  # adapters are not part of the encoder
+        return "run-" + digest(chain([json.dumps(made_of)], map("".join, self.keys), [start]))
 
 
 def prepare(
     samples: Any,
     target: Any,
-    config: InfluenceConfig,
+    settings: InfluenceSettings,
+    job: JobSettings,
     *,
-    device: str | None = None,
-    num_workers: int | None = None,
-    skip_failures: bool = True,
     check: Callable[[], None] = lambda: None,
     processes: ProcessGroup = ALONE,
 ) -> Generator[Progress, None, PreparedRun]:
@@ -103,33 +107,31 @@ def prepare(
     Args:
         samples: the training pairs.
         target: the target pairs, or a dict of slices, which may be empty.
-        config: of the run.
-        device (None): where the model runs.
-        num_workers (None): processes that load images.
-        skip_failures (True): whether to skip what cannot be used.
+        settings: of the run.
+        job: how it is run.
         check: called when the collections are known to be usable.
         processes (ALONE): the processes that share the encoding and the target's batches.
 
     Raises:
         EcifError: for bad input, before the model is loaded where that is possible
     """
-    choose_device(device)
-    check_names(config.model, config.pretrained)
-    choice = parse_scope(config.scope)
-    if config.target_loss not in TARGET_LOSSES and config._target_function is None:
+    choose_device(job.device)
+    library_of(settings.model).check(settings.model, settings.pretrained)
+    choice = parse_scope(settings.scope)
+    if settings.is_function and settings.function is None:
         raise EcifError(
-            f"The run measured a function of your own ({config.target_loss}), which is not kept with it. "
+            f"The run measured a function of your own ({settings.target_loss_name}), which is not kept with it. "
             "Run compute_influence again in this session"
         )
-    check_collection(samples, config.caption_field)
+    check_collection(samples, settings.caption_field)
     check()
 
     yield Progress("Reading pairs", 0, 1)
-    pairs = read_pairs(samples, config.caption_field, skip_failures)
+    pairs = read_pairs(samples, settings.caption_field, job.skip_failures)
     slices = dict(target) if isinstance(target, Mapping) else {"": target}
-    target_pairs = {name: _read_target(name, view, config, skip_failures) for name, view in slices.items()}
-    _check_sizes(pairs, target_pairs, config.batch_size)
-    _classes(target_pairs, config)
+    target_pairs = {name: _read_target(name, view, settings, job.skip_failures) for name, view in slices.items()}
+    _check_sizes(pairs, target_pairs, settings.batch_size)
+    _classes(target_pairs, settings)
     shared = _warn_shared(pairs, target_pairs)
     home = Store(str(samples._dataset._doc.id))
     home.ensure_writable()
@@ -137,9 +139,9 @@ def prepare(
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = Encoder(config.model, config.pretrained, device)
-    encoder.loss.check_role(config.role)
-    scope = encoder.scope(choice, config.seed)
+    encoder = load_encoder(settings.model, settings.pretrained, job.device)
+    encoder.loss.check_role(settings.role)
+    scope = encoder.scope(choice, settings.seed)
     store = home.inside(encoder.fingerprint)
     yield Progress("Loading the model", 1, 1)
 
@@ -147,28 +149,27 @@ def prepare(
     paths = [path for group in groups for path in group.paths]
     captions = [caption for group in groups for caption in group.captions]
     keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
-    workers = fout.recommend_num_workers() if num_workers is None else num_workers
+    workers = fout.recommend_num_workers() if job.num_workers is None else job.num_workers
     images, texts, failures = yield from cached_features(
-        store, encoder, keys, paths, captions, workers, skip_failures, processes
+        store, encoder, keys, paths, captions, workers, job.skip_failures, processes
     )
     kept, rows = _drop_failures(groups, failures)
     pairs, target_pairs = kept[0], dict(zip(target_pairs, kept[1:], strict=True))
     warn_skipped(pairs.skipped, "training")
     for group in target_pairs.values():
         warn_skipped(group.skipped, "target")
-    _check_sizes(pairs, target_pairs, config.batch_size)
-    batch_size = config.batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
+    _check_sizes(pairs, target_pairs, settings.batch_size)
+    batch_size = settings.batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
 
     targets = {}
-    classes = _classes(target_pairs, config)
+    classes = _classes(target_pairs, settings)
     for (label, group), chosen in zip(target_pairs.items(), rows[1:], strict=True):
-        partition = random_partition(len(group.ids), batch_size, config.seed)
+        partition = random_partition(len(group.ids), batch_size, settings.seed)
         features = images.select(chosen), texts.select(chosen)
-        batches = _batches(encoder, choice, group, features, partition)
-        measured = config.target_loss + config._target_token, config.templates, classes, config.seed
-        made_of = label, [keys[row] for row in chosen], measured
-        name = "target-" + hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
-        targets[name] = _make_target(encoder, choice, scope, batches, group, config, classes)
+        batches = encoder.batches(choice, group.paths, group.captions, partition, features)
+        measured = settings.target_loss_name + settings.function_token, list(settings.templates), classes, settings.seed
+        name = _target_name(label, [keys[row] for row in chosen], measured)
+        targets[name] = _make_target(encoder, choice, scope, batches, group, settings, classes)
         targets[name].processes = processes
     return PreparedRun(
         encoder,
@@ -180,18 +181,23 @@ def prepare(
         target_pairs,
         (images.select(rows[0]), texts.select(rows[0])),
         targets,
-        batch_size,
+        replace(settings, batch_size=batch_size),
         shared,
     )
+
+
+def _target_name(label: str, keys: list[PairKey], measured: tuple[Any, ...]) -> str:
+    """Of a target's table in a run's store: a digest of its slice, its pairs and what is measured on them."""
+    return "target-" + digest(json.dumps([label, keys, measured]))
 
 
 def reopen(
     results: InfluenceResults, device: str | None = None
 ) -> Generator[Progress, None, tuple[PreparedRun, ContrastiveLoss, Tensor]]:
-    """The prepared of a run once more, from its samples as they are now.
+    """A run prepared once more, from its samples as they are now.
 
     Returns:
-        the prepared, its objective and the parameters that were scored at
+        the prepared run, its objective and the parameters that were scored at
 
     Raises:
         EcifError: if pairs were deleted or changed since, or the target was a
@@ -199,27 +205,25 @@ def reopen(
     """
     config = results.config
     dataset = results.samples._dataset
-    source = target_dataset(dataset, config.target)
+    source = results.target_dataset()
     if source is None:
         home = config.target["dataset"]
         raise EcifError(f"The target of run {results.key!r} is in dataset {home!r}, which is gone")
-    slices = {name: every_sample(source).select(ids) for name, ids in config.target["ids"].items()}
+    slices = {name: every_sample(source).select(ids) for name, ids in results.target_ids.items()}
     prepared = yield from prepare(
         every_sample(dataset).select(results.ids),
         slices if config.slices else slices[""],
-        config,
-        device=device,
-        num_workers=0,
-        skip_failures=False,
+        config.settings,
+        JobSettings(device=device, num_workers=0, skip_failures=False),
     )
     tables = dict(zip(prepared.target_pairs, prepared.targets, strict=True))
-    if prepared.run_name(config, config.seed) != config.store[-1] or tables != config.target["tables"]:
+    if prepared.run_name(config.seed) != config.store[-1] or tables != config.target["tables"]:
         raise EcifError(
             f"The pairs, the target or the model of run {results.key!r} changed since. "
             "Run compute_influence again with overwrite=True"
         )
     objective = ContrastiveLoss(prepared.scope, prepared.batches(config.seed), len(prepared.pairs.ids), config.proximal)
-    theta, _ = yield from stationary_point(Store(*config.store), objective, config.fit)
+    theta, _ = yield from stationary_point(results.gradient_store, objective, config.fit)
     return prepared, objective, theta
 
 
@@ -232,62 +236,50 @@ def describe(target: Any, prepared: PreparedRun) -> dict[str, Any]:
         "samples": sum(len(view) for view in views),
         "view": views[0].view().name,
         "stages": "; ".join(str(view.view()) for view in views)[:2000],
-        "ids": {name: group.ids for name, group in prepared.target_pairs.items()},
         "tables": dict(zip(prepared.target_pairs, prepared.targets, strict=True)),
     }
 
 
-def _read_target(name: str, view: Any, config: InfluenceConfig, skip_failures: bool) -> Pairs:
+def _read_target(name: str, view: Any, settings: InfluenceSettings, skip_failures: bool) -> Pairs:
     """The pairs of a target; for zero-shot classification with the class in place of the caption."""
     try:
-        field = config.caption_field
-        if config.label_field is not None:
+        field = settings.caption_field
+        if settings.label_field is not None:
             check_collection(view, None)
-            found = view.get_field(config.label_field)
+            found = view.get_field(settings.label_field)
             nested = isinstance(getattr(found, "document_type", None), type) and issubclass(
                 found.document_type, fol.Classification
             )
-            field = f"{config.label_field}.label" if nested else config.label_field
+            field = f"{settings.label_field}.label" if nested else settings.label_field
         return read_pairs(view, field, skip_failures)
     except EcifError as error:
         raise EcifError(f"The target {name + ' ' if name else ''}cannot be used. {error}") from error
 
 
-def _classes(target_pairs: Mapping[str, Pairs], config: InfluenceConfig) -> list[str]:
-    """The classes of the target's pairs, of which zero-shot classification needs two."""
+def _classes(target_pairs: Mapping[str, Pairs], settings: InfluenceSettings) -> list[str]:
+    """The classes of the target's pairs, of which a loss that is about them needs two."""
     classes = sorted({label for group in target_pairs.values() for label in group.captions})
-    if config.target_loss == "zero_shot" and len(classes) < 2:
-        raise EcifError(f"The target has one class only, {classes[0]!r}. Zero-shot classification needs at least 2")
+    loss = find_target_loss(settings.target_loss)
+    if loss.needs_labels and len(classes) < 2:
+        raise EcifError(f"The target has one class only, {classes[0]!r}. target_loss={loss.name!r} needs at least 2")
     return classes
 
 
 def _make_target(
-    encoder: Encoder,
+    encoder: DualEncoder,
     choice: ScopeChoice,
     scope: Scope,
     batches: Batches,
     target_pairs: Pairs,
-    config: InfluenceConfig,
+    settings: InfluenceSettings,
     classes: list[str],
 ) -> Target:
-    if config.target_loss != "zero_shot":
-        return PairTarget(scope, batches, pair_function(scope, config._target_function or config.target_loss))
-    prompts = fill_prompts(classes, config.templates)
-    tokens = torch.cat(list(encoder.text_features(prompts, 128))).double() if choice.heads else encoder.tokens(prompts)
+    loss = find_target_loss(settings.target_loss)
+    if not loss.needs_labels:
+        return loss.make(scope, batches)
+    prompts = encoder.prompts(choice, fill_prompts(classes, settings.templates))
     labels = torch.tensor([classes.index(label) for label in target_pairs.captions])
-    return ZeroShotTarget(scope, batches, labels, tokens, len(config.templates))
-
-
-def _batches(
-    encoder: Encoder,
-    choice: ScopeChoice,
-    pairs: Pairs,
-    features: tuple[DiskMatrix, DiskMatrix],
-    partition: list[Tensor],
-) -> Batches:
-    if choice.heads:
-        return FeatureBatches(*features, partition)
-    return ImageTextBatches(encoder, pairs.paths, pairs.captions, partition)
+    return loss.make(scope, batches, Classes(labels, prompts, len(settings.templates)))
 
 
 def _check_sizes(pairs: Pairs, target_pairs: Mapping[str, Pairs], batch_size: int | None) -> None:

@@ -78,7 +78,7 @@ def review_misalignment(
         float(probability[~gone].sum()),
         [results.ids[row] for row in proposals],
     )
-    results.config.reviewed = datetime.now(timezone.utc).isoformat()
+    results.record(reviewed=datetime.now(timezone.utc).isoformat())
     results.diagnostics["review"] = {**review._asdict(), "proposals": len(review.proposals)}
     values = zip(results.ids, probability.tolist(), strict=True)
     write_scores(results, {f"{results.key}_misalignment": dict(values)})

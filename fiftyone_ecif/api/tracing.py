@@ -9,7 +9,8 @@ import numpy as np
 
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.gradient_store import read_effects, stored_influence, stored_products
+from fiftyone_ecif.influence.gradient_store import MissingRowsError, target_mistakes
+from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.influence import TRACE, InfluenceConfig, InfluenceResults
 from fiftyone_ecif.runs.writing import write_scores
@@ -117,8 +118,10 @@ def trace_steps(
     for name, value in (("count", count), ("limit", limit)):
         if value is not None and value < 1:
             raise EcifError(f"{name}={value} must be at least 1")
-    if exact and results.config.solver == "logra":
-        raise EcifError("solver='logra' has no curvature but that of the stored gradients. Leave exact out")
+    if exact and SOLVERS[results.config.solver].needs_gradients:
+        raise EcifError(
+            f"solver={results.config.solver!r} has no curvature but that of the stored gradients. Leave exact out"
+        )
     yield Progress("Reading pairs", 0, 1)
     wanted = None if queries is None else set(queries if isinstance(queries, list | tuple) else queries.values("id"))
     targets = {name: results.target_pairs(name) for name in results.slices}
@@ -135,9 +138,8 @@ def trace_steps(
         if (target_pairs.mistakes[row] if wanted is None else sample in wanted)
     ]
     chosen = sorted(chosen, key=lambda place: -targets[place[0]].losses[place[1]])[:limit]
-    store, config = Store(*results.config.store), results.config
-    pairs = len(results.ids)
-    lengths = read_effects(store, config.solver, config.damping, pairs)["length"]
+    store = results.gradient_store
+    lengths = store.effects().length
     yield Progress("Reading pairs", 1, 1)
 
     traces = []
@@ -148,8 +150,8 @@ def trace_steps(
             if exact:
                 influence = yield from _exact_influence(results, name, block, device)
             else:
-                influence = stored_influence(store, config.solver, config.damping, target_pairs.gradients[block], pairs)
-            similarity = stored_products(store, target_pairs.images[block], pairs, "image")
+                influence = store.influence(target_pairs.gradients[block])
+            similarity = store.similarity(target_pairs.images[block])
             for place, row in enumerate(block):
                 relative = influence[place] / lengths
                 harms, helps = (
@@ -182,11 +184,11 @@ def count_mistakes(key: str, config: InfluenceConfig) -> int:
     Raises:
         EcifError: if the run's store was deleted
     """
-    store, tables = Store(*(config.store or ())), (config.target or {})["tables"]
-    found = [store.table(name).read_all("mistake")["mistake"] for name in tables.values()]
-    if not all(map(len, found)):
-        raise EcifError(f"The store of run {key!r} is gone. Run compute_influence again with overwrite=True")
-    return int(np.concatenate(found).sum())
+    tables = (config.target or {})["tables"].values()
+    try:
+        return int(target_mistakes(Store(*(config.store or ())), list(tables)).sum())
+    except MissingRowsError as error:
+        raise EcifError(f"The store of run {key!r} is gone. Run compute_influence again with overwrite=True") from error
 
 
 def mark_traces(results: InfluenceResults, traces: Sequence[Trace]) -> Any:
@@ -225,10 +227,10 @@ def mark_traces(results: InfluenceResults, traces: Sequence[Trace]) -> Any:
         said = [f"{verb} {noun} {', '.join(numbers)}" for (verb, noun), numbers in role.items()]
         says.setdefault(pair, []).extend(said)
 
-    dataset, config, field = results.samples._dataset, results.config, f"{results.key}_trace"
+    dataset, field = results.samples._dataset, f"{results.key}_trace"
     if dataset.has_sample_field(field) and dataset.get_field(field).description != TRACE.description:
         raise EcifError(f"There is a field {field!r} already, which no run wrote. Rename it, or the run")
-    config.traced = True
+    results.record(traced=True)
     write_scores(results, {field: {pair: "; ".join(said) for pair, said in says.items()}})
     return every_sample(dataset).select(list(dict.fromkeys(order)), ordered=True)
 
@@ -247,14 +249,14 @@ def _exact_influence(
     from torch.func import grad
 
     from fiftyone_ecif.api.preparation import reopen
-    from fiftyone_ecif.influence.curvature import curvature_at
     from fiftyone_ecif.influence.direct import direct_influence
     from fiftyone_ecif.influence.linear_solve import solve, solving
 
     config = results.config
     prepared, objective, theta = yield from reopen(results, device)
     target = dict(zip(prepared.target_pairs, prepared.targets.values(), strict=True))[name]
-    product = None if config.solver == "identity" else curvature_at(objective, theta, config.solver)
+    solver = SOLVERS[config.solver]
+    product = solver.product(objective, theta) if solver.solves else None
 
     place = {
         row: (number, position)

@@ -7,38 +7,21 @@ from typing import Any
 import click
 
 from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, load_dataset_in_turn, narrow, print_result
-from fiftyone_ecif.options import ROLES, SOLVERS, TARGET_LOSSES
+from fiftyone_ecif.cli.flags import flags
+from fiftyone_ecif.settings.fine_tuning import FitSettings
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 
 
 @click.command()
 @click.argument("dataset")
-@click.option("--caption-field", default="caption", show_default=True, help="The string field of the captions.")
-@click.option("--model", default="ViT-B-32", show_default=True, help="An open_clip model.")
-@click.option("--pretrained", help="A pretrained tag of the model, or the path of a checkpoint.")
+@flags(InfluenceSettings, JobSettings)
 @click.option("--tag", "tags", multiple=True, help="Score samples with this tag only.")
 @click.option("--view", help="Score this saved view only.")
 @click.option("--target-tag", "target_tags", multiple=True, help="Measure influence on samples with this tag.")
 @click.option("--target-view", help="Measure influence on this saved view.")
 @click.option("--key", default="ecif", show_default=True, help="Names the run and its fields.")
-@click.option("--target-loss", type=click.Choice(TARGET_LOSSES), default="contrastive", show_default=True)
-@click.option("--label-field", help="The target's classes, for zero_shot.")
-@click.option("--template", "templates", multiple=True, default=["a photo of a {}."], help="A prompt of a class.")
-@click.option("--scope", default="heads", show_default=True, help="heads, lora:RANK, blocks:K or a pattern.")
-@click.option("--role", type=click.Choice(ROLES), default="exact", show_default=True, help="The pair's part.")
-@click.option("--solver", type=click.Choice(SOLVERS), help="The curvature; by default what suits the scope.")
-@click.option("--damping", default=0.0, show_default=True, help="Of the curvature, relative to its mean eigenvalue.")
-@click.option("--fit", is_flag=True, help="Bring the scope to a stationary point first.")
-@click.option("--proximal", default=1.0, show_default=True, help="RoleGradient to the loaded weights.")
-@click.option("--batch-size", type=int, help="Pairs that compete in one softmax.")
-@click.option("--seed", default=0, show_default=True, help="Which pairs share a batch.")
-@click.option("--partitions", "n_partitions", default=1, show_default=True, help="Partitions to average over.")
-@click.option(
-    "--score", "scores", multiple=True, help="Also write relative_influence, self_influence or leave_one_out_loss."
-)
-@click.option("--keep-gradients", is_flag=True, default=None, help="Keep what trace needs, also if scope is not heads.")
-@click.option("--device", help="cpu or cuda.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be scored.")
-@click.option("--overwrite", is_flag=True, help="Replace a run of the same key.")
 @AS_JSON
 def score(
     dataset: str,
@@ -62,8 +45,8 @@ def score(
     with job(shared=True):
         from fiftyone_ecif.distributed import join
 
-        ranks = join()
-        found = load_dataset_in_turn(dataset, ranks)
+        processes = join()
+        found = load_dataset_in_turn(dataset, processes)
         from fiftyone_ecif.api.influence import compute_influence  # brings FiftyOne
 
         results = compute_influence(
@@ -71,7 +54,7 @@ def score(
             target=narrow(found, target_tags, target_view),
             brain_key=key,
             skip_failures=not strict,
-            progress=None if ranks.first else False,
+            progress=None if processes.first else False,
             **options,
         )
         result = {
@@ -81,8 +64,8 @@ def score(
             "skipped": results.skipped,
             "diagnostics": results.diagnostics,
         }
-        ranks.wait()  # FiftyOne's database can go when the process that started it ends
-    if ranks.first:
+        processes.wait()  # FiftyOne's database can go when the process that started it ends
+    if processes.first:
         print_result(
             result,
             as_json,
@@ -93,17 +76,9 @@ def score(
 @click.command()
 @click.argument("dataset")
 @click.argument("path")
-@click.option("--caption-field", default="caption", show_default=True, help="The string field of the captions.")
+@flags(FitSettings)
 @click.option("--tag", "tags", multiple=True, help="Train on samples with this tag only.")
 @click.option("--view", help="Train on this saved view only.")
-@click.option("--model", default="ViT-B-32", show_default=True, help="An open_clip model.")
-@click.option("--pretrained", help="A pretrained tag of the model, or the path of a checkpoint.")
-@click.option("--scope", default="lora", show_default=True, help="What to train: lora:RANK, blocks:K or a pattern.")
-@click.option("--epochs", default=5, show_default=True, help="How often each pair is seen.")
-@click.option("--batch-size", default=64, show_default=True, help="Pairs that compete in one softmax.")
-@click.option("--learning-rate", default=1e-3, show_default=True, help="The highest, after the warm-up.")
-@click.option("--weight-decay", default=0.0, show_default=True, help="Of what is trained to zero.")
-@click.option("--seed", default=0, show_default=True, help="Fixes new adapters and all batches.")
 @click.option("--device", help="cpu or cuda.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be trained on.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint.")

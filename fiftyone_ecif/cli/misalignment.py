@@ -7,21 +7,18 @@ from typing import Any
 import click
 
 from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, narrow, print_result
-from fiftyone_ecif.options import DETECTORS
+from fiftyone_ecif.cli.flags import flags
 from fiftyone_ecif.samples.review_tags import ALIGNED, LEAST, MISALIGNED
+from fiftyone_ecif.settings.job import JobSettings
+from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 
 
 @click.command()
 @click.argument("dataset")
-@click.option("--caption-field", default="caption", show_default=True, help="The string field of the captions.")
-@click.option("--model", default="ViT-B-32", show_default=True, help="An open_clip model.")
-@click.option("--pretrained", help="A pretrained tag of the model, or the path of a checkpoint.")
+@flags(MisalignmentSettings, JobSettings)
 @click.option("--tag", "tags", multiple=True, help="Look at samples with this tag only.")
 @click.option("--view", help="Look at this saved view only.")
 @click.option("--key", default="audit", show_default=True, help="Names the run and its fields.")
-@click.option("--detector", type=click.Choice(DETECTORS), default="fused", show_default=True, help="What the score is.")
-@click.option("--fit/--no-fit", default=True, show_default=True, help="Fit the heads to the pairs first.")
-@click.option("--trained", is_flag=True, help="Say that the weights were trained on these pairs.")
 @click.option(
     "--target-tag", "target_tags", multiple=True, help="Validation pairs with this tag, for global_influence."
 )
@@ -29,12 +26,7 @@ from fiftyone_ecif.samples.review_tags import ALIGNED, LEAST, MISALIGNED
 @click.option("--mark", metavar="TAG", help="Give the most suspicious pairs this tag, such as suspect.")
 @click.option("--share", type=float, help="Which share of the pairs to mark; by default the estimated noise rate.")
 @click.option("--threshold", type=float, help="Mark all pairs above this score instead.")
-@click.option("--proximal", default=1.0, show_default=True, help="RoleGradient to the loaded weights.")
-@click.option("--batch-size", type=int, help="Pairs that compete in one softmax.")
-@click.option("--seed", default=0, show_default=True, help="Fixes partitions and folds.")
-@click.option("--device", help="cpu or cuda.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be scored.")
-@click.option("--overwrite", is_flag=True, help="Replace a run of the same key.")
 @AS_JSON
 def misalignment(
     dataset: str,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 import time
@@ -23,6 +22,7 @@ from fiftyone_ecif.demo.training import MODEL, train
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.install.plugin import install_plugin
 from fiftyone_ecif.store.files import cache_folder
+from fiftyone_ecif.store.keys import digest
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, nam
 def demo_folder(pairs: int, noise: float, seed: int) -> Path:
     """Where the images and the model of a demo set lie, one folder for each way to make it."""
     recipe = [pairs, noise, seed, inspect.getsource(digits), inspect.getsource(training)]
-    return cache_folder() / "demo" / hashlib.blake2b(repr(recipe).encode(), digest_size=8).hexdigest()
+    return cache_folder() / "demo" / digest(repr(recipe), size=8)
 
 
 def demo_model(dataset: fo.Dataset, progress: bool | Callable[..., None] | None = None) -> str:

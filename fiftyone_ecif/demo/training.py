@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import torch
 from PIL import Image
 from torch.nn.functional import pad
 
+import fiftyone_ecif.models.open_clip_names  # noqa: F401  # the model is among them
 from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.store.files import atomic_path
 
 MODEL = "ecif-digits"
 _LEARNING_RATE = 1e-3
@@ -67,7 +68,5 @@ def train(
             network.logit_scale.clamp_(0, math.log(100))
         yield Progress("Training the model", step + 1, steps)
 
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    temporary = checkpoint.with_suffix(".tmp")
-    torch.save(network.state_dict(), temporary)
-    os.replace(temporary, checkpoint)
+    with atomic_path(checkpoint) as temporary:
+        torch.save(network.state_dict(), temporary)

@@ -16,33 +16,40 @@ Product = Callable[[Tensor], Tensor]
 _Part = Callable[[Tensor, bool], Tensor]  # a batch's: of a vector, and whether it will be asked again
 
 
-def curvature_at(objective: ContrastiveLoss, theta: Tensor, solver: str) -> Product:
-    """Products with the curvature at one point, for as many vectors as a solve needs.
+def hessian_at(objective: ContrastiveLoss, theta: Tensor) -> Product:
+    """Products with the exact Hessian at one point, for as many vectors as a solve needs.
 
-    The same as :meth:`ContrastiveLoss.hessian_product` and
-    :meth:`~ContrastiveLoss.gauss_newton_product`, two to three times as fast: a
-    product is a pass back through the graph of a gradient. The graphs of the
-    first batches are kept, as many as fit into 256 MiB; those of the others
-    are made anew for each product.
+    The same as :meth:`ContrastiveLoss.hessian_product`, two to three times as
+    fast: a product is a pass back through the graph of a gradient. The graphs
+    of the first batches are kept, as many as fit into 256 MiB; those of the
+    others are made anew for each product.
 
     Args:
         objective: what the curvature is of.
         theta: where, shape ``(p,)``.
-        solver: ``"ggn"`` for the Gauss-Newton matrix, else the Hessian.
     """
-    scope, point = objective.scope, theta.detach().clone().requires_grad_()
+    point = theta.detach().clone().requires_grad_()
 
-    def loss(similarity: Tensor) -> Tensor:
-        return scope.loss.pair_losses(similarity).sum() / objective.pairs
-
-    def hessian(batch: Any) -> _Part:
-        gradient = _gradient(loss(scope.similarity(point, batch)), point)
+    def part_of(batch: Any) -> _Part:
+        gradient = _gradient(_mean_loss(objective, objective.scope.similarity(point, batch)), point)
         return lambda vector, keeps: _pull(gradient, point, vector, keeps)
 
-    def gauss_newton(batch: Any) -> _Part:
-        similarity = scope.similarity(point, batch)
+    return _sum_over_batches(objective, part_of)
+
+
+def gauss_newton_at(objective: ContrastiveLoss, theta: Tensor) -> Product:
+    """Products with the Gauss-Newton matrix at one point, as :meth:`ContrastiveLoss.gauss_newton_product`.
+
+    Args:
+        objective: what the curvature is of.
+        theta: where, shape ``(p,)``.
+    """
+    point = theta.detach().clone().requires_grad_()
+
+    def part_of(batch: Any) -> _Part:
+        similarity = objective.scope.similarity(point, batch)
         values = similarity.detach().clone().requires_grad_()
-        slope = _gradient(loss(values), values)
+        slope = _gradient(_mean_loss(objective, values), values)
         rows = torch.zeros_like(values).requires_grad_()
         pulled = _gradient(similarity, point, rows)  # linear in the rows: pulled back, it pushes forward
 
@@ -52,10 +59,15 @@ def curvature_at(objective: ContrastiveLoss, theta: Tensor, solver: str) -> Prod
 
         return part
 
-    make, kept, held = gauss_newton if solver == "ggn" else hessian, [], _HeldBytes()
+    return _sum_over_batches(objective, part_of)
+
+
+def _sum_over_batches(objective: ContrastiveLoss, part_of: Callable[[Any], _Part]) -> Product:
+    """What the batches and the pull to the start add up to."""
+    kept, held = [], _HeldBytes()
     for batch in objective.own_batches():
         with torch.autograd.graph.saved_tensors_hooks(held.add, lambda tensor: tensor):
-            part = make(batch)
+            part = part_of(batch)
         if held.total > _KEPT_BYTES:
             break
         kept.append(part)
@@ -65,10 +77,15 @@ def curvature_at(objective: ContrastiveLoss, theta: Tensor, solver: str) -> Prod
         for part in kept:
             total = total + part(vector, True)
         for batch in objective.own_batches(len(kept)):
-            total = total + make(batch)(vector, False)
+            total = total + part_of(batch)(vector, False)
         return objective.processes.total(total) + objective.proximal * vector
 
     return product
+
+
+def _mean_loss(objective: ContrastiveLoss, similarity: Tensor) -> Tensor:
+    """What a batch adds to the objective, a scalar."""
+    return objective.scope.loss.pair_losses(similarity).sum() / objective.pairs
 
 
 def _gradient(output: Tensor, point: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -36,7 +36,7 @@ def batch_influence(
         batch: what :meth:`Scope.similarity` takes.
         solution: ``H^-1 grad f``, shape ``(p,)``.
         pairs: ``N``, the number of pairs in the whole objective.
-        role ("exact"): see ``choices.ROLES``.
+        role ("exact"): see ``roles.ROLES``.
 
     Returns:
         ``(positive, negative)``, each of shape ``(n,)``; the influence is their sum
@@ -55,7 +55,7 @@ def direct_influence(
         objective: over the pairs, ``N`` of them.
         theta: the parameters, shape ``(p,)``.
         vectors: ``H^-1 grad f`` of each target, shape ``(p,)``.
-        role: one of ``choices.ROLES``.
+        role: one of ``roles.ROLES``.
 
     Returns:
         the positive and the negative part, ``(len(vectors), N)`` each; positive = valuable

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.linear_solve import percent_of_the_way
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.progress import Progress
-from fiftyone_ecif.store.tables import Store
 
 _MAGNIFY = 1e8  # torch's L-BFGS forgets steps whose curvature product is below 1e-10
 
@@ -77,16 +76,14 @@ def minimise(
 
 
 def stationary_point(
-    store: Store, objective: ContrastiveLoss, fit: bool
+    store: GradientStore, objective: ContrastiveLoss, fit: bool
 ) -> Generator[Progress, None, tuple[Tensor, float]]:
     """The parameters to score at and their relative gradient norm, from the store where they are."""
-    table = store.table("parameters")
     start = objective.scope.start
-    known = bool(table.parts())
+    known = store.parameters()
     objective.processes.wait()  # before one writes what another looks for
-    if known:
-        found = table.read("0", "theta", "relative_gradient_norm")
-        return torch.from_numpy(found["theta"][0]).to(start), float(found["relative_gradient_norm"][0])
+    if known is not None:
+        return torch.from_numpy(known[0]).to(start), known[1]
     theta = start
     if fit:
         tolerance = 1e-5 if start.dtype == torch.float64 else 1e-3
@@ -96,5 +93,5 @@ def stationary_point(
     else:
         relative = (objective.gradient_and_value(theta)[0].norm() / objective.gradient_scale(theta)).item()
     if objective.processes.first:
-        table.write("0", {"theta": theta.cpu().numpy()[None], "relative_gradient_norm": np.array([relative])})
+        store.write_parameters(theta.cpu().numpy(), relative)
     return theta, relative

@@ -48,7 +48,7 @@ def removal_gradients(
         theta: its parameters, shape ``(p,)``.
         batch: image and caption features, ``(n, w_image)`` and ``(n, w_text)``.
         projections: of the image head and of the text head.
-        role ("exact"): see ``choices.ROLES``.
+        role ("exact"): see ``roles.ROLES``.
 
     Returns:
         ``(positive, negative)``, each of shape ``(n, r)`` with ``r`` the sum of
@@ -85,16 +85,16 @@ def _side(features: Tensor, head: Tensor, scale: Tensor | float, projection: Hea
     return _Side(normalize(embedding, dim=1), scaled_input, projection.output)
 
 
-def _outer(inputs: Tensor, role_gradients: Tensor) -> Tensor:
+def _outer(inputs: Tensor, outputs: Tensor) -> Tensor:
     """Row-wise outer products, ``(n, a)`` and ``(n, b)`` to ``(n, a * b)``."""
-    return (inputs[:, :, None] * role_gradients[:, None]).flatten(1)
+    return (inputs[:, :, None] * outputs[:, None]).flatten(1)
 
 
 class _Anchors:
-    """What role_gradients contribute to the projected gradients of the anchors' head and of the others'.
+    """What role gradients contribute to the projected gradients of the anchors' head and of the others'.
 
     With ``u`` the anchors' and ``v`` the others' embeddings, the role of pair
-    ``n`` role_gradients anchor ``k`` by ``weight[k, n] (v_n - mean_k V)`` and each other
+    ``n`` pulls anchor ``k`` by ``weight[k, n] (v_n - mean_k V)`` and each other
     ``j`` by ``weight[k, n] ([j = n] - mean[k, j]) u_k``; the normalisation takes
     off the part along the embedding itself. Weights and means are multiplied
     with projected coordinates only, not with embeddings of full width.
@@ -125,7 +125,7 @@ class _Anchors:
         return to_anchor, to_other
 
     def _of_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """What the mean of the others does to the anchor, and to the others; role_gradients with one mean share it."""
+        """What the mean of the others does to the anchor, and to the others; role gradients with one mean share it."""
         if id(mean) not in self._centres:
             weighted = mean * self.cosine
             off_centre = mean @ self.v_anchor - weighted.sum(1, keepdim=True) * self.u_anchor

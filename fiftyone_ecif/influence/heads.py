@@ -39,6 +39,8 @@ class HeadScope(Scope):
         start: the given weights, flat, shape ``(p,)``.
     """
 
+    suits_directions_to_target = False  # they are those in which the training pairs vary most
+
     def __init__(
         self,
         image_head: Tensor,

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.curvature import Product
+from fiftyone_ecif.influence.damping import enough_damping
 from fiftyone_ecif.progress import Progress
 
 _DENSE = 512  # parameters up to which the matrix is factorised
 _PROBES = 4
-_LEAST_DAMPING, _MOST_DAMPING = 2.0**-10, 2.0**20
 
 
 class NegativeCurvatureError(EcifError):
@@ -98,9 +98,11 @@ def solve(
         except NegativeCurvatureError as error:
             mean = mean or mean_eigenvalue(product, right)
             least = shift - error.curvature  # what is less cannot be enough
-            damping = _more(damping)
-            while damping * mean < least:
-                damping = _more(damping)
+            damping = enough_damping(damping, partial(_lacking, damping, mean, least))
+
+
+def _lacking(tried: float, mean: float, least: float, damping: float) -> bool:
+    return damping <= tried or damping * mean < least
 
 
 def _shifted(product: Product, shift: float, vector: Tensor) -> Tensor:
@@ -111,20 +113,14 @@ def _solve_dense(product: Product, right: Tensor, damping: float) -> Solution:
     matrix = dense_matrix(product, right)
     values, vectors = torch.linalg.eigh(matrix)
     mean = values.mean().abs().item()
-    while values[0] + damping * mean <= 10 * torch.finfo(right.dtype).eps * values[-1].abs():
-        damping = _more(damping)
+    least = 10 * torch.finfo(right.dtype).eps * values[-1].abs()
+    damping = enough_damping(damping, lambda more: bool(values[0] + more * mean <= least))
     shifted = values + damping * mean
     solution = vectors @ (vectors.T @ right / shifted)
     residual = (right - matrix @ solution - damping * mean * solution).norm() / right.norm().clamp_min(
         torch.finfo(right.dtype).tiny
     )
     return Solution(solution, len(right), residual.item(), (shifted[-1] / shifted[0]).item(), damping)
-
-
-def _more(damping: float) -> float:
-    if damping >= _MOST_DAMPING:
-        raise EcifError("The curvature is negative whatever the damping. Load other weights, or fit first")
-    return 2 * damping or _LEAST_DAMPING
 
 
 def dense_matrix(product: Product, like: Tensor) -> Tensor:

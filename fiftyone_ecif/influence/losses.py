@@ -13,7 +13,7 @@ Removing it changes the batch loss by exactly the sum of the two::
 
 Source: the removal perturbation behind Eq. 3 of arXiv 2411.11667 (ECIF), which
 keeps only its first order in the negative role and is printed with the softmax
-inverted; :data:`fiftyone_ecif.choices.ROLES` has all forms.
+inverted; :class:`fiftyone_ecif.options.Role` has all forms.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.roles import Approximation, Role, parse_role
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,14 @@ class BatchLoss(ABC):
         """The value of each pair's positive role, shape ``(n,)``."""
 
     @abstractmethod
+    def both_roles(self, similarity: Tensor, approximation: Approximation) -> RoleGradients:
+        """The derivatives of both roles, rows of ``S`` as anchors; :meth:`role_gradients` leaves out what is not asked.
+
+        Args:
+            similarity: ``S``, shape ``(n, n)``.
+            approximation: of the negative role, one that this loss has.
+        """
+
     def role_gradients(self, similarity: Tensor, role: str = "exact") -> RoleGradients:
         """The derivatives of the roles with respect to ``S``, rows as anchors.
 
@@ -119,7 +128,7 @@ class BatchLoss(ABC):
 
         Args:
             similarity: ``S``, shape ``(n, n)``.
-            role: one of :data:`fiftyone_ecif.choices.ROLES`.
+            role: one of :data:`fiftyone_ecif.influence.roles.ROLES`.
 
         Returns:
             ``(positive, negative)``: the role gradients that add up to each role
@@ -127,13 +136,17 @@ class BatchLoss(ABC):
         Raises:
             EcifError: as :meth:`check_role`
         """
+        approximation, part = self.check_role(role)
+        positive, negative = self.both_roles(similarity, approximation)
+        return ([] if part == "negative" else positive), ([] if part == "positive" else negative)
 
-    def check_role(self, role: str) -> None:  # noqa: B027, most losses have all
-        """Checks that this loss has such a role.
+    def check_role(self, role: str) -> Role:
+        """The role of a name, once it is known that this loss has it.
 
         Raises:
-            EcifError: if it has not
+            EcifError: if there is no such role, or this loss has it not
         """
+        return parse_role(role)
 
     def removal_tangents(self, similarity: Tensor, direction: Tensor, role: str = "exact") -> tuple[Tensor, Tensor]:
         """Derivative of both roles of every pair along ``direction``, in O(n^2).
@@ -141,7 +154,7 @@ class BatchLoss(ABC):
         Args:
             similarity: ``S``, shape ``(n, n)``.
             direction: the derivative of ``S`` along some change of the model, same shape.
-            role: one of :data:`fiftyone_ecif.choices.ROLES`.
+            role: one of :data:`fiftyone_ecif.influence.roles.ROLES`.
 
         Returns:
             ``(positive, negative)``, each of shape ``(n,)``.
@@ -171,6 +184,13 @@ class SoftmaxLoss(BatchLoss):
         printed as    sum_{k != n} [1 / P_kn + 1 / Q_nk]              as_printed
 
     ``open_clip.ClipLoss`` is the sum of the pair losses divided by ``2 n``.
+
+    Two pairs that the model cannot tell apart, and what each role gains as their logits rise:
+
+    >>> SoftmaxLoss().pair_losses(torch.zeros(2, 2))
+    tensor([1.3863, 1.3863])
+    >>> SoftmaxLoss().removal_tangents(torch.zeros(2, 2), torch.eye(2))
+    (tensor([-1., -1.]), tensor([-1., -1.]))
     """
 
     name = "softmax"
@@ -181,8 +201,8 @@ class SoftmaxLoss(BatchLoss):
     def own_losses(self, similarity: Tensor) -> Tensor:
         return self.pair_losses(similarity)
 
-    def role_gradients(self, similarity: Tensor, role: str = "exact") -> RoleGradients:
-        """As in :meth:`BatchLoss.role_gradients`.
+    def both_roles(self, similarity: Tensor, approximation: Approximation) -> RoleGradients:
+        """As in :meth:`BatchLoss.both_roles`.
 
         In the exact role no weight can overflow. An anchor gives more than half
         of its weight to at most one other pair; ``1 - P`` is then computed from
@@ -192,13 +212,11 @@ class SoftmaxLoss(BatchLoss):
         mean = similarity.softmax(1)
         each = torch.arange(len(mean), device=mean.device)
         positive: list[RoleGradient] = [SingleRoleGradient(-torch.ones_like(mean[0]), mean, each)]
-        if role == "positive":
-            return positive, []
         if len(mean) == 1:
             negative: list[RoleGradient] = [RoleGradient(torch.zeros_like(mean), mean)]
-        elif role == "taylor":
+        elif approximation == "taylor":
             negative = [RoleGradient(mean.clone().fill_diagonal_(0), mean)]
-        elif role == "as_printed":
+        elif approximation == "as_printed":
             negative = [RoleGradient(-mean.reciprocal().fill_diagonal_(0), mean)]
         else:
             most, top = mean.max(1)
@@ -208,7 +226,7 @@ class SoftmaxLoss(BatchLoss):
                 RoleGradient(light / (1 - light), mean),
                 SingleRoleGradient(most.masked_fill(top == each, 0), rest, top),
             ]
-        return ([] if role == "negative" else positive), negative
+        return positive, negative
 
 
 class SigmoidLoss(BatchLoss):
@@ -222,6 +240,9 @@ class SigmoidLoss(BatchLoss):
 
     The share of a pair in the loss is its positive term and half of its negative
     ones; ``open_clip.SigLipLoss`` is the mean of the shares.
+
+    >>> SigmoidLoss().pair_losses(torch.zeros(2, 2))
+    tensor([1.3863, 1.3863])
     """
 
     name = "sigmoid"
@@ -234,14 +255,15 @@ class SigmoidLoss(BatchLoss):
     def own_losses(self, similarity: Tensor) -> Tensor:
         return softplus(-similarity.diagonal())
 
-    def check_role(self, role: str) -> None:
-        if role == "as_printed":
-            raise EcifError("role='as_printed' is a formula for the softmax loss; this model has a sigmoid loss")
+    def check_role(self, role: str) -> Role:
+        found = super().check_role(role)
+        if found.approximation == "as_printed":
+            raise EcifError(f"{role=} is a formula for the softmax loss; this model has a sigmoid loss")
+        return found
 
-    def role_gradients(self, similarity: Tensor, role: str = "exact") -> RoleGradients:
-        self.check_role(role)
+    def both_roles(self, similarity: Tensor, approximation: Approximation) -> RoleGradients:
         none = torch.zeros_like(similarity)
         own = -(-similarity.diagonal()).sigmoid() / 2  # half with images, half with captions as anchors
         positive: list[RoleGradient] = [SingleRoleGradient(own, none, torch.arange(len(own), device=own.device))]
         negative: list[RoleGradient] = [RoleGradient(similarity.sigmoid().fill_diagonal_(0), none)]
-        return ([] if role == "negative" else positive), ([] if role == "positive" else negative)
+        return positive, negative

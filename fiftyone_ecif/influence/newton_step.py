@@ -14,9 +14,9 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from fiftyone_ecif.influence.curvature import curvature_at
 from fiftyone_ecif.influence.linear_solve import Solution, solve
 from fiftyone_ecif.influence.objective import ContrastiveLoss
+from fiftyone_ecif.influence.solvers import SOLVERS
 
 
 def removal_step(
@@ -28,17 +28,20 @@ def removal_step(
         objective: with the pairs.
         theta: its stationary point, shape ``(p,)``.
         rows: of the pairs to take out.
-        solver: ``"hessian"`` or ``"ggn"``.
+        solver: one of :data:`SOLVERS` with a curvature to solve with.
         damping (0.0): relative to the mean eigenvalue.
         tolerance (3e-2): relative residual of the solve; the step itself is seldom nearer to what retraining
             would do (docs/fidelity.md).
 
     Yields:
         the relative residual so far
+
+    Raises:
+        EcifError: if there is no such solver, it has no curvature, or the solve fails
     """
     left = objective.without(rows)
     gradient = group_gradient(objective, theta, rows)
-    return (yield from solve(curvature_at(left, theta, solver), gradient, damping, tolerance))
+    return (yield from solve(SOLVERS[solver].product(left, theta), gradient, damping, tolerance))
 
 
 def group_gradient(objective: ContrastiveLoss, theta: Tensor, rows: Tensor) -> Tensor:

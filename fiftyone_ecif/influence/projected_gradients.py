@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fiftyone_ecif.influence.gradient_store import GradientStore, PairRows, TargetRows
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
 from fiftyone_ecif.influence.projections import (
@@ -19,50 +20,48 @@ from fiftyone_ecif.influence.projections import (
     projection_from_state,
 )
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.targets import Target
 from fiftyone_ecif.progress import Progress
-from fiftyone_ecif.store.tables import Store, Table
 
 _BATCHES_A_PART = 8
 _SAMPLED_PAIRS = 512  # that directions and the curvature between them are computed on
 _DIRECTIONS = 128  # of a scope that is not the heads
-_PAIR_COLUMNS = ("row", "batch", "image", "cosine", "loss", "positive", "negative")
-_TARGET_COLUMNS = ("row", "image", "loss", "mistake", "gradient")
 
 
 def keep_gradients(
-    store: Store, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target], options: ScoringOptions
+    store: GradientStore, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target], role: str = "exact"
 ) -> Generator[Progress, None, Projection]:
-    """Writes projected gradients and their curvature to the store, as far as they are not there."""
+    """Writes projected gradients and their curvature to the store, as far as they are not there.
+
+    Args:
+        store: of the partition of the objective.
+        objective: over the pairs.
+        theta: where, shape ``(p,)``.
+        targets: name -> target.
+        role ("exact"): one of ``roles.ROLES``.
+
+    Returns:
+        what the gradients are projected by
+    """
     scope, batches, processes = objective.scope, objective.batches, objective.processes
     projection = yield from _projection(store, objective, theta, targets)
-    tables: dict[str, Target | None] = {"gradients": None, **targets}
-    there = {name: set(store.table(name).parts()) for name in tables}
-    work = [
-        (name, target, start)
-        for name, target in tables.items()
-        for start in range(0, len(target.batches if target else batches), _BATCHES_A_PART)
-    ]
-    missing = [
-        (store.table(name), target, start)
-        for name, target, start in processes.share(work)
-        if f"{start:09d}" not in there[name]
-    ]
-    curvature = store.table("projected-curvature")
-    wanted = processes.first and options.solver in ("hessian", "ggn")
-    lacks_curvature = wanted and options.solver not in curvature.parts()
+    sources: dict[str | None, Batches] = {None: batches, **{name: target.batches for name, target in targets.items()}}
+    there = {name: store.written(name) for name in sources}
+    parts = [(name, start) for name, source in sources.items() for start in range(0, len(source), _BATCHES_A_PART)]
+    missing = [(name, start) for name, start in processes.share(parts) if start not in there[name]]
+    lacks_curvature = processes.first and store.solver.solves and not store.has_curvature()
     total = len(missing) + lacks_curvature
-    for done, (table, target, start) in enumerate(missing, start=1):
-        if target is None:
-            _write_pairs(table, scope, theta, batches, start, projection, options.role)
+    for done, (name, start) in enumerate(missing, start=1):
+        numbers = range(start, min(start + _BATCHES_A_PART, len(sources[name])))
+        if name is None:
+            rows = [_pair_rows(scope, theta, batches, number, projection, role) for number in numbers]
+            store.write_pairs(start, rows)
         else:
-            _write_targets(table, target, theta, start, projection)
+            store.write_target(name, start, [_target_rows(targets[name], theta, n, projection) for n in numbers])
         yield Progress("Computing gradients", done, total)
     if lacks_curvature:
         part = _sample(scope, batches, objective.proximal)
-        matrix = projection.objective_curvature(part, theta, options.solver)
-        curvature.write(options.solver, {"matrix": matrix.cpu().double().numpy()})
+        store.write_curvature(_array(store.solver.projected_curvature(projection, part, theta).double()))
         yield Progress("Computing gradients", total, total)
     processes.wait()
     return projection
@@ -77,53 +76,49 @@ def _sample(scope: Scope, batches: Batches, proximal: float = 0.0) -> Contrastiv
     return ContrastiveLoss(scope, batches.regrouped(chosen), count, proximal)
 
 
-def _write_pairs(
-    table: Table, scope: Scope, theta: Tensor, batches: Batches, start: int, projection: Projection, role: str
-) -> None:
-    columns: dict[str, list[Tensor]] = {name: [] for name in _PAIR_COLUMNS}
-    for number in range(start, min(start + _BATCHES_A_PART, len(batches))):
-        batch, rows = batches[number], batches.partition[number]
-        positive, negative = projection.removal_gradients(theta, batch, role)
-        images, captions = (normalize(part, dim=1) for part in scope.embed(theta, batch))
-        cosine = images @ captions.T
-        columns["row"].append(rows)
-        columns["image"].append(images.float())
-        columns["batch"].append(torch.full_like(rows, number))
-        columns["cosine"].append(cosine.diagonal())
-        columns["loss"].append(scope.loss.own_losses(scope.logits(theta, cosine)))
-        columns["positive"].append(positive.float())
-        columns["negative"].append(negative.float())
-    table.write(f"{start:09d}", _arrays(columns))
+def _pair_rows(
+    scope: Scope, theta: Tensor, batches: Batches, number: int, projection: Projection, role: str
+) -> PairRows:
+    """What is kept of one batch."""
+    batch, rows = batches[number], batches.partition[number]
+    positive, negative = projection.removal_gradients(theta, batch, role)
+    images, captions = (normalize(part, dim=1) for part in scope.embed(theta, batch))
+    cosine = images @ captions.T
+    return PairRows(
+        row=_array(rows),
+        batch=np.full_like(rows, number),
+        image=_array(images.float()),
+        cosine=_array(cosine.diagonal()),
+        loss=_array(scope.loss.own_losses(scope.logits(theta, cosine))),
+        positive=_array(positive.float()),
+        negative=_array(negative.float()),
+    )
 
 
-def _write_targets(table: Table, target: Target, theta: Tensor, start: int, projection: Projection) -> None:
-    columns: dict[str, list[Tensor]] = {name: [] for name in _TARGET_COLUMNS}
-    for number in range(start, min(start + _BATCHES_A_PART, len(target.batches))):
-        batch, rows = target.batches[number], target.batches.partition[number]
-        columns["row"].append(rows)
-        columns["image"].append(normalize(target.scope.embed_images(theta, batch[0]), dim=1).float())
-        columns["loss"].append(target.batch_losses(theta, rows, batch))
-        columns["mistake"].append(target.batch_mistakes(theta, rows, batch))
-        gradients = projection.jacobian(lambda at, r=rows, b=batch: target.batch_losses(at, r, b), theta)  # type: ignore[misc]
-        columns["gradient"].append(gradients.float())
-    table.write(f"{start:09d}", _arrays(columns))
+def _target_rows(target: Target, theta: Tensor, number: int, projection: Projection) -> TargetRows:
+    """What is kept of one batch of a target."""
+    batch, rows = target.batches[number], target.batches.partition[number]
+    gradients = projection.jacobian(lambda at: target.batch_losses(at, rows, batch), theta)
+    return TargetRows(
+        row=_array(rows),
+        image=_array(normalize(target.scope.embed_images(theta, batch[0]), dim=1).float()),
+        loss=_array(target.batch_losses(theta, rows, batch)),
+        mistake=_array(target.batch_mistakes(theta, rows, batch)),
+        gradient=_array(gradients.float()),
+    )
 
 
-def _arrays(columns: Mapping[str, list[Tensor]]) -> dict[str, np.ndarray]:
-    return {name: torch.cat(values).detach().cpu().numpy() for name, values in columns.items()}
+def _array(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().cpu().numpy()
+    return array
 
 
 def _projection(
-    store: Store, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target]
+    store: GradientStore, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target]
 ) -> Generator[Progress, None, Projection]:
     """The directions that gradients are kept in, chosen once: all parts of the gradients must share them."""
-    table, scope, batches, processes = (
-        store.table("projection"),
-        objective.scope,
-        objective.batches,
-        objective.processes,
-    )
-    known = "whole" in table.parts()
+    scope, batches, processes = objective.scope, objective.batches, objective.processes
+    known = store.directions() is not None
     processes.wait()
     if not known:
         yield Progress("Computing gradients", 0, 1)
@@ -135,11 +130,9 @@ def _projection(
             sources = [(_sample(scope, batches), _DIRECTIONS // 2)]
             sources += [(_sample(scope, target.batches), share) for target in targets.values()]
             chosen = BasisProjection(scope, gradient_basis(theta, sources))
-        for name, value in chosen.state().items() if processes.first else ():
-            table.write(name, {"matrix": value.cpu().numpy()})
         if processes.first:
-            table.write("whole", {"matrix": np.ones(1)})  # the last: all that belongs to it is there
+            store.write_directions({name: _array(value) for name, value in chosen.state().items()})
         processes.wait()
-    names = [name for name in table.parts() if name != "whole"]
-    state = {name: torch.from_numpy(table.read(name, "matrix")["matrix"]) for name in names}
-    return projection_from_state(scope, state)
+    state = store.directions()
+    assert state is not None
+    return projection_from_state(scope, {name: torch.from_numpy(matrix) for name, matrix in state.items()})

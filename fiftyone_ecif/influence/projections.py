@@ -25,7 +25,7 @@ from torch.func import jvp, vjp
 from torch.nn.functional import normalize
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
-from fiftyone_ecif.influence.curvature import curvature_at
+from fiftyone_ecif.influence.curvature import Product, gauss_newton_at, hessian_at
 from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradients
 from fiftyone_ecif.influence.heads import Batch, HeadScope
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
@@ -65,14 +65,18 @@ class Projection(ABC):
     def rank(self) -> int:
         """``r``."""
 
-    def curvature(self, product: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
-        """The curvature restricted to the subspace, shape ``(r, r)``, at the cost of ``r`` products."""
+    def curvature(self, product: Product, theta: Tensor) -> Tensor:
+        """A curvature restricted to the subspace, shape ``(r, r)``, at the cost of ``r`` products."""
         matrix = torch.stack([self.project(product(self.lift(row))) for row in torch.eye(self.rank).to(theta)])
         return (matrix + matrix.T) / 2
 
-    def objective_curvature(self, objective: ContrastiveLoss, theta: Tensor, solver: str) -> Tensor:
-        """The curvature of an objective at ``theta`` (Gauss-Newton for ``"ggn"``, else the Hessian), as above."""
-        return self.curvature(curvature_at(objective, theta, solver), theta)
+    def hessian(self, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
+        """The Hessian of an objective at ``theta``, restricted to the subspace, shape ``(r, r)``."""
+        return self.curvature(hessian_at(objective, theta), theta)
+
+    def gauss_newton(self, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
+        """Its Gauss-Newton matrix, likewise."""
+        return self.curvature(gauss_newton_at(objective, theta), theta)
 
 
 class BasisProjection(Projection):
@@ -174,14 +178,24 @@ class KroneckerProjection(Projection):
         rows: Tensor = pulled(torch.eye(len(value)).to(value))
         return rows
 
-    def objective_curvature(self, objective: ContrastiveLoss, theta: Tensor, solver: str) -> Tensor:
+    def hessian(self, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
+        return self._in_coordinates(objective, theta, ContrastiveLoss.hessian_product)
+
+    def gauss_newton(self, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
+        return self._in_coordinates(objective, theta, ContrastiveLoss.gauss_newton_product)
+
+    def _in_coordinates(
+        self,
+        objective: ContrastiveLoss,
+        theta: Tensor,
+        product: Callable[[ContrastiveLoss, Tensor, Tensor], Tensor],
+    ) -> Tensor:
         """As for any projection, in coordinates throughout: products in a few directions, not in all parameters."""
         moved = _MovedHeads(self, theta)
         # of a scope the loss asks for the similarity only
         along = ContrastiveLoss(moved, moved.batches(objective.batches), objective.pairs, objective.proximal)  # type: ignore[arg-type]
-        product = along.gauss_newton_product if solver == "ggn" else along.hessian_product
         at_once = max(_PRODUCTS, _ENTRIES // max(map(len, objective.batches.partition)) ** 2)
-        columns = torch.vmap(lambda row: product(moved.start, row), chunk_size=at_once)
+        columns = torch.vmap(lambda row: product(along, moved.start, row), chunk_size=at_once)
         matrix: Tensor = columns(torch.eye(self.rank).to(theta))
         return (matrix + matrix.T) / 2
 

@@ -20,10 +20,13 @@ class Scope(ABC):
     Attributes:
         start: the parameters as loaded, shape ``(p,)``.
         loss: the loss that the model is trained with.
+        suits_directions_to_target: whether the directions that its gradients
+            are kept in are chosen for the target, and so change with it.
     """
 
     start: Tensor
     loss: BatchLoss
+    suits_directions_to_target = True
 
     @abstractmethod
     def embed_images(self, theta: Tensor, images: Any) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,12 @@ from torch import Tensor
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.curvature import curvature_at
 from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.fitting import stationary_point
-from fiftyone_ecif.influence.gradient_store import read_effects, stored_influence
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.linear_solve import Solution, solve, solving
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
-from fiftyone_ecif.influence.projections import Projection
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.targets import Target
@@ -72,14 +69,17 @@ def score_pairs(
             gets all scores.
 
     Raises:
-        EcifError: if the fit or a solve does not converge, or an embedding has
-            collapsed
+        EcifError: if the solver or the role is not available, the fit or a solve does
+            not converge, or an embedding has collapsed
     """
+    scope.loss.check_role(options.role)
     pairs = sum(len(rows) for rows in batches.partition)
+    kept = GradientStore(store, pairs, options.solver, options.damping)
+    solver = kept.solver
     objective = ContrastiveLoss(scope, batches, pairs, options.proximal, processes)
-    theta, relative_gradient_norm = yield from stationary_point(store, objective, options.fit)
+    theta, relative_gradient_norm = yield from stationary_point(kept, objective, options.fit)
     smallest_norm = _smallest_norm(objective, theta)
-    product = curvature_at(objective, theta, options.solver) if options.solver in ("hessian", "ggn") else None
+    product = solver.product(objective, theta) if solver.solves else None
 
     solutions: list[Solution] = []
     gradients: list[Tensor] = []
@@ -107,21 +107,21 @@ def score_pairs(
             "condition_number": max(solution.condition_number for solution in solutions),
         }
 
-    projection: Projection | None = None
-    if options.keep_gradients or options.solver == "logra":
-        projection = yield from keep_gradients(store, objective, theta, targets, options)
+    projected: np.ndarray | None = None
+    if options.keep_gradients or solver.needs_gradients:
+        projection = yield from keep_gradients(kept, objective, theta, targets, options.role)
         projected = np.stack([projection.project(gradient).cpu().double().numpy() for gradient in gradients])
-        from_store = partial(stored_influence, store, options.solver, options.damping, projected, pairs)
         if objective.processes.first:
-            read_effects(store, options.solver, options.damping, pairs)  # which writes them: tracing is then quick
+            kept.effects()  # which writes them: tracing is then quick
         objective.processes.wait()
-    if options.solver == "logra":
-        positive, negative = (from_store(columns=[part]).astype(np.float64) for part in ("positive", "negative"))
+    if solver.needs_gradients:
+        assert projected is not None
+        positive, negative = (kept.influence(projected, [role]).astype(np.float64) for role in ("positive", "negative"))
     else:
         vectors = [solution.vector for solution in solutions] or gradients
         positive, negative = yield from direct_influence(objective, theta, vectors, options.role)
-        if projection is not None:
-            diagnostics["cached_correlation"] = _correlation(from_store(), positive + negative)
+        if projected is not None:
+            diagnostics["cached_correlation"] = _correlation(kept.influence(projected), positive + negative)
     return Scores(positive, negative, diagnostics)
 
 

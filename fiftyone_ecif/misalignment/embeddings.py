@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fiftyone_ecif.influence.gradient_store import CachedGradients
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
 from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.misalignment.duplicates import Duplicates

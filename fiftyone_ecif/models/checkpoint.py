@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.store.files import make_writable
+from fiftyone_ecif.store.files import atomic_path, make_writable
 
 Adapters = dict[str, tuple[Tensor, Tensor]]
 #: How images are prepared, as arguments of ``open_clip.create_model_and_transforms``.
@@ -68,20 +68,22 @@ def save_checkpoint(
         EcifError: if a file cannot be written
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if adapters:
             parts = {
                 f"{side}.{name}": part.detach().cpu().contiguous()
                 for name, pair in adapters.items()
                 for side, part in zip("AB", pair, strict=True)
             }
-            _write(_adapters(path), lambda temporary: save_file(parts, temporary))
+            with atomic_path(_adapters(path)) as temporary:
+                save_file(parts, temporary)
         if preprocessing:
-            _write(_preprocessing(path), lambda temporary: temporary.write_text(json.dumps(dict(preprocessing))))
+            with atomic_path(_preprocessing(path)) as temporary:
+                temporary.write_text(json.dumps(dict(preprocessing)))
         else:
             _preprocessing(path).unlink(missing_ok=True)
         save = save_file if path.suffix == ".safetensors" else torch.save
-        _write(path, lambda temporary: save(dict(state), temporary))
+        with atomic_path(path) as temporary:
+            save(dict(state), temporary)
         if not adapters:
             _adapters(path).unlink(missing_ok=True)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -156,12 +158,3 @@ def _adapters(path: Path) -> Path:
 
 def _preprocessing(path: Path) -> Path:
     return path.with_name(f"{path.name}.preprocessing.json")
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
 from fiftyone_ecif.store.keys import PairKey, digest
@@ -27,7 +27,7 @@ _PART = 8 * _BATCH  # rows computed between two writes to the store
 
 def cached_features(
     store: Store,
-    encoder: Encoder,
+    encoder: DualEncoder,
     keys: Sequence[PairKey],
     paths: Sequence[str],
     captions: Sequence[str],
@@ -68,7 +68,7 @@ def cached_features(
 
 def _encode_images(
     table: Table,
-    encoder: Encoder,
+    encoder: DualEncoder,
     wanted: dict[str, str],
     num_workers: int,
     skip_failures: bool,
@@ -100,7 +100,7 @@ def _encode_images(
 
 
 def _encode_captions(
-    table: Table, encoder: Encoder, wanted: dict[str, str], processes: ProcessGroup
+    table: Table, encoder: DualEncoder, wanted: dict[str, str], processes: ProcessGroup
 ) -> Generator[Progress, None, None]:
     missing = sorted(
         _missing(table, wanted, processes), key=lambda key: len(wanted[key])

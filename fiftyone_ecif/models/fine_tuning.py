@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.factory import parse_model_name
-from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.objective import random_partition
-from fiftyone_ecif.models.checks import check_names
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.models.inputs import ImageTextBatches
-from fiftyone_ecif.models.tower_scope import TowerScope
-from fiftyone_ecif.options import ScopeChoice, parse_scope
+from fiftyone_ecif.influence.objective import Batches, random_partition
+from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.settings.fine_tuning import FitSettings
+from fiftyone_ecif.store.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -37,52 +30,20 @@ _SAVE_EVERY = 10.0  # seconds of training
 _BETAS = (0.9, 0.98)  # of AdamW, as CLIP was trained with
 
 
-@dataclass(frozen=True)
-class FitSettings:
-    """What the result of :func:`fit_model` depends on, beside the pairs; see there."""
-
-    caption_field: str = "caption"
-    model: str = "ViT-B-32"
-    pretrained: str | None = None
-    scope: str = "lora"
-    epochs: int = 5
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    seed: int = 0
-    skip_failures: bool = True
-
-    def check(self) -> ScopeChoice:
-        """Checks what can be checked without the data and the model.
-
-        Returns:
-            what the scope means
-
-        Raises:
-            EcifError: if a value is not usable
-        """
-        for name, least in (("epochs", 1), ("batch_size", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise EcifError(f"{name}={value!r} must be a whole number from {least} up")
-        if not 0 < self.learning_rate < math.inf:
-            raise EcifError(f"learning_rate={self.learning_rate!r} must be a positive number, such as 0.001")
-        if not 0 <= self.weight_decay < math.inf:
-            raise EcifError(f"weight_decay={self.weight_decay!r} must be a number from 0 up, such as 0.01")
-        choice = parse_scope(self.scope)
-        if choice.heads:
-            raise EcifError(
-                f"scope={self.scope!r} is not for fine-tuning: compute_influence(fit=True) brings heads to their "
-                "minimum. Use scope='lora', 'blocks:1' or a regular expression over parameter names"
-            )
-        check_names(self.model, self.pretrained)
-        return choice
-
-
 def train_scope(
-    scope: TowerScope, batches: ImageTextBatches, settings: FitSettings, state: dict[str, Any], resume: Path
+    scope: Scope, batches: Batches, settings: FitSettings, state: dict[str, Any], resume: Path
 ) -> Generator[Progress, None, Tensor]:
     """Trains from a state to the end, saving the state every now and then.
+
+    Args:
+        scope: what is trained.
+        batches: the training pairs; each epoch regroups them.
+        settings: of the fit.
+        state: ``theta``, the ``optimiser``'s state or None, and the ``step`` to go on from.
+        resume: the file that the state is saved to.
+
+    Raises:
+        EcifError: if the loss is not finite any more, or the state cannot be saved
 
     Returns:
         the trained parameters, shape ``(p,)``
@@ -123,8 +84,14 @@ def _learning_rate(peak: float, step: int, steps: int) -> float:
     return peak * min(1, (step + 1) / max(1, steps // 10)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def mean_loss(scope: TowerScope, theta: Tensor, batches: ImageTextBatches) -> Generator[Progress, None, float]:
-    """The mean pair loss over the batches, in nats."""
+def mean_loss(scope: Scope, theta: Tensor, batches: Batches) -> Generator[Progress, None, float]:
+    """The mean pair loss over the batches, in nats.
+
+    Args:
+        scope: what it is a function of.
+        theta: its parameters, shape ``(p,)``.
+        batches: the pairs.
+    """
     total, pairs = 0.0, 0
     for index in range(len(batches)):
         yield Progress("Measuring the loss", index, len(batches))
@@ -136,10 +103,9 @@ def mean_loss(scope: TowerScope, theta: Tensor, batches: ImageTextBatches) -> Ge
 
 
 def _save_state(resume: Path, state: dict[str, Any]) -> None:
-    temporary = resume.with_name(f"{resume.name}.tmp")
     try:
-        torch.save(state, temporary)
-        os.replace(temporary, resume)
+        with atomic_path(resume) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
         raise EcifError(
             f"The state of the fit cannot be saved to {resume} ({error}). Make room, and run again"
@@ -148,6 +114,11 @@ def _save_state(resume: Path, state: dict[str, Any]) -> None:
 
 def load_state(resume: Path, digest: str, overwrite: bool) -> dict[str, Any] | None:
     """The saved state of the same fit, or None for a new start.
+
+    Args:
+        resume: the file that it may be in.
+        digest: of all that the fit depends on.
+        overwrite: whether to start anew where there is a state that cannot be gone on from.
 
     Raises:
         EcifError: if there is a state that is damaged or of another fit, and it
@@ -169,25 +140,8 @@ def load_state(resume: Path, digest: str, overwrite: bool) -> dict[str, Any] | N
 
 
 def diverged(settings: FitSettings) -> EcifError:
+    """What to raise when the loss is not finite any more."""
     return EcifError(
         f"The loss is not finite any more with learning_rate={settings.learning_rate}. Use a smaller one, and "
         "overwrite=True if a saved state is left"
     )
-
-
-def warn_of_preprocessing(encoder: Encoder, path: Path) -> None:
-    """Says so if open_clip prepares images in another way once the model is loaded from a file."""
-    usual = asdict(PreprocessCfg())
-    special = {
-        name: value
-        for name, value in open_clip.get_model_preprocess_cfg(encoder.model).items()
-        if name != "size" and value != usual[name]
-    }
-    if special and not parse_model_name(encoder.name)[0]:
-        logger.warning(
-            "open_clip forgets how %s prepares images when it loads weights from a file. This plugin remembers; "
-            "elsewhere load %s with force_preprocess_cfg=%s, or its embeddings are off",
-            encoder.name,
-            path,
-            special,
-        )

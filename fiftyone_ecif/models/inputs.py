@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,14 +14,16 @@ from torch.utils.data import Dataset
 
 from fiftyone_ecif.errors import EcifError
 
-if TYPE_CHECKING:
-    from fiftyone_ecif.models.encoder import Encoder
-
 
 class Images(Dataset[Any]):
-    """``(index, image, None)`` of each file, or ``(index, None, reason)``."""
+    """``(index, image, None)`` of each file, or ``(index, None, reason)`` of one that cannot be read.
 
-    def __init__(self, paths: Sequence[str], preprocess: Any) -> None:
+    Args:
+        paths: of the files.
+        preprocess: makes of a PIL image what the image tower takes, of one shape for all.
+    """
+
+    def __init__(self, paths: Sequence[str], preprocess: Callable[[Image.Image], Tensor]) -> None:
         self.paths, self.preprocess = paths, preprocess
 
     def __len__(self) -> int:
@@ -36,7 +38,12 @@ class Images(Dataset[Any]):
 
 
 def collate(batch: Sequence[tuple[int, Tensor | None, str | None]]) -> tuple[list[int], Tensor, dict[int, str]]:
-    """Indices and stacked images of those that could be read, and ``{index: reason}`` of the others."""
+    """Makes a batch of what :class:`Images` gives.
+
+    Returns:
+        indices and stacked images, ``(n, ...)``, of those that could be read,
+        and ``{index: reason}`` of the others
+    """
     images = {index: image for index, image, _ in batch if image is not None}
     failures = {index: reason for index, _, reason in batch if reason is not None}
     return list(images), torch.stack(list(images.values())) if images else torch.empty(0), failures
@@ -45,24 +52,21 @@ def collate(batch: Sequence[tuple[int, Tensor | None, str | None]]) -> tuple[lis
 class ImageTextBatches(Sequence[tuple[Tensor, Tensor]]):
     """Batches of pixels and tokens, decoded when they are first asked for.
 
-    Pixels stay in memory as long as all of them fit into a fixed budget.
+    Pixels stay in memory as long as all of them fit into a fixed budget. A file
+    that cannot be read any more is an ``EcifError`` when its batch is asked for.
 
     Args:
-        encoder: prepares them.
-        paths: image files that can be read.
-        captions: one for each.
+        images: files that can be read.
+        tokens: what the text tower takes for the caption of each, shape ``(N, t)``.
+        device: where the pixels are needed.
         partition: the row indices of each batch.
     """
 
     _BUDGET = 4 << 30  # bytes
 
-    def __init__(
-        self, encoder: Encoder, paths: Sequence[str], captions: Sequence[str], partition: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, images: Images, tokens: Tensor, device: str, partition: Sequence[Tensor]) -> None:
         self.partition = partition
-        self._encoder = encoder
-        self._images = Images(paths, encoder.preprocess)
-        self._tokens = encoder.tokens(captions)
+        self._images, self._tokens, self._device = images, tokens, device
         self._pixels: dict[int, Tensor] = {}
 
     def regrouped(self, partition: Sequence[Tensor]) -> ImageTextBatches:
@@ -95,4 +99,4 @@ class ImageTextBatches(Sequence[tuple[Tensor, Tensor]]):
                 found[row] = image
         if found[rows[0]].nbytes * len(self._images) <= self._BUDGET:
             self._pixels |= found
-        return torch.stack([found[row] for row in rows]).to(self._encoder.device)
+        return torch.stack([found[row] for row in rows]).to(self._device)

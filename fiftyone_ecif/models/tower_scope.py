@@ -19,8 +19,8 @@ from torch.func import functional_call
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.losses import BatchLoss
 from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.towers import Tower, differentiable_attention
-from fiftyone_ecif.options import ScopeChoice
 
 
 class TowerScope(Scope):
@@ -82,17 +82,22 @@ class TowerScope(Scope):
         }
 
     def adapters(self, theta: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The adapters at ``theta``: ``{name: (A, B)}``."""
+        """The adapters at ``theta``: ``{name: (A, B)}``; none if the parameters themselves vary."""
+        if self.rank is None:
+            return {}
         pieces = self.split(theta)
         return dict(zip(self.names, zip(pieces[::2], pieces[1::2], strict=True), strict=True))
 
     def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Image embeddings before normalisation, shape ``(n, d)``, of preprocessed images ``(n, 3, h, w)``."""
         return self._embed("image", theta, images)
 
     def embed_captions(self, theta: Tensor, captions: Tensor) -> Tensor:
+        """Caption embeddings before normalisation, shape ``(n, d)``, of tokens ``(n, t)``."""
         return self._embed("text", theta, captions)
 
     def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
+        """Cosine similarities times ``exp(logit_scale)``, plus ``logit_bias`` where the model has one."""
         changed = self.parameters(theta) if self.rank is None else {}  # adapters are on matrices only
         model: Any = self.model
         similarity: Tensor = changed.get("logit_scale", model.logit_scale).exp() * cosine
@@ -101,6 +106,7 @@ class TowerScope(Scope):
         return similarity
 
     def logit_parameters(self, theta: Tensor) -> list[int]:
+        """Places in ``theta`` of ``logit_scale`` and ``logit_bias``, as far as they are in scope."""
         places, start = [], 0
         for name, shape in zip(self.names, self._shapes, strict=False):
             if name in ("logit_scale", "logit_bias"):
@@ -119,7 +125,16 @@ class TowerScope(Scope):
 
 
 def new_adapters(weights: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Adapters that change nothing yet: random ``A`` of unit output variance, ``B = 0``."""
+    """Adapters that change nothing yet: random ``A`` of unit output variance, ``B = 0``.
+
+    Args:
+        weights: matrices of shape ``(m, n)``, by name.
+        rank: of the adapters.
+        seed: of the random numbers, which are drawn on the CPU: the same on every device.
+
+    Returns:
+        ``{name: (A, B)}`` of shapes ``(rank, n)`` and ``(m, rank)``, like the weights in precision and device
+    """
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, weight in weights.items():
@@ -132,8 +147,12 @@ def new_adapters(weights: Mapping[str, Tensor], rank: int, seed: int) -> dict[st
 def scope_parameters(model: nn.Module, choice: ScopeChoice) -> list[str]:
     """Names of the parameters that a choice of scope means in this model.
 
+    Args:
+        model: an open_clip model.
+        choice: any but the heads.
+
     Raises:
-        EcifError: if there are none
+        EcifError: if there are none, or a tower has fewer blocks than are asked for
     """
     names = [name for name, _ in model.named_parameters()]
     if choice.pattern:

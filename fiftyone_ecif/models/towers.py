@@ -28,6 +28,10 @@ class Tower(nn.Module):
     """One tower of a model as a module, so that ``functional_call`` can replace its parameters.
 
     Tokens may be fewer than the context of a text tower with a :func:`causal_mask`.
+
+    Args:
+        model: an open_clip model.
+        tower: ``"image"`` or ``"text"``.
     """
 
     def __init__(self, model: Any, tower: str) -> None:
@@ -36,6 +40,7 @@ class Tower(nn.Module):
         self.tower = tower
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Embeddings before normalisation, shape ``(n, d)``, of images ``(n, 3, h, w)`` or tokens ``(n, t)``."""
         if self.tower == "image":
             return cast(Tensor, self.model.encode_image(inputs))
         mask, length = causal_mask(self.model), inputs.shape[1]
@@ -50,11 +55,14 @@ class Tower(nn.Module):
 
 
 class _TextTower(nn.Module):
+    """The text tower with whatever places and mask it has been given."""
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model: Any = model
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Embeddings before normalisation, shape ``(n, d)``, of tokens ``(n, t)``."""
         return cast(Tensor, self.model.encode_text(tokens))
 
 

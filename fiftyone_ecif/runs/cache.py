@@ -9,8 +9,9 @@ from typing import Any
 import eta.core.utils as etau
 from fiftyone.core.odm import get_db_conn
 
-from fiftyone_ecif.options import METHOD
 from fiftyone_ecif.store.tables import Store, outermost_stores
+
+METHOD = "ecif"  # of all runs of this package, whatever their type
 
 
 def release_store(dataset: Any, key: str, store: list[str]) -> None:

@@ -7,24 +7,7 @@ from typing import Any
 from fiftyone_ecif.runs.cache import size_text
 from fiftyone_ecif.runs.manage import find_config, read_entry, read_results, staleness
 
-#: What a run was told, in plain words.
-_SETTINGS = {
-    "caption_field": "Caption field",
-    "scope": "Parameters that are attributed",
-    "role": "Role of a pair",
-    "solver": "Curvature",
-    "detector": "Detector",
-    "fit": "Fitted to the pairs first",
-    "trained": "Weights were trained on the pairs",
-    "reviewed": "Reviewed",
-    "proximal": "Proximal strength",
-    "damping": "Damping",
-    "batch_size": "Batch size",
-    "n_partitions": "Partitions averaged over",
-    "seed": "Seed",
-    "target_loss": "Target loss",
-}
-#: What it found, likewise.
+#: What a run found, in plain words.
 _DIAGNOSTICS = {
     "target_pairs": "Validation pairs",
     "shared_pairs": "Validation pairs that are also scored",
@@ -66,8 +49,11 @@ def describe_run(dataset: Any, key: str) -> str:
     ]
     if "noise_rate" in found:
         lines.append("- Captions estimated to be wrong: {:.0%} ({:.0%} to {:.0%})".format(*found["noise_rate"]))
-    for title, names, values in (("Settings", _SETTINGS, vars(config)), ("Diagnostics", _DIAGNOSTICS, found)):
-        known = {label: values[name] for name, label in names.items() if values.get(name) is not None}
+    settings = {option.label: getattr(config, name) for name, option in config.settings.options().items()}
+    settings["Reviewed"] = getattr(config.record, "reviewed", None)
+    diagnostics = {label: found.get(name) for name, label in _DIAGNOSTICS.items()}
+    for title, values in (("Settings", settings), ("Diagnostics", diagnostics)):
+        known = {label: value for label, value in values.items() if value not in (None, ())}
         if known:
             lines += ["", f"**{title}**", "", *(f"- {label}: {_plain(value)}" for label, value in known.items())]
     return "\n".join(lines)
@@ -76,4 +62,6 @@ def describe_run(dataset: Any, key: str) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ", ".join(value)
     return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

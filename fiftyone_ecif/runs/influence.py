@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
-from typing import Any, NamedTuple
-from uuid import uuid4
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
-import fiftyone.core.brain as fob
 import fiftyone.core.dataset as fod
 import fiftyone.core.fields as fof
 import numpy as np
@@ -16,127 +13,46 @@ from bson import ObjectId
 from fiftyone.core.odm import get_db_conn
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.gradient_store import CachedGradients, read_cached, read_effects
-from fiftyone_ecif.options import EXTRA_SCORES, METHOD, ROLES, SOLVERS, TARGET_LOSSES, parse_scope
-from fiftyone_ecif.runs.base import EcifRun, ScoreField
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
+from fiftyone_ecif.influence.gradient_store import GradientStore, MissingRowsError
+from fiftyone_ecif.influence.roles import parse_role
+from fiftyone_ecif.influence.solvers import SOLVERS
+from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, OwnLoss
+from fiftyone_ecif.runs.base import EcifRun, RunConfig, RunRecord, RunResults, ScoreField
 from fiftyone_ecif.samples.pairs import every_sample
-from fiftyone_ecif.store.tables import Store, Table
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.store.tables import Store
 
-PairFunction = Callable[..., Any]
-_FUNCTION = "function "  # what the record of a function of the user's own starts with
+T = TypeVar("T")
 
 
-class InfluenceConfig(fob.BrainMethodConfig):
-    """What a run of :func:`fiftyone_ecif.compute_influence` is computed from.
+@dataclass(frozen=True)
+class InfluenceRecord(RunRecord):
+    """What an influence run found out.
 
-    Args:
-        caption_field ("caption"): the field of the captions.
-        model ("ViT-B-32"): the model's name.
-        pretrained (None): its tag or checkpoint.
-        scope ("heads"): the parameters that are attributed.
-        role ("exact"): how a pair's part in its batch is taken.
-        solver (None): the curvature; by default the Hessian for heads and the
-            Gauss-Newton matrix for deeper scopes.
-        damping (0.0): of the curvature, relative to its mean eigenvalue.
-        fit (False): whether the scope is brought to a stationary point first.
-        proximal (1.0): the strength of the pull to the loaded weights.
-        batch_size (None): of the partition.
-        seed (0): of the partition.
-        n_partitions (1): over how many partitions scores are averaged.
-        target_loss ("contrastive"): what is measured on the target.
-        label_field (None): the classes of the target, for ``"zero_shot"``.
-        templates: prompts of a class, ``{}`` standing for its name.
-        scores: which of :data:`EXTRA_SCORES` to write too.
-        keep_gradients (None): whether projected gradients are stored; by default
-            for heads, and where something needs them.
+    Attributes:
         slices: names of the target's slices, if it has any.
-        traced (False): whether mistakes were traced on the samples.
-        target (None): the target, for the record.
-        encoder (None): fingerprint of the loaded model, once it is.
-        store (None): where the run's tables lie below the cache folder.
-
-    Raises:
-        EcifError: if a value is out of its range
+        traced: whether mistakes were traced on the samples.
+        target: its dataset, size, the stages of its view, and its tables in the store by slice.
     """
 
-    def __init__(
-        self,
-        *,
-        caption_field: str = "caption",
-        model: str = "ViT-B-32",
-        pretrained: str | None = None,
-        scope: str = "heads",
-        role: str = "exact",
-        solver: str | None = None,
-        damping: float = 0.0,
-        fit: bool = False,
-        proximal: float = 1.0,
-        batch_size: int | None = None,
-        seed: int = 0,
-        n_partitions: int = 1,
-        target_loss: str | PairFunction = "contrastive",
-        label_field: str | None = None,
-        templates: Sequence[str] = ("a photo of a {}.",),
-        scores: Sequence[str] = (),
-        keep_gradients: bool | None = None,
-        slices: Sequence[str] = (),
-        traced: bool = False,
-        target: dict[str, Any] | None = None,
-        encoder: str | None = None,
-        store: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        choice = parse_scope(scope)
-        _check_number("proximal", proximal, above=0.0)
-        _check_number("damping", damping, least=0.0)
-        for name, value in (("batch_size", batch_size), ("seed", seed), ("n_partitions", n_partitions)):
-            if not isinstance(value, Integral | None) or (value is None and name != "batch_size"):
-                raise EcifError(f"{name}={value!r} must be a whole number")
-        if batch_size is not None and batch_size < 2:
-            raise EcifError(f"batch_size={batch_size} leaves no negatives. Use at least 2")
-        if n_partitions < 1:
-            raise EcifError(f"n_partitions={n_partitions} must be at least 1")
-        _check_choice("role", role, ROLES)
-        solver = solver or ("hessian" if choice.heads else "ggn")
-        _check_choice("solver", solver, SOLVERS)
-        if not callable(target_loss) and not str(target_loss).startswith(_FUNCTION):
-            _check_choice("target_loss", target_loss, TARGET_LOSSES)
-        if (target_loss == "zero_shot") != (label_field is not None):
-            raise EcifError("target_loss='zero_shot' and label_field, the classes of the target, belong together")
-        if not templates or not all(isinstance(text, str) and "{}" in text for text in templates):
-            raise EcifError(f"templates={templates!r} must hold {{}} for the class, as in 'a photo of a {{}}.'")
-        for score in scores:
-            _check_choice("scores", score, EXTRA_SCORES)
-        if role == "negative" and set(scores) & {"self_influence", "leave_one_out_loss"}:
-            raise EcifError("role='negative' leaves out a pair's own loss, which self_influence and others are about")
-        needed = bool(scores) or solver == "logra"
-        if keep_gradients is False and needed:
-            raise EcifError(f"keep_gradients=False does not go with {'scores' if scores else 'solver=logra'}")
-        self.caption_field = caption_field
-        self.model = model
-        self.pretrained = pretrained
-        self.scope = scope
-        self.role = role
-        self.solver = solver
-        self.damping = float(damping)
-        self.fit = fit
-        self.proximal = float(proximal)
-        self.batch_size = None if batch_size is None else int(batch_size)
-        self.seed = int(seed)
-        self.n_partitions = int(n_partitions)
-        self._target_function = target_loss if callable(target_loss) else None
-        self._target_token = uuid4().hex if callable(target_loss) else ""  # two functions can have one name
-        self.target_loss = _FUNCTION + getattr(target_loss, "__name__", "") if callable(target_loss) else target_loss
-        self.label_field = label_field
-        self.templates = list(templates)
-        self.scores = list(scores)
-        self.keep_gradients = (choice.heads or needed) if keep_gradients is None else keep_gradients
-        self.slices = list(slices)
-        self.traced = traced
-        self.target = target
-        self.encoder = encoder
-        self.store = store
-        super().__init__(**kwargs)
+    slices: Sequence[str] = ()
+    traced: bool = False
+    target: dict[str, Any] | None = None
+
+
+class InfluenceConfig(RunConfig):
+    """A run of :func:`fiftyone_ecif.compute_influence`: :class:`InfluenceSettings` and :class:`InfluenceRecord`."""
+
+    settings_type = InfluenceSettings
+    record_type = InfluenceRecord
+
+    @property
+    def target_loss(self) -> str:
+        """The name of what is measured on the target."""
+        settings = self.settings
+        assert isinstance(settings, InfluenceSettings)
+        return settings.target_loss_name
 
     def fields(self, key: str) -> dict[str, ScoreField]:
         """The fields that a run under ``key`` writes."""
@@ -144,11 +60,8 @@ class InfluenceConfig(fob.BrainMethodConfig):
 
     @property
     def type(self) -> str:
+        """The kind of run."""
         return "influence"
-
-    @property
-    def method(self) -> str:
-        return METHOD
 
 
 #: What tracing mistakes writes.
@@ -158,9 +71,10 @@ TRACE = ScoreField(fof.StringField, "Which of the mistakes traced last this is, 
 def influence_fields(key: str, config: InfluenceConfig | None = None) -> dict[str, ScoreField]:
     """The fields of a run; of a plain one if its configuration is not given."""
     config = config or InfluenceConfig()
-    unit = "nats" if config.target_loss in ("contrastive", "zero_shot") else "units of the target loss"
+    own = config.target_loss not in TARGET_LOSSES  # a function of the user's own
+    unit = OwnLoss.unit if own else TARGET_LOSSES[config.target_loss].unit
     what = "Change of the target loss if this pair had not been trained on"
-    if config.solver == "identity" or config.role == "as_printed":
+    if not SOLVERS[config.solver].keeps_unit or parse_role(config.role).approximation == "as_printed":
         unit, what = "no unit", f"Score of the pair by solver={config.solver}, role={config.role}, for comparison"
     fields = {
         "influence": ScoreField(fof.FloatField, f"{what}, in {unit}: positive = valuable, negative = harmful"),
@@ -204,21 +118,6 @@ def slice_names(target: Any) -> list[str]:
     return names
 
 
-def target_dataset(dataset: Any, target: Mapping[str, Any]) -> Any:
-    """The dataset that holds the samples of a run's target, whatever it is called now; None if it is gone.
-
-    Args:
-        dataset: that the run is on; a clone has the samples of the first one.
-        target: as the run's configuration records it.
-    """
-    home = target.get("dataset_id")
-    samples = list({sample for ids in target["ids"].values() for sample in ids})
-    if home == str(dataset._doc.id) or every_sample(dataset).select(samples).count() == len(samples):
-        return dataset
-    found = get_db_conn()["datasets"].find_one({"_id": ObjectId(home)})
-    return found and fod.load_dataset(found["name"])
-
-
 class Influence(EcifRun):
     """Runs of :func:`fiftyone_ecif.compute_influence`."""
 
@@ -241,27 +140,11 @@ class TargetPairs(NamedTuple):
     images: np.ndarray
 
 
-def _check_number(name: str, value: Any, above: float | None = None, least: float | None = None) -> None:
-    usable = isinstance(value, int | float) and math.isfinite(value)
-    if not usable or (above is not None and value <= above) or (least is not None and value < least):
-        kind = "positive number" if above is not None else "number from 0 up"
-        raise EcifError(f"{name}={value!r} must be a {kind}, such as 0.1")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise EcifError(f"{name}={value!r} is not available. Use one of {', '.join(choices)}")
-
-
-class InfluenceResults(fob.BrainResults):
-    """What a run found, beside the fields that it wrote.
+class InfluenceResults(RunResults):
+    """What an influence run found; see :func:`fiftyone_ecif.compute_influence` for its ``diagnostics``.
 
     Attributes:
-        ids: the scored samples.
-        skipped: ``{sample id: reason}`` of those that were not scored.
-        diagnostics: what tells how far to trust the scores; see
-            :func:`fiftyone_ecif.compute_influence`.
-        digests: what each pair was when it was scored; None of an old run.
+        target_ids: the samples of the target by slice, ``""`` if it has none.
     """
 
     def __init__(
@@ -273,13 +156,23 @@ class InfluenceResults(fob.BrainResults):
         skipped: dict[str, str],
         diagnostics: dict[str, Any],
         digests: list[str] | None = None,
+        target_ids: dict[str, list[str]] | None = None,
         backend: Influence | None = None,
     ) -> None:
-        super().__init__(samples, config, key, backend=backend)
-        self.ids = ids
-        self.skipped = skipped
-        self.diagnostics = diagnostics
-        self.digests = digests
+        super().__init__(samples, config, key, ids, skipped, diagnostics, digests, backend)
+        self.target_ids = target_ids or {}
+
+    def target_dataset(self) -> Any:
+        """The dataset that holds the samples of the target, whatever it is called now; None if it is gone.
+
+        A clone of the run's dataset has the samples of the first one.
+        """
+        dataset, home = self.samples._dataset, self.config.target.get("dataset_id")
+        samples = list({sample for ids in self.target_ids.values() for sample in ids})
+        if home == str(dataset._doc.id) or every_sample(dataset).select(samples).count() == len(samples):
+            return dataset
+        found = get_db_conn()["datasets"].find_one({"_id": ObjectId(home)})
+        return found and fod.load_dataset(found["name"])
 
     def cached(self) -> CachedGradients:
         """Projected removal gradients and their curvature from the store, rows in the order of :attr:`ids`.
@@ -287,13 +180,12 @@ class InfluenceResults(fob.BrainResults):
         Raises:
             EcifError: if the run kept none, or its store was deleted
         """
-        self._stored("row")
-        return read_cached(Store(*self.config.store), self.config.solver, self.config.damping)
+        return self._read(GradientStore.load)
 
     def self_influence(self) -> np.ndarray:
         """Change of each pair's own loss if it had not been trained on, in nats, shape ``(N,)``."""
         self._stored("row")
-        return read_effects(Store(*self.config.store), self.config.solver, self.config.damping, len(self.ids))["own"]
+        return self._read(GradientStore.effects).own
 
     def leave_one_out_loss(self) -> np.ndarray:
         """Predicted loss of each pair had it not been trained on, in nats, shape ``(N,)``."""
@@ -323,24 +215,33 @@ class InfluenceResults(fob.BrainResults):
             EcifError: if the run kept no gradients, or its store was deleted
         """
         self._stored("row")
-        table = Store(*self.config.store).table(self.config.target["tables"][name])
-        columns = ("loss", "mistake", "gradient", "image")
-        ids = self.config.target["ids"][name]
-        return TargetPairs(ids, *self._rows_of(table, len(ids), columns))
+        table, ids = self.config.target["tables"][name], self.target_ids[name]
+        rows = self._read(lambda store: store.target(table, len(ids)))
+        return TargetPairs(ids, rows.loss, rows.mistake, rows.gradient, rows.image)
+
+    @property
+    def gradient_store(self) -> GradientStore:
+        """What the run keeps of its pairs, whether or not it is there."""
+        config = self.config
+        return GradientStore(Store(*config.store), len(self.ids), config.solver, config.damping)
 
     def _stored(self, *columns: str) -> list[np.ndarray]:
+        return self._read(lambda store: store.columns(*columns))
+
+    def _read(self, read: Callable[[GradientStore], T]) -> T:
+        """What the run keeps, all of which must be there."""
         if not self.config.keep_gradients:
             raise EcifError(f"Run {self.key!r} kept no gradients. Run compute_influence with keep_gradients=True")
-        return self._rows_of(Store(*self.config.store).table("gradients"), len(self.ids), columns)
-
-    def _rows_of(self, table: Table, count: int, columns: Sequence[str]) -> list[np.ndarray]:
-        """Columns in the order of their rows, all of which must be there."""
-        found = table.read_all("row", *columns)
-        order = np.argsort(found["row"])
-        if not np.array_equal(found["row"][order], np.arange(count)):
-            raise EcifError(f"The store of run {self.key!r} is gone. Run compute_influence again with overwrite=True")
-        return [found[column][order] for column in columns]
+        try:
+            return read(self.gradient_store)
+        except MissingRowsError as error:
+            raise EcifError(
+                f"The store of run {self.key!r} is gone. Run compute_influence again with overwrite=True"
+            ) from error
 
     @classmethod
     def _from_dict(cls, d: dict[str, Any], samples: Any, config: InfluenceConfig, key: str) -> InfluenceResults:
-        return cls(samples, config, key, d["ids"], d["skipped"], d["diagnostics"], d.get("digests"))
+        found = super()._from_dict(d, samples, config, key)
+        assert isinstance(found, InfluenceResults)
+        found.target_ids = d.get("target_ids") or (config.target or {}).get("ids") or {}  # the latter before 0.2
+        return found

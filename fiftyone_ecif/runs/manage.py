@@ -6,9 +6,8 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.options import METHOD
 from fiftyone_ecif.runs.base import check_key
-from fiftyone_ecif.runs.cache import size_text, unshared_store
+from fiftyone_ecif.runs.cache import METHOD, size_text, unshared_store
 from fiftyone_ecif.runs.writing import finish_writing
 from fiftyone_ecif.samples.pairs import digest_now, pairs_now
 from fiftyone_ecif.store.tables import Store

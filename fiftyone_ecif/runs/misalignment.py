@@ -2,92 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import fiftyone.core.brain as fob
 import fiftyone.core.fields as fof
 import numpy as np
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
-from fiftyone_ecif.options import DETECTORS, TRAINED_DETECTORS
-from fiftyone_ecif.runs.base import EcifRun, ScoreField
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.runs.base import EcifRun, RunConfig, RunRecord, RunResults, ScoreField
+from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 from fiftyone_ecif.store.tables import Store
 
 
-class MisalignmentConfig(fob.BrainMethodConfig):
-    """What a run of :func:`fiftyone_ecif.compute_misalignment` is computed from.
+@dataclass(frozen=True)
+class MisalignmentRecord(RunRecord):
+    """What a misalignment run found out.
 
-    Args:
-        caption_field ("caption"): the field of the captions.
-        model ("ViT-B-32"): the model's name.
-        pretrained (None): its tag or checkpoint.
-        detector ("fused"): what the score is.
-        fit (True): whether the heads are fitted to the pairs first.
-        trained (False): whether the loaded weights were trained on the pairs.
-        proximal (1.0): the strength of the pull to the loaded weights.
-        batch_size (None): of the partition.
-        seed (0): of partitions and folds.
-        reviewed (None): when the score became the probability of a review, if it did.
-        encoder (None): fingerprint of the loaded model, once it is.
-        store (None): where the run's tables lie below the cache folder.
-        table (None): the table of the detectors' scores among them.
-
-    Raises:
-        EcifError: if a value is out of its range
+    Attributes:
+        reviewed: when the score became the probability of a review, if it did.
+        table: the table of the detectors' scores in the store.
     """
 
-    def __init__(
-        self,
-        *,
-        caption_field: str = "caption",
-        model: str = "ViT-B-32",
-        pretrained: str | None = None,
-        detector: str = "fused",
-        fit: bool = True,
-        trained: bool = False,
-        proximal: float = 1.0,
-        batch_size: int | None = None,
-        seed: int = 0,
-        reviewed: str | None = None,
-        encoder: str | None = None,
-        store: list[str] | None = None,
-        table: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if detector not in DETECTORS:
-            raise EcifError(f"detector={detector!r} is not available. Use one of {', '.join(DETECTORS)}")
-        if detector in TRAINED_DETECTORS and not (fit or trained):
-            raise EcifError(
-                f"detector={detector!r} tells about pairs that the model was trained on. Set fit=True, or trained=True "
-                "if the weights were trained on these pairs"
-            )
-        self.caption_field = caption_field
-        self.model = model
-        self.pretrained = pretrained
-        self.detector = detector
-        self.fit = fit
-        self.trained = trained
-        self.reviewed = reviewed
-        self.encoder = encoder
-        self.store = store
-        self.table = table
-        checked = InfluenceConfig(proximal=proximal, batch_size=batch_size, seed=seed)
-        self.proximal, self.batch_size, self.seed = checked.proximal, checked.batch_size, checked.seed
-        super().__init__(**kwargs)
+    reviewed: str | None = None
+    table: str | None = None
 
-    def problem(self) -> InfluenceConfig:
-        """The run in terms of influence: its heads, fit and partition."""
-        return InfluenceConfig(
-            caption_field=self.caption_field,
-            model=self.model,
-            pretrained=self.pretrained,
-            fit=self.fit,
-            proximal=self.proximal,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
+
+class MisalignmentConfig(RunConfig):
+    """A run of :func:`fiftyone_ecif.compute_misalignment`: its settings and :class:`MisalignmentRecord`."""
+
+    settings_type = MisalignmentSettings
+    record_type = MisalignmentRecord
 
     def fields(self, key: str) -> dict[str, ScoreField]:
         """The fields that a run under ``key`` writes."""
@@ -107,43 +51,16 @@ class MisalignmentConfig(fob.BrainMethodConfig):
 
     @property
     def type(self) -> str:
+        """The kind of run."""
         return "misalignment"
-
-    @property
-    def method(self) -> str:
-        return "ecif"
 
 
 class Misalignment(EcifRun):
     """Runs of :func:`fiftyone_ecif.compute_misalignment`."""
 
 
-class MisalignmentResults(fob.BrainResults):
-    """What a run found, beside the fields that it wrote.
-
-    Attributes:
-        ids: the scored samples.
-        skipped: ``{sample id: reason}`` of those that were not scored.
-        diagnostics: see :func:`fiftyone_ecif.compute_misalignment`.
-        digests: what each pair was when it was scored; None of an old run.
-    """
-
-    def __init__(
-        self,
-        samples: Any,
-        config: MisalignmentConfig,
-        key: str,
-        ids: list[str],
-        skipped: dict[str, str],
-        diagnostics: dict[str, Any],
-        digests: list[str] | None = None,
-        backend: EcifRun | None = None,
-    ) -> None:
-        super().__init__(samples, config, key, backend=backend)
-        self.ids = ids
-        self.skipped = skipped
-        self.diagnostics = diagnostics
-        self.digests = digests
+class MisalignmentResults(RunResults):
+    """What a misalignment run found; see :func:`fiftyone_ecif.compute_misalignment` for its ``diagnostics``."""
 
     @property
     def noise_rate(self) -> NoiseRate:
@@ -163,7 +80,3 @@ class MisalignmentResults(fob.BrainResults):
             )
         names = self.diagnostics["detectors"]
         return table.read("0", *names)
-
-    @classmethod
-    def _from_dict(cls, d: dict[str, Any], samples: Any, config: MisalignmentConfig, key: str) -> MisalignmentResults:
-        return cls(samples, config, key, d["ids"], d["skipped"], d["diagnostics"], d.get("digests"))

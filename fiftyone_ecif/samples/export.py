@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import math
@@ -15,6 +14,7 @@ from typing import Any
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import check_collection
 from fiftyone_ecif.samples.selection import score_fields
+from fiftyone_ecif.store.files import atomic_path
 
 EXPORT_FORMATS = (".csv", ".json")
 #: What a spreadsheet may take for the start of a formula, in full width too, also after blanks.
@@ -59,10 +59,8 @@ def export_pairs(
             raise EcifError(f"There is no field {field!r} to export")
     columns = ["id", "filepath", "caption", "tags", *fields]
     rows = zip(*samples.values(["id", "filepath", caption_field, "tags", *fields]), strict=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with atomic_path(path, shared=True) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             if path.suffix == ".csv":
                 writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)  # some split cells at other characters too
                 writer.writerow(map(_csv_cell, columns))
@@ -71,12 +69,8 @@ def export_pairs(
                 json.dump(
                     [dict(zip(columns, map(_plain, row), strict=True)) for row in rows], file, indent=1, default=str
                 )
-        os.replace(temporary, path)
     except (OSError, ValueError) as error:  # the latter of a text that is no Unicode, or a path with a NUL
         raise EcifError(f"{path} cannot be written ({error})") from error
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            temporary.unlink()
     return len(samples)
 
 

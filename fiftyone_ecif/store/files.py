@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from fiftyone_ecif.errors import EcifError
@@ -36,22 +39,42 @@ def make_writable(folder: Path, remedy: str) -> None:
         raise EcifError(f"The folder {folder} cannot be written ({error.strerror}). {remedy}") from error
 
 
+@contextlib.contextmanager
+def atomic_path(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A path beside ``path`` to write to, which takes its place in the end: it is replaced as a whole or not at all.
+
+    Its folder is made if it is not there. If anything fails meanwhile, what was written is deleted.
+
+    Args:
+        path: of the file.
+        shared (False): whether others may write the file at the same time. What is written has a name of its own
+            then; else always the same, so that what a killed process left is overwritten.
+
+    Raises:
+        OSError: if the folder cannot be made, or the file not be replaced
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = f"{secrets.token_hex(4)}-" if shared else ""
+    temporary = path.with_name(f"{own}{path.name}{TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:  # also when the user stops it: no litter, and the exception goes on
+        with contextlib.suppress(OSError, ValueError):  # the latter of a path with a NUL
+            temporary.unlink()
+        raise
+
+
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file of the store, whole or not at all.
+    """Writes a file of the store, whole or not at all, for the user alone to read.
 
     Raises:
         EcifError: if the disk is full, or the folder cannot be written
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=TEMPORARY_SUFFIX)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:  # also when the user stops it: no litter, and the exception goes on
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with atomic_path(path, shared=True) as temporary:
+            temporary.touch(mode=0o600)
+            temporary.write_bytes(content)
     except OSError as error:
         raise EcifError(
             f"The store cannot be written ({path}: {error.strerror}). Make room, for example by "

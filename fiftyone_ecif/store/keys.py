@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from fiftyone_ecif.errors import EcifError
@@ -34,6 +35,17 @@ def pair_key(path: str, caption: str) -> PairKey:
     return PairKey(digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"), digest(caption))
 
 
-def digest(text: str) -> str:
-    """32 hexadecimal digits that stand for a text."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def digest(parts: str | Iterable[str | bytes | memoryview], size: int = 16) -> str:
+    """Hexadecimal digits that stand for a text, or for texts and bytes one after another.
+
+    Digests name what is kept on the disk, so that theirs must never change.
+
+    Args:
+        parts: taken one at a time, so that they need not be in memory together. Where one ends and the next
+            begins plays no part.
+        size (16): bytes of the digest, two digits each.
+    """
+    found = hashlib.blake2b(digest_size=size)
+    for part in (parts,) if isinstance(parts, str) else parts:
+        found.update(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
+    return found.hexdigest()

@@ -30,13 +30,14 @@ from fiftyone_ecif.bench.fidelity.study import (
     study_for,
 )
 from fiftyone_ecif.bench.fidelity.world import World, make_world
-from fiftyone_ecif.influence.gradient_store import CachedGradients, gradient_covariance
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
 from fiftyone_ecif.influence.head_gradients import HeadProjection
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.newton_step import group_gradient, removal_step
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projections import KroneckerProjection
-from fiftyone_ecif.options import ROLES
+from fiftyone_ecif.influence.roles import ROLES
+from fiftyone_ecif.influence.solvers import SOLVERS, Solver
 
 
 def loo(world: World, sizes: Sizes) -> list[Row]:
@@ -46,10 +47,10 @@ def loo(world: World, sizes: Sizes) -> list[Row]:
         study = make_study(world, "heads", sizes.pairs, seed)
         rows, true = leave_one_out(study, sizes.removals, seed)
         gradient, _ = study.target.gradient_and_value(study.theta)
-        for solver in ("hessian", "ggn", "identity", "logra"):
+        for solver in SOLVERS:
             for role in ROLES:
-                if solver == "logra":
-                    scores = _full_logra(study, gradient, role)
+                if SOLVERS[solver].needs_gradients:
+                    scores = _from_gradients(study, SOLVERS[solver], gradient, role)
                 else:
                     scores = np.sum(study.influence(study.solution(solver, gradient), role), axis=0)
                 found.setdefault((role, solver), []).append((scores[rows.numpy()], true))
@@ -289,14 +290,14 @@ SECTIONS: dict[str, Callable[[World, Sizes], list[Row]]] = {
 }
 
 
-def _full_logra(study: Study, gradient: Tensor, role: str) -> np.ndarray:
-    """LoGra without the loss of a projection: the damped covariance of whole gradients."""
+def _from_gradients(study: Study, solver: Solver, gradient: Tensor, role: str) -> np.ndarray:
+    """What a solver makes of stored gradients, such as LoGra, without the loss of a projection."""
     scope = study.scope
     assert isinstance(scope, HeadScope)
     heads = [HeadProjection(*(torch.eye(size, dtype=torch.float64) for size in shape)) for shape in scope.shapes]
     projection = KroneckerProjection(scope, *heads)
     positive, negative = projected_scores(projection, study.objective, study.theta, role)
-    cached = CachedGradients(positive, negative, gradient_covariance([positive + negative]), len(positive))
+    cached = CachedGradients(positive, negative, solver.stored_curvature([positive + negative]), len(positive))
     scores: np.ndarray = np.sum(cached.influence(gradient.numpy()[None]), axis=0)[0]
     return scores
 

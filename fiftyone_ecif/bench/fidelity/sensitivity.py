@@ -13,11 +13,13 @@ from fiftyone_ecif.bench.fidelity.agreement import agreement, pearson, spearman
 from fiftyone_ecif.bench.fidelity.sizes import Row, Sizes
 from fiftyone_ecif.bench.fidelity.study import Study, drive, leave_one_out, make_study, minimum, projected_scores
 from fiftyone_ecif.bench.fidelity.world import World
-from fiftyone_ecif.influence.curvature import curvature_at
-from fiftyone_ecif.influence.gradient_store import CachedGradients, damped, gradient_covariance
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
+from fiftyone_ecif.influence.curvature import hessian_at
+from fiftyone_ecif.influence.damping import damped
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.linear_solve import solve
 from fiftyone_ecif.influence.projections import principal_projection
+from fiftyone_ecif.influence.solvers import LoGra
 
 
 def sensitivity(world: World, sizes: Sizes) -> list[Row]:
@@ -43,7 +45,7 @@ def sensitivity(world: World, sizes: Sizes) -> list[Row]:
     gradient, _ = study.target.gradient_and_value(study.theta)
     base = np.sum(study.influence(study.solution("hessian", gradient)), axis=0)
     for damping in (0.0, 0.1, 1.0):
-        solution = drive(solve(curvature_at(study.objective, study.theta, "hessian"), gradient, damping))
+        solution = drive(solve(hessian_at(study.objective, study.theta), gradient, damping))
         scores = np.sum(study.influence(solution), axis=0)
         rows.append({"what": "damping", "value": damping} | agreement([(scores[left_out.numpy()], true)]))
     for tolerance in (1e-1, 1e-2, 1e-3):
@@ -79,8 +81,8 @@ def _projection_sensitivity(study: Study, gradient: Tensor, base: np.ndarray) ->
         positive, negative = projected_scores(projection, objective, theta)
         target = projection.project(gradient).numpy()[None]
         for name, matrix in (
-            ("logra", gradient_covariance([positive + negative])),
-            ("hessian", damped(projection.objective_curvature(objective, theta, "hessian").numpy())),
+            ("logra", LoGra().stored_curvature([positive + negative])),
+            ("hessian", damped(projection.hessian(objective, theta).numpy())),
         ):
             scores = np.sum(CachedGradients(positive, negative, matrix, len(positive)).influence(target), axis=0)[0]
             yield {"what": f"projection_rank_{name}", "value": rank, "pearson": pearson(scores, base)}

@@ -16,7 +16,8 @@ from fiftyone_ecif.bench.fidelity.sizes import ROUGH, Row, Sizes
 from fiftyone_ecif.bench.fidelity.sketch import sketched_gradients
 from fiftyone_ecif.bench.fidelity.study import study_for
 from fiftyone_ecif.bench.fidelity.world import World
-from fiftyone_ecif.influence.gradient_store import CachedGradients, damped
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
+from fiftyone_ecif.influence.damping import damped
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projections import BasisProjection, gradient_basis
 from fiftyone_ecif.influence.tower_gradients import truncated_gradients
@@ -37,7 +38,7 @@ def cached(world: World, sizes: Sizes) -> list[Row]:
     sources = (objective, ContrastiveLoss(study.scope, target.batches, 1))
     half = sizes.directions // 2
     drawn = gradient_basis(theta, [(source, half) for source in sources])
-    curvature = BasisProjection(study.scope, drawn).objective_curvature(objective, theta, "ggn")
+    curvature = BasisProjection(study.scope, drawn).gauss_newton(objective, theta)
 
     def row(
         way: str, size: float, columns: Tensor, gradients_of: Callable[[Any, Tensor], tuple[Tensor, Tensor]]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fiftyone_ecif.bench.fidelity.world import World
-from fiftyone_ecif.influence.curvature import curvature_at
 from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.fitting import minimise
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.linear_solve import Solution, solve
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.influence.targets import Target
 from fiftyone_ecif.progress import result_of
 
@@ -48,9 +48,9 @@ class Study:
 
     def solution(self, solver: str, gradient: Tensor, tolerance: float | None = None) -> Tensor:
         """``H^-1 gradient`` with the curvature of a solver, shape ``(p,)``."""
-        if solver == "identity":
+        if not SOLVERS[solver].solves:
             return gradient
-        return drive(solve(curvature_at(self.objective, self.theta, solver), gradient, tolerance=tolerance))
+        return drive(solve(SOLVERS[solver].product(self.objective, self.theta), gradient, tolerance=tolerance))
 
     def influence(self, solution: Tensor, role: str = "exact") -> tuple[np.ndarray, np.ndarray]:
         """The positive and the negative part for every pair, ``(N,)`` each."""

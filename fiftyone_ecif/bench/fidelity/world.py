@@ -8,7 +8,6 @@ text tower, trained on them from scratch.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +22,14 @@ from fiftyone_ecif.demo import training
 from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import Batches, random_partition
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.influence.targets import PairTarget, Target, pair_function
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.models.inputs import ImageTextBatches
+from fiftyone_ecif.influence.scope_choice import parse_scope
+from fiftyone_ecif.influence.target_losses import Contrastive
+from fiftyone_ecif.influence.targets import Target
+from fiftyone_ecif.models.inputs import Images, ImageTextBatches
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.models.tower_scope import TowerScope
-from fiftyone_ecif.options import parse_scope
 from fiftyone_ecif.store.files import cache_folder
+from fiftyone_ecif.store.keys import digest
 
 MODEL = "ecif-tiny"
 
@@ -47,7 +48,7 @@ class World:
 
     pairs: list[digits.Pair]
     training: int
-    encoder: Encoder
+    encoder: OpenClipEncoder
     network: nn.Module
     paths: list[str]
 
@@ -75,14 +76,15 @@ class World:
         if parse_scope(text).heads:
             images, texts = self.features
             return FeatureBatches(images[rows], texts[rows], partition)
-        captions = [self.pairs[row].caption for row in rows.tolist()]
-        return _Double(self.encoder, [self.paths[row] for row in rows.tolist()], captions, partition)
+        files = Images([self.paths[row] for row in rows.tolist()], self.encoder.preprocess)
+        tokens = self.encoder.tokens([self.pairs[row].caption for row in rows.tolist()])
+        return _Double(files, tokens, self.encoder.device, partition)
 
     def target(self, text: str, scope: Scope, batch_size: int, count: int | None = None) -> Target:
         """The contrastive loss of the first validation pairs, all by default."""
         rows = torch.arange(self.training, self.training + (count or self.validation))
         batches = self.batches(text, rows, batch_size, seed=0)
-        return PairTarget(scope, batches, pair_function(scope, "contrastive"))
+        return Contrastive().make(scope, batches)
 
 
 class _Double(ImageTextBatches):
@@ -103,7 +105,7 @@ def make_world(training_pairs: int, validation: int, steps: int, seed: int = 0, 
         noise (0.2): share of training captions to spoil.
     """
     recipe = [training_pairs, validation, steps, seed, noise, inspect.getsource(digits), inspect.getsource(training)]
-    folder = cache_folder() / "bench" / hashlib.blake2b(repr(recipe).encode(), digest_size=8).hexdigest()
+    folder = cache_folder() / "bench" / digest(repr(recipe), size=8)
     pairs = digits.make_pairs(training_pairs, noise, seed, validation)
     paths = [folder / f"{number:05d}.png" for number in range(len(pairs))]
     checkpoint = folder / "model.pt"
@@ -114,6 +116,6 @@ def make_world(training_pairs: int, validation: int, steps: int, seed: int = 0, 
         captions = [pair.caption for pair in pairs[:training_pairs]]
         work = training.train(paths[:training_pairs], captions, checkpoint, steps, seed, model=MODEL)
         follow(work, progress=False)
-    encoder = Encoder(MODEL, str(checkpoint), "cpu")
+    encoder = OpenClipEncoder(MODEL, str(checkpoint), "cpu")
     network = copy.deepcopy(encoder.model).double()
     return World(pairs, training_pairs, encoder, network, [str(path) for path in paths])

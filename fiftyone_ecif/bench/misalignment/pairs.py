@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from PIL import Image
 
 from fiftyone_ecif.demo import scenes as digits
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.store.files import cache_folder
+from fiftyone_ecif.store.files import atomic_path, cache_folder
 
 COLUMNS = ("filepath", "caption", "category", "subcategory", "group")
 _EMOJI_VERSION = "16.0.0"
@@ -163,15 +162,13 @@ def swap_captions(pairs: CleanPairs, noise: str, ratio: float, seed: int) -> tup
 def _write(folder: Path, rows: Iterable[tuple[Image.Image, Mapping[str, str]]]) -> None:
     """Writes images and ``pairs.csv``, the table last, so that a folder with one is whole."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    temporary = folder / "pairs.csv.tmp"
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(folder / "pairs.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         for number, (image, columns) in enumerate(rows):
             name = f"images/{number:05d}.png"
             image.save(folder / name)
             writer.writerow({"filepath": name, **columns})
-    os.replace(temporary, folder / "pairs.csv")
 
 
 def _make_digits(folder: Path) -> None:

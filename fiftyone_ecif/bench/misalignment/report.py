@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from fiftyone_ecif.bench.tables import Row, table
+from fiftyone_ecif.misalignment.detectors import Fused
 
 matplotlib.use("Agg")
 
@@ -148,7 +149,7 @@ def _differences(summary: Sequence[Row]) -> list[dict[str, Any]]:
             "to": f"{100 * row['difference_high']:+.1f}",
         }
         for row in summary
-        if row["detector"] == "fused"
+        if row["detector"] == Fused.name
     ]
 
 
@@ -156,7 +157,7 @@ def _recalls(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Of fused and of two baselines, by review budget."""
     found = []
     for noise, ratio in dict.fromkeys((row["noise"], row["ratio"]) for row in rows):
-        for detector in ("fused", "lemon_z", "clip_score"):
+        for detector in (Fused.name, "lemon_z", "clip_score"):
             kept = [
                 row["recall_at_budget"]
                 for row in rows

@@ -20,9 +20,10 @@ from PIL import Image
 
 from fiftyone_ecif.api.influence import influence_steps
 from fiftyone_ecif.bench.speed.stopwatch import side_by_side
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.models.towers import Tower
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 
 Row = dict[str, Any]
 _WORDS = [
@@ -117,10 +118,10 @@ def theirs(dataset: Any, model: str, checkpoint: str) -> Row:
 def ours(dataset: Any, model: str, checkpoint: str) -> Row:
     """Seconds of each stage of scoring the heads, from an empty cache to fields on the samples."""
     clock = _Clock()
-    config = InfluenceConfig(model=model, pretrained=checkpoint)
+    settings = InfluenceSettings(model=model, pretrained=checkpoint)
     with tempfile.TemporaryDirectory(prefix="ecif-speed-") as name, fresh_cache(Path(name)):
         train, target = dataset.match_tags("train"), dataset.match_tags("val")
-        for step in influence_steps(train, target, config, brain_key="speed", overwrite=True):
+        for step in influence_steps(train, target, settings, JobSettings(overwrite=True), "speed"):
             clock.lap(step.stage)
     return clock.seconds
 
@@ -147,7 +148,7 @@ def encoder(model: str, pairs: int) -> list[Row]:
     if not torch.cuda.is_available():
         return []
     with photographs(pairs, model) as (dataset, checkpoint):
-        made = Encoder(model, checkpoint)
+        made = OpenClipEncoder(model, checkpoint)
         paths, captions = dataset.values(["filepath", "caption"])
         pixels = torch.stack([made.preprocess(Image.open(path)) for path in paths[:_BATCH]]).to(made.device)
         tokens = made.tokens(captions[:_BATCH])

@@ -24,7 +24,7 @@ from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.objective import random_partition
 from fiftyone_ecif.influence.scoring import score_pairs
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
-from fiftyone_ecif.influence.targets import PairTarget, pair_function
+from fiftyone_ecif.influence.target_losses import Contrastive
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
 from fiftyone_ecif.store.tables import Store
 
@@ -64,7 +64,7 @@ def _score(pairs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ecif-growth-") as name, fresh_cache(Path(name)):
         batches = FeatureBatches(*synthetic(pairs, 1, Path(name)), random_partition(pairs, _BATCH, 0))
         aims = FeatureBatches(*synthetic(_TARGET, 2, Path(name)), random_partition(_TARGET, _BATCH, 0))
-        target = PairTarget(heads, aims, pair_function(heads, "contrastive"))
+        target = Contrastive().make(heads, aims)
         start = time.perf_counter()
         store = Store("growth")
         store.ensure_writable()

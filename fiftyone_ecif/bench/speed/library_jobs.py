@@ -58,10 +58,12 @@ def job() -> tuple[Heads, TensorDataset, TensorDataset]:
 
 
 def _ecif(heads: Heads, train: TensorDataset, queries: TensorDataset, solver: str = "hessian") -> Any:
-    from fiftyone_ecif.influence.gradient_store import CachedGradients, damped, gradient_covariance
+    from fiftyone_ecif.influence.cached_gradients import CachedGradients
+    from fiftyone_ecif.influence.damping import damped
     from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
     from fiftyone_ecif.influence.objective import ContrastiveLoss
     from fiftyone_ecif.influence.projections import principal_projection
+    from fiftyone_ecif.influence.solvers import SOLVERS
 
     scope = HeadScope(heads.image.weight.detach().T, heads.text.weight.detach().T, SCALE)
     images, texts = train.tensors
@@ -69,11 +71,12 @@ def _ecif(heads: Heads, train: TensorDataset, queries: TensorDataset, solver: st
     projection = principal_projection(scope, scope.start, batches, RANK)
     roles = [projection.removal_gradients(scope.start, batch) for batch in batches]
     positive, negative = (torch.cat(each).numpy() for each in zip(*roles, strict=True))
-    if solver == "logra":
-        curvature = gradient_covariance([positive + negative])
-    else:
+    chosen = SOLVERS[solver]
+    if chosen.solves:
         objective = ContrastiveLoss(scope, batches, PAIRS, 1.0)
-        curvature = damped(projection.objective_curvature(objective, scope.start, solver).numpy())
+        curvature = damped(chosen.projected_curvature(projection, objective, scope.start).numpy())
+    else:
+        curvature = chosen.stored_curvature([positive + negative])
     asked = tuple(part.double() for part in queries.tensors)
     targets = projection.jacobian(lambda at: pair_losses(scope.similarity(at, asked)), scope.start)
     parts = CachedGradients(positive, negative, curvature, PAIRS).influence(targets.numpy())

@@ -23,8 +23,8 @@ from fiftyone_ecif.influence.losses import SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projections import BasisProjection, Projection, gradient_basis, principal_projection
 from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
-from fiftyone_ecif.options import parse_scope
 
 Row = dict[str, Any]
 _CONTEXT = 16

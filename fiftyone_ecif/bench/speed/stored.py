@@ -13,8 +13,8 @@ import numpy as np
 
 from fiftyone_ecif.bench.speed.embedding import fresh_cache
 from fiftyone_ecif.bench.speed.stopwatch import side_by_side
-from fiftyone_ecif.influence.gradient_store import read_effects, stored_influence, stored_products
-from fiftyone_ecif.store.tables import Store, Table
+from fiftyone_ecif.influence.gradient_store import Effects, GradientStore, PairRows
+from fiftyone_ecif.store.tables import Store
 
 Row = dict[str, Any]
 _RANK = 512  # as the heads have it: two times 16 by 16
@@ -31,12 +31,12 @@ def rescore(pairs: int, repeats: int) -> list[Row]:
         store = Store("speed")
         store.ensure_writable()
         random = np.random.default_rng(0)
+        kept = GradientStore(store, pairs)
         for start in range(0, pairs, _PART):
-            _write(store.table("gradients"), start, min(_PART, pairs - start), random)
-        store.table("projected-curvature").write("hessian", {"matrix": np.eye(_RANK)})
-        effects = {"length": random.random(pairs) + 1, "own": random.random(pairs)}
-        store.table("effects").write("hessian-0.0", effects)
-        files = sorted(store.table("gradients").folder.glob("*.h5"))
+            kept.write_pairs(start, [_rows(start, min(_PART, pairs - start), random)])
+        kept.write_curvature(np.eye(_RANK))
+        kept.write_effects(Effects(random.random(pairs) + 1, random.random(pairs)))
+        files = sorted(store.folder.glob("gradients/*.h5"))
         one, many = random.standard_normal((1, _RANK)), random.standard_normal((_QUERIES, _RANK))
         images = random.standard_normal((_QUERIES, _EMBEDDING)).astype(np.float32)
         rows = []
@@ -45,7 +45,7 @@ def rescore(pairs: int, repeats: int) -> list[Row]:
                 repeats,
                 {
                     "read": lambda: _read(files),
-                    "new target": lambda: stored_influence(store, "hessian", 0.0, one, pairs),
+                    "new target": lambda: kept.influence(one),
                 },
                 partial(prepare, files),
             )
@@ -55,7 +55,7 @@ def rescore(pairs: int, repeats: int) -> list[Row]:
                 for what, each in found.items()
             ]
         start_time = time.perf_counter()
-        _trace(store, many, images, pairs)
+        _trace(kept, many, images)
         rows.append(
             {
                 "what": f"trace of {_QUERIES}",
@@ -67,19 +67,18 @@ def rescore(pairs: int, repeats: int) -> list[Row]:
     return rows
 
 
-def _write(table: Table, start: int, count: int, random: np.random.Generator) -> None:
+def _rows(start: int, count: int, random: np.random.Generator) -> PairRows:
     gradients = random.standard_normal((2, count, _RANK), dtype=np.float32)
     images = random.standard_normal((count, _EMBEDDING), dtype=np.float32)
-    row = np.arange(start, start + count)
-    columns = {"row": row, "image": images, "positive": gradients[0], "negative": gradients[1]}
-    table.write(f"{start:09d}", columns)
+    row, none = np.arange(start, start + count), np.zeros(count)
+    return PairRows(row, row, images, none, none, gradients[0], gradients[1])
 
 
-def _trace(store: Store, gradients: np.ndarray, images: np.ndarray, pairs: int) -> None:
+def _trace(store: GradientStore, gradients: np.ndarray, images: np.ndarray) -> None:
     """What :func:`fiftyone_ecif.trace` does between reading the queries and naming samples."""
-    lengths = read_effects(store, "hessian", 0.0, pairs)["length"]
-    influence = stored_influence(store, "hessian", 0.0, gradients, pairs)
-    similarity = stored_products(store, images, pairs, "image")
+    lengths = store.effects().length
+    influence = store.influence(gradients)
+    similarity = store.similarity(images)
     for one, like in zip(influence, similarity, strict=True):
         relative = one / lengths
         for values in (relative, -relative, -like):

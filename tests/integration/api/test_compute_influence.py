@@ -14,8 +14,8 @@ from scipy.sparse.linalg import LinearOperator, minres
 from fiftyone_ecif import EcifError, InfluenceResults
 from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.options import parse_scope
+from fiftyone_ecif.influence.scope_choice import parse_scope
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.store.files import cache_folder
 from fiftyone_ecif.store.tables import Store
 
@@ -26,13 +26,13 @@ FIELDS = ["ecif_influence", "ecif_positive", "ecif_negative", "ecif_rank"]
 def encoded(monkeypatch):
     """Counts what the encoder is asked to encode."""
     counts = {"image": 0, "text": 0}
-    original = Encoder._features
+    original = OpenClipEncoder.features
 
     def spy(self, tower, inputs):
         counts[tower] += len(inputs)
         return original(self, tower, inputs)
 
-    monkeypatch.setattr(Encoder, "_features", spy)
+    monkeypatch.setattr(OpenClipEncoder, "features", spy)
     return counts
 
 
@@ -76,7 +76,7 @@ def test_scores_equal_a_plain_computation(dataset, score, made):
     train, val = train.limit(20), val.limit(12)
     results = score(train, val, batch_size=10, proximal=1.0, seed=4)
     assert results.diagnostics["damping"] == 0
-    encoder = Encoder("ecif-digits", made[1], "cpu")
+    encoder = OpenClipEncoder("ecif-digits", made[1], "cpu")
     scope = encoder.scope(parse_scope("heads"))
 
     def features(view):
@@ -407,11 +407,12 @@ def test_a_run_that_is_stopped_resumes(dataset, made, encoded):
     from fiftyone_ecif.api.influence import influence_steps
     from fiftyone_ecif.api.progress_bar import follow
     from fiftyone_ecif.models import features
-    from fiftyone_ecif.runs.influence import InfluenceConfig
+    from fiftyone_ecif.settings.influence import InfluenceSettings
+    from fiftyone_ecif.settings.job import JobSettings
 
     def job():
-        config = InfluenceConfig(model="ecif-digits", pretrained=made[1], batch_size=24)
-        return influence_steps(*split(dataset), config, num_workers=0)
+        settings = InfluenceSettings(model="ecif-digits", pretrained=made[1], batch_size=24)
+        return influence_steps(*split(dataset), settings, JobSettings(num_workers=0))
 
     old = features._PART, features._BATCH
     features._PART = features._BATCH = 16

@@ -18,11 +18,11 @@ from fiftyone_ecif.cli.main import main
 from fiftyone_ecif.demo import training
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.objective import random_partition
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models import fine_tuning
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.models.fine_tuning import FitSettings
 from fiftyone_ecif.models.inputs import ImageTextBatches
-from fiftyone_ecif.options import parse_scope
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
+from fiftyone_ecif.settings.fine_tuning import FitSettings
 
 PAIRS, BATCH, EPOCHS = 30, 10, 3
 VIT = {
@@ -100,7 +100,7 @@ def test_the_loss_goes_down_and_is_open_clips_own(tuned, pairs, options):
     assert (tuned["pairs"], tuned["steps"], tuned["skipped"]) == (PAIRS, 9, {})
     assert tuned["loss_after"] < 0.9 * tuned["loss_before"]
     for name, checkpoint in (("loss_before", options["pretrained"]), ("loss_after", tuned["checkpoint"])):
-        encoder = Encoder(training.MODEL, checkpoint, "cpu")
+        encoder = OpenClipEncoder(training.MODEL, checkpoint, "cpu")
         pixels, tokens = inputs(encoder, pairs)
         losses = []
         for rows in random_partition(PAIRS, BATCH, seed=0):
@@ -115,7 +115,7 @@ def test_the_checkpoint_is_the_tuned_model_and_a_scope_starts_at_its_adapters(tu
     assert changed(before, after) == set(tuned["attributed"])
     assert {"visual.attnpool.q_proj.weight", "transformer.resblocks.1.attn.in_proj_weight"} <= set(tuned["attributed"])
 
-    encoder = Encoder(training.MODEL, tuned["checkpoint"], "cpu")
+    encoder = OpenClipEncoder(training.MODEL, tuned["checkpoint"], "cpu")
     scope = encoder.scope(parse_scope("lora"), seed=5)
     assert len(scope.start) == tuned["parameters"]
     pixels, tokens = inputs(encoder, pairs[:8])
@@ -226,7 +226,7 @@ def test_a_state_that_cannot_be_saved_is_said(blocked, pairs, options, tmp_path,
     ],
 )
 def test_bad_values_are_refused_before_the_model_is_loaded(given, message, pairs, options, tmp_path, monkeypatch):
-    monkeypatch.delattr(api, "Encoder")
+    monkeypatch.delattr(api, "load_encoder")
     (tmp_path / "taken.pt").write_bytes(b"precious")
     path = tmp_path / given.get("path", "model.pt")
     settings = {name: value for name, value in given.items() if name != "path"}
@@ -305,7 +305,7 @@ def test_blocks_of_a_sigmoid_vit_into_a_safetensors_file(pairs, tmp_path):
     assert names <= set(result["attributed"])
     assert all(name.split("resblocks.")[1].startswith("1.") for name in result["attributed"])
 
-    encoder = Encoder("ecif-test-tuning-vit", str(path), "cpu")
+    encoder = OpenClipEncoder("ecif-test-tuning-vit", str(path), "cpu")
     with torch.no_grad():
         image, text, scale, bias = model(*inputs(encoder, pairs))
         loss = open_clip.loss.SigLipLoss()(image, text, scale, bias).item()

@@ -9,12 +9,14 @@ import pytest
 from fiftyone_ecif import EcifError
 from fiftyone_ecif.api.misalignment import compute_misalignment, tag_misaligned
 from fiftyone_ecif.demo import training
-from fiftyone_ecif.misalignment.scores import EVIDENCE, reasons
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.options import DETECTORS, TRAINED_DETECTORS
+from fiftyone_ecif.misalignment.detectors import DETECTORS
+from fiftyone_ecif.misalignment.findings import reasons
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.runs.misalignment import Misalignment, MisalignmentResults
 from fiftyone_ecif.store.tables import Store
 
+EVIDENCE = {name: detector.evidence for name, detector in DETECTORS.items() if detector.evidence}
+TRAINED = [name for name, detector in DETECTORS.items() if detector.needs_training]
 FIELDS = {"misalignment": fo.FloatField, "reason": fo.StringField, "duplicate": fo.StringField}
 
 
@@ -36,19 +38,19 @@ def no_model(monkeypatch):
     def fail(self, *arguments):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(Encoder, "__init__", fail)
+    monkeypatch.setattr(OpenClipEncoder, "__init__", fail)
 
 
 @pytest.fixture
 def encoded(monkeypatch):
     counts = {"image": 0, "text": 0}
-    original = Encoder._features
+    original = OpenClipEncoder.features
 
     def spy(self, tower, inputs):
         counts[tower] += len(inputs)
         return original(self, tower, inputs)
 
-    monkeypatch.setattr(Encoder, "_features", spy)
+    monkeypatch.setattr(OpenClipEncoder, "features", spy)
     return counts
 
 
@@ -171,7 +173,7 @@ def test_without_a_fit_influence_is_left_out(dataset, audit, caplog):
         results = audit(train_of(dataset), detector="fused", fit=False)
     assert "Influence was left out" in caplog.text
     assert results.diagnostics["trained"] is False
-    assert not set(results.diagnostics["detectors"]) & set(TRAINED_DETECTORS)
+    assert not set(results.diagnostics["detectors"]) & set(TRAINED)
     found = {part for reason in train_of(dataset).values("audit_reason") if reason for part in reason.split(", ")}
     assert found <= set(EVIDENCE.values()) - {EVIDENCE["neighbour_influence"]}
     assert found
@@ -185,7 +187,7 @@ def test_a_model_that_was_trained_on_the_pairs_is_asked_for_influence(dataset, a
     assert "neighbour_influence" in results.diagnostics["detectors"]
 
 
-@pytest.mark.parametrize("detector", TRAINED_DETECTORS)
+@pytest.mark.parametrize("detector", TRAINED)
 def test_influence_needs_a_model_that_was_trained(detector, dataset, audit, no_model):
     target = dataset.match_tags("val") if detector == "global_influence" else None
     before = state(dataset)

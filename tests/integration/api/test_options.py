@@ -12,7 +12,7 @@ from fiftyone_ecif import EcifError
 from fiftyone_ecif.api import preparation
 from fiftyone_ecif.influence import scoring
 from fiftyone_ecif.influence.losses import SigmoidLoss
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.runs.influence import InfluenceConfig
 
 HEADS = "text_projection|visual.attnpool.c_proj"
@@ -60,13 +60,15 @@ def test_zero_shot_classes_are_strings_or_classifications(train, val, score):
 
 def test_what_cannot_be_is_said_before_the_model_is_loaded(train, val, score, monkeypatch):
     val.set_field("colour", "red").save("colour")
-    monkeypatch.setattr(preparation, "Encoder", None)
+    monkeypatch.setattr(preparation, "load_encoder", None)
     with pytest.raises(EcifError, match="The target has one class only, 'red'"):
         score(train, val, target_loss="zero_shot", label_field="colour")
 
 
 def test_a_role_that_the_loss_has_not_is_said_before_anything_is_encoded(train, val, score, monkeypatch):
-    monkeypatch.setattr(Encoder, "loss", property(lambda self: SigmoidLoss(), lambda self, loss: None), raising=False)
+    monkeypatch.setattr(
+        OpenClipEncoder, "loss", property(lambda self: SigmoidLoss(), lambda self, loss: None), raising=False
+    )
     monkeypatch.setattr(preparation, "cached_features", None)
     with pytest.raises(EcifError, match="formula for the softmax loss"):
         score(train, val, role="as_printed")
@@ -205,7 +207,7 @@ def test_damping_shrinks_influence(train, val, score):
 
 
 def test_what_is_attributed_and_what_is_held_fixed(train, val, score, made):
-    every = {name for name, _ in Encoder("ecif-digits", made[1], "cpu").model.named_parameters()}
+    every = {name for name, _ in OpenClipEncoder("ecif-digits", made[1], "cpu").model.named_parameters()}
     heads = ["text_projection", "visual.attnpool.c_proj.bias", "visual.attnpool.c_proj.weight"]
     sizes = []
     for scope, expected in (("heads", heads), ("heads+logit_scale", ["logit_scale", *heads])):
@@ -281,7 +283,7 @@ def test_a_field_of_the_users_is_not_overwritten(dataset, train, val, score):
     ],
 )
 def test_bad_options_are_refused_before_the_model_loads(dataset, train, val, score, monkeypatch, options, message):
-    monkeypatch.setattr(Encoder, "__init__", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(OpenClipEncoder, "__init__", lambda *_: pytest.fail("the model was loaded"))
     options = {"target": val} | options
     if "slices" in options:
         options["target"] = dict.fromkeys(options.pop("slices"), val)

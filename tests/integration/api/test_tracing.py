@@ -13,10 +13,10 @@ from fiftyone_ecif import EcifError, trace
 from fiftyone_ecif.api import tracing
 from fiftyone_ecif.api.preparation import reopen
 from fiftyone_ecif.api.progress_bar import follow
-from fiftyone_ecif.influence import gradient_store as cached
 from fiftyone_ecif.influence.direct import batch_influence
+from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.linear_solve import conjugate_gradient
-from fiftyone_ecif.models.encoder import Encoder
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.store.tables import Store, Table
 
 
@@ -126,7 +126,7 @@ def test_a_trace_reads_every_part_once_and_computes_nothing_again(dataset, score
         return read(table, part, columns)
 
     monkeypatch.setattr(Table, "_columns", spy)
-    monkeypatch.delattr(cached, "read_cached")
+    monkeypatch.delattr(GradientStore, "load")
     results = dataset.load_brain_results("ecif", cache=False)
     assert trace(results, limit=3)
     for column in ("positive", "negative", "image"):
@@ -149,12 +149,12 @@ def test_tracing_does_without_torch():
 
 def test_a_thousand_targets_are_scored_from_the_store_without_the_model(run, monkeypatch):
     results, _, _ = run
-    monkeypatch.setattr(Encoder, "__init__", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(OpenClipEncoder, "__init__", lambda *_: pytest.fail("a model was loaded"))
     store = Store(*results.config.store)
     (table,) = results.config.target["tables"].values()
     single = store.table(table).read_all("gradient")["gradient"].astype(float)
     weights = np.random.default_rng(0).dirichlet(np.ones(len(single)), size=1000)  # of the pairs in each target's mean
-    stored = cached.read_cached(store, "hessian")
+    stored = GradientStore(store, len(results.ids)).load()
     positive, negative = stored.influence(weights @ single)
     assert positive.shape == negative.shape == (1000, 72)
     solved = weights @ single @ np.linalg.inv(stored.curvature) / 72

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from fiftyone_ecif import trace
 from fiftyone_ecif.cli.main import main
 from fiftyone_ecif.demo import demo
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.store.files import cache_folder
 
 
@@ -51,9 +51,9 @@ def test_score_passes_its_options_on(dataset, named):
     dataset.reload()
     config = dataset.get_brain_info("ecif").config
     assert (config.scope, config.role, config.solver, config.damping) == ("heads+logit_scale", "taylor", "ggn", 0.5)
-    assert (config.target_loss, config.label_field, config.templates) == ("zero_shot", "caption", ["{}", "a {}"])
+    assert (config.target_loss, config.label_field, config.templates) == ("zero_shot", "caption", ("{}", "a {}"))
     assert (config.n_partitions, config.keep_gradients) == (2, True)
-    assert config.scores == ["self_influence", "relative_influence"]
+    assert config.scores == ("self_influence", "relative_influence")
     assert dataset.count("ecif_error") == dataset.count("ecif_self_influence") == 72
 
 
@@ -63,7 +63,7 @@ def test_score_leaves_the_defaults_to_the_library(dataset, named):
     assert ran.exit_code == 0, ran.stderr
     dataset.reload()
     config = dataset.get_brain_info("ecif").config
-    default = InfluenceConfig(model="ecif-digits")
+    default = InfluenceSettings(model="ecif-digits")
     for setting in ("scope", "role", "solver", "damping", "target_loss", "templates", "n_partitions", "scores"):
         assert getattr(config, setting) == getattr(default, setting)
     assert config.keep_gradients

@@ -23,8 +23,9 @@ from fiftyone.operators.executor import ExecutionContext, Executor
 from fiftyone_ecif import EcifError, compute_misalignment, propose_pairs
 from fiftyone_ecif.api import misalignment
 from fiftyone_ecif.demo import training
+from fiftyone_ecif.influence.target_losses import TARGET_LOSSES
+from fiftyone_ecif.misalignment.detectors import DETECTORS
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
-from fiftyone_ecif.options import DETECTORS, TARGET_LOSSES
 from fiftyone_ecif.runs import manage as catalogue
 from fiftyone_ecif.runs.cache import cache_size, size_text
 from fiftyone_ecif.store.tables import Store

@@ -229,7 +229,7 @@ def test_a_run_is_described(dataset, train, influence, audit):
     assert "- Since then: 1 changed" in lines
     assert "- Pairs: 72 scored, 0 skipped" in lines
     assert "- Fields: ecif_influence, ecif_positive, ecif_negative, ecif_rank" in lines
-    assert "- Fitted to the pairs first: yes" in lines
+    assert "- Fit the model to these pairs first: yes" in lines
     assert "- Validation pairs: 24" in lines
     assert f"- Loss on the validation pairs: {influence.diagnostics['target_loss']:.3g}" in lines
     found = audit(train, fit=False)

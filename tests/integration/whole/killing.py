@@ -52,8 +52,10 @@ from fiftyone_ecif.api import influence as api  # noqa: E402
 from fiftyone_ecif.api import misalignment  # noqa: E402
 from fiftyone_ecif.api.fine_tuning import fit_steps  # noqa: E402
 from fiftyone_ecif.models import features, fine_tuning  # noqa: E402
-from fiftyone_ecif.runs.influence import InfluenceConfig  # noqa: E402
-from fiftyone_ecif.runs.misalignment import MisalignmentConfig  # noqa: E402
+from fiftyone_ecif.settings.fine_tuning import FitSettings  # noqa: E402
+from fiftyone_ecif.settings.influence import InfluenceSettings  # noqa: E402
+from fiftyone_ecif.settings.job import JobSettings  # noqa: E402
+from fiftyone_ecif.settings.misalignment import MisalignmentSettings  # noqa: E402
 
 features._PART = features._BATCH = 24  # several writes to the store
 fine_tuning._SAVE_EVERY = 0.0
@@ -73,12 +75,12 @@ def steps_of(job, dataset, model, pretrained, path, overwrite, seed):
     """The job as a generator."""
     train, val = dataset.match_tags("train"), dataset.match_tags("val")
     if job == "score":
-        config = InfluenceConfig(model=model, pretrained=pretrained, batch_size=24, fit=True, seed=seed)
-        return api.influence_steps(train, val, config, num_workers=0, overwrite=overwrite)
+        settings = InfluenceSettings(model=model, pretrained=pretrained, batch_size=24, fit=True, seed=seed)
+        return api.influence_steps(train, val, settings, JobSettings(num_workers=0, overwrite=overwrite))
     if job == "detect":
-        config = MisalignmentConfig(model=model, pretrained=pretrained, batch_size=24, seed=seed)
-        return misalignment.misalignment_steps(train, config, num_workers=0, overwrite=overwrite)
-    settings = fine_tuning.FitSettings(model=model, pretrained=pretrained, epochs=2, batch_size=24, seed=seed)
+        settings = MisalignmentSettings(model=model, pretrained=pretrained, batch_size=24, seed=seed)
+        return misalignment.misalignment_steps(train, settings, JobSettings(num_workers=0, overwrite=overwrite))
+    settings = FitSettings(model=model, pretrained=pretrained, epochs=2, batch_size=24, seed=seed)
     return fit_steps(train, path, settings, device="cpu", overwrite=overwrite)
 
 

@@ -13,21 +13,24 @@ import torch
 from fiftyone_ecif.api.influence import influence_steps
 from fiftyone_ecif.demo.training import MODEL
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 
 _SCORE = """
 import os, sys
 import fiftyone as fo
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.api.influence import influence_steps
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.distributed import join
 
 processes = join()
 dataset = fo.load_dataset(sys.argv[1])
-config = InfluenceConfig(model=sys.argv[2], pretrained=sys.argv[3], fit=True, batch_size=24)
+settings = InfluenceSettings(model=sys.argv[2], pretrained=sys.argv[3], fit=True, batch_size=24)
 try:
-    steps = influence_steps(dataset.match_tags("train"), dataset.match_tags("val"), config, num_workers=0)
+    train, val = (dataset.match_tags(tag) for tag in ("train", "val"))
+    steps = influence_steps(train, val, settings, JobSettings(num_workers=0))
     for step in steps:
         if processes.rank == 1 and step.stage == "Computing gradients":
             os._exit(9)
@@ -82,8 +85,7 @@ from fiftyone_ecif.distributed import join
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.scoring import score_pairs
 from fiftyone_ecif.store.tables import Store
-from fiftyone_ecif.influence.targets import PairTarget
-from fiftyone_ecif.influence.targets import pair_function
+from fiftyone_ecif.influence.target_losses import Contrastive
 
 def draw(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -93,7 +95,7 @@ scope = HeadScope(draw(30, 12, seed=0), draw(20, 12, seed=1), 3.0)
 images, texts = draw(70, 30, seed=2), draw(70, 20, seed=3)
 batches = FeatureBatches(images, texts, random_partition(70, 9, 0))
 target_pairs = FeatureBatches(images[:25] + 0.1, texts[:25], random_partition(25, 9, 1))
-target = PairTarget(scope, target_pairs, pair_function(scope, "contrastive"))
+target = Contrastive().make(scope, target_pairs)
 target.processes = processes
 method = ScoringOptions(fit=True, solver=sys.argv[2])
 scores = follow(score_pairs(Store("ranks", sys.argv[1]), scope, batches, {"target": target}, method, processes), False)
@@ -164,8 +166,8 @@ def test_a_process_that_died_is_said_and_nothing_is_lost(dataset, score, made, p
     dataset.reload()
     assert not dataset.has_sample_field("ecif_influence")
     train, val = dataset.match_tags("train"), dataset.match_tags("val")
-    config = InfluenceConfig(model=MODEL, pretrained=made[1], fit=True, batch_size=24)
-    stages = {step.stage for step in influence_steps(train, val, config, num_workers=0)}
+    settings = InfluenceSettings(model=MODEL, pretrained=made[1], fit=True, batch_size=24)
+    stages = {step.stage for step in influence_steps(train, val, settings, JobSettings(num_workers=0))}
     assert "Computing gradients" in stages
     assert not stages & {"Encoding images", "Encoding captions", "Fitting"}
     found = np.array(train.values("ecif_influence"))

@@ -25,7 +25,8 @@ from fiftyone_ecif.cli.main import main
 from fiftyone_ecif.demo import training
 from fiftyone_ecif.install.database import mongod
 from fiftyone_ecif.progress import Progress
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.store import tables as store
 from fiftyone_ecif.store.tables import Store
 
@@ -47,8 +48,10 @@ def steps(dataset, made):
     """A scoring job to look into while it runs."""
 
     def run(**options):
-        config = InfluenceConfig(model=training.MODEL, pretrained=made[1], batch_size=24, **options)
-        return influence_steps(dataset.match_tags("train"), dataset.match_tags("val"), config, num_workers=0)
+        settings = InfluenceSettings(model=training.MODEL, pretrained=made[1], batch_size=24, **options)
+        return influence_steps(
+            dataset.match_tags("train"), dataset.match_tags("val"), settings, JobSettings(num_workers=0)
+        )
 
     return run
 
@@ -313,7 +316,8 @@ from PIL import Image
 from fiftyone_ecif.api import influence as api
 from fiftyone_ecif import EcifError, list_runs
 from fiftyone_ecif.api.progress_bar import follow
-from fiftyone_ecif.runs.influence import InfluenceConfig
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.job import JobSettings
 folder, model, weights, when = sys.argv[1:]
 pairs = json.load(open(f"{folder}/pairs.json"))
 new = not fo.dataset_exists(folder)
@@ -321,10 +325,10 @@ dataset = fo.Dataset(folder, persistent=True) if new else fo.load_dataset(folder
 if new:
     dataset.add_samples([fo.Sample(path, caption=text, tags=tags) for path, text, tags in pairs], progress=False)
 train, val = dataset.match_tags("train"), dataset.match_tags("val")
-config = InfluenceConfig(model=model, pretrained=weights, batch_size=24)
+settings = InfluenceSettings(model=model, pretrained=weights, batch_size=24)
 
 def work():
-    for step in api.influence_steps(train, val, config, num_workers=0):
+    for step in api.influence_steps(train, val, settings, JobSettings(num_workers=0)):
         if step.stage == when:
             print("now", flush=True)
             sys.stdin.readline()

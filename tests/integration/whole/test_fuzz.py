@@ -21,11 +21,12 @@ from safetensors.torch import save
 from fiftyone_ecif import EcifError
 from fiftyone_ecif.bench.misalignment.pairs import read_folder
 from fiftyone_ecif.cli.main import main
+from fiftyone_ecif.influence.scope_choice import ScopeChoice, parse_scope
 from fiftyone_ecif.influence.targets import fill_prompts
 from fiftyone_ecif.models.checkpoint import load_adapters, load_preprocessing
-from fiftyone_ecif.options import ScopeChoice, parse_scope
-from fiftyone_ecif.runs.influence import InfluenceConfig, slice_names
+from fiftyone_ecif.runs.influence import slice_names
 from fiftyone_ecif.samples.export import _csv_cell
+from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.store.tables import Store
 
 for name, examples in (("short", 100), ("long", 10_000)):
@@ -162,7 +163,7 @@ def test_scopes(text):
 def test_templates(templates, classes):
     """A class is put in as it is, whatever braces it or the template holds: nothing is looked up."""
     try:
-        InfluenceConfig(templates=templates)
+        InfluenceSettings(templates=templates)
     except EcifError:
         return
     expected = [template.replace("{}", name) for name in classes for template in templates]

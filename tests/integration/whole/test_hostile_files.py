@@ -20,9 +20,9 @@ from fiftyone_ecif.api.fine_tuning import fit_steps
 from fiftyone_ecif.bench.misalignment.pairs import read_folder
 from fiftyone_ecif.demo import training
 from fiftyone_ecif.models.checkpoint import load_adapters, load_preprocessing
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.models.fine_tuning import FitSettings
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.runs.influence import slice_names
+from fiftyone_ecif.settings.fine_tuning import FitSettings
 from fiftyone_ecif.store.files import cache_folder
 from fiftyone_ecif.store.tables import FORMAT, Store
 
@@ -269,7 +269,7 @@ def test_a_malicious_checkpoint_runs_nothing(format, name, evil, tmp_path):
     path = tmp_path / name
     path.write_bytes(evil[format])
     with pytest.raises(EcifError, match="could not load model"):
-        Encoder(training.MODEL, str(path), "cpu")
+        OpenClipEncoder(training.MODEL, str(path), "cpu")
 
 
 @pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors", "pytorch_model.bin"])
@@ -282,7 +282,7 @@ def test_a_malicious_model_folder_runs_nothing(name, evil, tmp_path):
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     (folder / name).write_bytes(evil["torch"])
     with pytest.raises(EcifError, match="could not load model"):
-        Encoder(f"local-dir:{folder}", None, "cpu")
+        OpenClipEncoder(f"local-dir:{folder}", None, "cpu")
 
 
 @pytest.mark.parametrize("format", ["torch", "pickle"])
@@ -293,9 +293,9 @@ def test_malicious_files_beside_a_checkpoint_run_nothing(format, evil, made, tmp
         extra = weights.with_name(f"model.pt.{name}")
         extra.write_bytes(evil[format])
         with pytest.raises(EcifError, match=said):
-            Encoder(training.MODEL, str(weights), "cpu")
+            OpenClipEncoder(training.MODEL, str(weights), "cpu")
         extra.unlink()
-    assert Encoder(training.MODEL, str(weights), "cpu").adapters is None
+    assert OpenClipEncoder(training.MODEL, str(weights), "cpu").adapters is None
 
 
 @pytest.mark.parametrize("format", ["torch", "pickle"])

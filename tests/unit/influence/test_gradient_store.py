@@ -5,21 +5,20 @@ import pytest
 import torch
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
+from fiftyone_ecif.influence.damping import damped
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.gradient_store import (
-    CachedGradients,
-    damped,
-    gradient_covariance,
-    read_cached,
-    read_curvature,
-    read_effects,
-    stored_influence,
-    stored_pair,
-    stored_products,
+    GradientStore,
+    MissingRowsError,
+    PairRows,
+    TargetRows,
+    target_mistakes,
 )
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projections import BasisProjection
+from fiftyone_ecif.influence.solvers import LoGra
 from fiftyone_ecif.store.tables import Store
 
 each_shape = pytest.mark.parametrize(
@@ -113,11 +112,11 @@ def test_the_covariance_is_damped_by_a_tenth_of_its_mean_eigenvalue(pairs, rank)
         gradient = cached.positive[n] + cached.negative[n]
         covariance += np.outer(gradient, gradient) / pairs
     gradients = cached.positive + cached.negative
-    found = gradient_covariance([gradients[:1], gradients[1:]])
+    found = LoGra().stored_curvature([gradients[:1], gradients[1:]])
     mean = np.linalg.eigvalsh(covariance).mean()
     np.testing.assert_allclose(found, covariance + 0.1 * mean * np.eye(rank))
     assert np.linalg.eigvalsh(found)[0] > 0.09 * mean
-    half = gradient_covariance([gradients.astype(np.float16)])
+    half = LoGra().stored_curvature([gradients.astype(np.float16)])
     assert half.dtype == np.float64
     np.testing.assert_allclose(half, found, rtol=1e-2, atol=1e-2 * mean)
 
@@ -157,48 +156,136 @@ def test_damping_is_added_before_anything_is_mended():
     np.testing.assert_allclose(damped(matrix), matrix)
 
 
+PARTS = (slice(0, 4), slice(4, 9), slice(9, 11))
+
+
 @pytest.fixture
 def stored():
-    """Gradients in a store, in three parts and shuffled, and the same in memory."""
+    """Gradients in the tables of a store, in three parts and shuffled, and the same in memory."""
     cached, random = make_cached(11, 4, np.float32)
+    images, losses = random.normal(size=(11, 3)).astype(np.float32), random.normal(size=11)
     store = Store("cached-test")
     order = random.permutation(11)
-    for part in (slice(0, 4), slice(4, 9), slice(9, 11)):
+    for part in PARTS:
         rows = order[part]
-        columns = {"row": rows, "positive": cached.positive[rows], "negative": cached.negative[rows]}
-        store.table("gradients").write(str(part.start), columns)
+        columns = {"row": rows, "batch": 0 * rows, "image": images[rows], "cosine": losses[rows], "loss": losses[rows]}
+        columns |= {"positive": cached.positive[rows], "negative": cached.negative[rows]}
+        store.table("gradients").write(f"{part.start:09d}", columns)
     store.table("projected-curvature").write("hessian", {"matrix": cached.curvature})
-    yield store, cached, random.normal(size=(3, 4))
+    yield store, cached, random.normal(size=(3, 4)), (order, images, losses)
     store.delete()
 
 
 def test_part_by_part_is_as_all_at_once(stored):
-    store, cached, targets = stored
-    whole = read_cached(store, "hessian")
+    tables, cached, targets, (_, images, losses) = stored
+    store = GradientStore(tables, 11)
+    whole = store.load()
     np.testing.assert_array_equal(whole.positive, cached.positive)
+    np.testing.assert_array_equal(whole.curvature, cached.curvature)
     positive, negative = cached.influence(targets)
-    np.testing.assert_allclose(stored_influence(store, "hessian", 0, targets, 11), positive + negative, rtol=1e-4)
-    np.testing.assert_allclose(stored_influence(store, "hessian", 0, targets, 11, ["positive"]), positive, rtol=1e-4)
-    effects = read_effects(store, "hessian", 0, 11)
-    np.testing.assert_allclose(effects["length"], cached.lengths)
-    np.testing.assert_allclose(effects["own"], cached.self_influence())
-    np.testing.assert_allclose(stored_products(store, targets, 11, "negative"), targets @ cached.negative.T, rtol=1e-5)
-    np.testing.assert_array_equal(stored_pair(store, 7, "negative")["negative"], cached.negative[7])
+    np.testing.assert_allclose(store.influence(targets), positive + negative, rtol=1e-4)
+    np.testing.assert_allclose(store.influence(targets, ["positive"]), positive, rtol=1e-4)
+    effects = store.effects()
+    np.testing.assert_allclose(effects.length, cached.lengths)
+    np.testing.assert_allclose(effects.own, cached.self_influence())
+    np.testing.assert_allclose(store.similarity(images[:2]), images[:2] @ images.T, rtol=1e-5, atol=1e-6)
+    for found, expected in zip(store.columns("negative", "loss"), (cached.negative, losses), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_one_pair_is_as_among_all(stored):
+    tables, cached, targets, (_, images, _) = stored
+    store = GradientStore(tables, 11)
+    for row in (0, 7, 10):
+        image, positive, negative = store.pair(row, "image", "positive", "negative")
+        np.testing.assert_array_equal(image, images[row])
+        found = store.influence_of(positive + negative, targets)
+        np.testing.assert_allclose(found, sum(cached.influence(targets))[:, row], rtol=1e-5)
+    assert store.pair(11, "image") is None
+
+
+def test_what_is_written_lies_where_earlier_runs_have_it(stored):
+    tables, cached, _, (order, images, losses) = stored
+    other = Store("cached-test", "other")
+    store = GradientStore(other, 11)
+    for part in PARTS:
+        batches = [order[part][:1], order[part][1:]]
+        store.write_pairs(
+            part.start,
+            [
+                PairRows(r, 0 * r, images[r], losses[r], losses[r], cached.positive[r], cached.negative[r])
+                for r in batches
+            ],
+        )
+    store.write_curvature(cached.curvature)
+    assert store.written() == {0, 4, 9}
+    store.effects()
+    assert other.table("effects").parts() == ["hessian-0.0"]
+    for name in ("gradients", "projected-curvature"):
+        found, expected = (
+            {path.name: path.read_bytes() for path in s.table(name).folder.iterdir()} for s in (other, tables)
+        )
+        assert found == expected
+
+
+def test_parameters_and_directions_are_given_back():
+    tables = Store("cached-test")
+    store = GradientStore(tables, 3)
+    assert store.parameters() is None
+    assert store.directions() is None
+    try:
+        store.write_parameters(np.arange(4.0), 0.5)
+        store.write_directions({"image-input": np.eye(2), "basis": np.ones((3, 1))})
+        theta, norm = store.parameters()
+        np.testing.assert_array_equal(theta, np.arange(4.0))
+        assert norm == 0.5
+        assert tables.table("projection").parts() == ["basis", "image-input", "whole"]
+        assert sorted(store.directions()) == ["basis", "image-input"]
+        (tables.table("projection").folder / "whole.h5").unlink()  # as of a run that was killed on the way
+        assert store.directions() is None
+    finally:
+        tables.delete()
+
+
+def test_a_target_is_read_in_order_and_whole_or_not_at_all():
+    tables, random = Store("cached-test"), np.random.default_rng(0)
+    rows = TargetRows(
+        np.array([2, 0, 1]), random.normal(size=(3, 2)), random.normal(size=3), np.array([1, 0, 1], bool), np.eye(3)
+    )
+    store = GradientStore(tables, 5)
+    try:
+        store.write_target("target-a", 8, [TargetRows(*(column[:2] for column in rows))])
+        with pytest.raises(MissingRowsError, match="lacks some of 3 pairs"):
+            store.target("target-a", 3)
+        store.write_target("target-a", 0, [TargetRows(*(column[2:] for column in rows))])
+        assert store.written("target-a") == {0, 8}
+        for found, column in zip(store.target("target-a", 3), rows, strict=True):
+            np.testing.assert_array_equal(found, column[[1, 2, 0]])
+        assert target_mistakes(tables, ["target-a"]).sum() == 2
+        with pytest.raises(MissingRowsError, match="lacks a target"):
+            target_mistakes(tables, ["target-a", "target-b"])
+    finally:
+        tables.delete()
 
 
 def test_the_covariance_of_a_store_is_that_of_its_gradients(stored):
-    store, cached, _ = stored
-    expected = gradient_covariance([cached.positive + cached.negative])
-    np.testing.assert_allclose(read_curvature(store, "logra"), expected, rtol=1e-6)
-    np.testing.assert_array_equal(read_curvature(store, "identity"), np.eye(4))
+    tables, cached, _, _ = stored
+    expected = LoGra().stored_curvature([cached.positive + cached.negative])
+    np.testing.assert_allclose(GradientStore(tables, 11, "logra").curvature(), expected, rtol=1e-6)
+    np.testing.assert_array_equal(GradientStore(tables, 11, "identity").curvature(), np.eye(4))
+
+
+def test_a_curvature_that_is_not_there_is_an_error(stored):
+    with pytest.raises(EcifError, match="The curvature of solver='ggn' is not in the store"):
+        GradientStore(stored[0], 11, "ggn").curvature()
 
 
 def test_a_store_that_lacks_some_pairs_gives_no_numbers(stored):
-    store, _, targets = stored
-    (store.table("gradients").folder / "4.h5").unlink()
-    for read in (
-        lambda: stored_influence(store, "hessian", 0, targets, 11),
-        lambda: read_effects(store, "hessian", 0, 11),
-    ):
-        with pytest.raises(EcifError, match="lacks the gradients of 5 of 11 pairs"):
+    tables, _, targets, _ = stored
+    (tables.table("gradients").folder / "000000004.h5").unlink()
+    store = GradientStore(tables, 11)
+    for read in (lambda: store.influence(targets), store.effects):
+        with pytest.raises(MissingRowsError, match="lacks the gradients of 5 of 11 pairs"):
             read()
+    with pytest.raises(MissingRowsError, match="lacks some of 11 pairs"):
+        store.load()

@@ -6,7 +6,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.losses import RoleGradient, SigmoidLoss, SingleRoleGradient, SoftmaxLoss
-from fiftyone_ecif.options import ROLES
+from fiftyone_ecif.influence.roles import ROLES
 
 LOSSES = {"softmax": SoftmaxLoss(), "sigmoid": SigmoidLoss()}
 NO_FORMULA = ("sigmoid", "as_printed")
@@ -147,6 +147,17 @@ def test_a_pair_alone_in_its_batch_changes_nothing():
 def test_the_misprint_is_refused_for_a_sigmoid_loss():
     with pytest.raises(EcifError, match="softmax"):
         SigmoidLoss().role_gradients(random_similarity(3), "as_printed")
+
+
+@each_loss
+def test_an_unknown_role_is_an_error(loss):
+    similarity = random_similarity(3)
+    for ask in (
+        lambda: loss.role_gradients(similarity, "both"),
+        lambda: loss.removal_tangents(similarity, similarity, ""),
+    ):
+        with pytest.raises(EcifError, match=r"is not available\. Use one of exact, taylor"):
+            ask()
 
 
 @each_loss

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_gradient_store import make_cached
 
 from fiftyone_ecif.influence import curvature
-from fiftyone_ecif.influence.curvature import curvature_at
+from fiftyone_ecif.influence.curvature import gauss_newton_at, hessian_at
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradients
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
@@ -25,7 +25,8 @@ from fiftyone_ecif.influence.newton_step import group_gradient
 from fiftyone_ecif.influence.objective import ContrastiveLoss, partition_without, random_partition
 from fiftyone_ecif.influence.tower_gradients import truncated_gradients
 from fiftyone_ecif.misalignment import neighbours
-from fiftyone_ecif.misalignment.fusion import FUSED, fuse, ranked
+from fiftyone_ecif.misalignment.detectors import Fused
+from fiftyone_ecif.misalignment.fusion import fuse, ranked
 from fiftyone_ecif.misalignment.neighbours import nearest
 from fiftyone_ecif.models.tower_scope import TowerScope
 
@@ -229,7 +230,7 @@ def test_curvature_products_are_those_of_curvlinops(objective, seed, kept):
     data = [({"images": images, "texts": texts}, torch.zeros(len(images))) for images, texts in objective.batches]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curvature, "_KEPT_BYTES", kept)  # none of the graphs, some or all
-        hessian, ggn = (curvature_at(objective, scope.start, solver) for solver in ("hessian", "ggn"))
+        hessian, ggn = (at(objective, scope.start) for at in (hessian_at, gauss_newton_at))
     for operator, product in (
         (HessianLinearOperator, lambda v: objective.hessian_product(scope.start, v)),
         (HessianLinearOperator, hessian),
@@ -257,8 +258,8 @@ def test_graphs_go_with_the_product_that_they_were_made_for():
     process, resident = psutil.Process(), []
     for rounds in (10, 50):
         for _ in range(rounds):
-            curvature_at(objective, scope.start, "hessian")
-            curvature_at(objective, scope.start, "ggn")
+            hessian_at(objective, scope.start)
+            gauss_newton_at(objective, scope.start)
         gc.collect()
         resident.append(process.memory_info().rss / 2**20)
     assert resident[1] - resident[0] < 20  # each holds some 2 MiB
@@ -338,7 +339,7 @@ def test_ranks_count_what_is_below(values):
 @given(st.data(), st.integers(1, 20), seeds)
 def test_fusing_asks_only_for_the_order_of_each_score(data, pairs, seed):
     random = np.random.default_rng(seed)
-    scores = {name: random.normal(size=pairs) for name in FUSED[: data.draw(st.integers(1, len(FUSED)))]}
+    scores = {name: random.normal(size=pairs) for name in Fused.needs[: data.draw(st.integers(1, len(Fused.needs)))]}
     fused = fuse(scores)
     assert ((fused > 0) & (fused <= 1)).all()
     np.testing.assert_allclose(fuse({name: 3 * values**3 + 1 for name, values in scores.items()}), fused)

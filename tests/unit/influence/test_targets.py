@@ -9,7 +9,8 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import random_partition
-from fiftyone_ecif.influence.targets import PairTarget, ZeroShotTarget, fill_prompts, pair_function
+from fiftyone_ecif.influence.target_losses import Classes, find_target_loss
+from fiftyone_ecif.influence.targets import ZeroShotTarget, fill_prompts
 
 CLASSES, TEMPLATES, BIAS = 4, 2, -1.5
 
@@ -39,9 +40,7 @@ def make_target(loss, kind="softmax", pairs=10, batch_size=4, scale=4.0, with_sc
     scope = HeadScope(draw(6, 3), draw(5, 3), scale, bias, objective, with_scale)
     batches = FeatureBatches(draw(pairs, 6), draw(pairs, 5), random_partition(pairs, batch_size, seed))
     labels, prompts = torch.arange(pairs) * 3 % CLASSES, draw(CLASSES * TEMPLATES, 5)
-    if loss == "zero_shot":
-        return ZeroShotTarget(scope, batches, labels, prompts, TEMPLATES)
-    return PairTarget(scope, batches, pair_function(scope, loss))
+    return find_target_loss(loss).make(scope, batches, Classes(labels, prompts, TEMPLATES))
 
 
 def varied(scope, seed=3):

@@ -1,6 +1,8 @@
 """Detectors of misaligned pairs against their formulas written out, and against real refits."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -12,22 +14,22 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import softplus
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.cached_gradients import CachedGradients
 from fiftyone_ecif.influence.fitting import minimise
-from fiftyone_ecif.influence.gradient_store import CachedGradients
 from fiftyone_ecif.influence.head_gradients import HeadProjection
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projections import KroneckerProjection
-from fiftyone_ecif.misalignment import cross_fitting, embeddings, scores
+from fiftyone_ecif.misalignment import cross_fitting, embeddings, neighbour_influence
 from fiftyone_ecif.misalignment.cross_fitting import refit_held_out
+from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector, Fused
 from fiftyone_ecif.misalignment.duplicates import Duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs, EmbeddingSpace
-from fiftyone_ecif.misalignment.fusion import FUSED, fuse
+from fiftyone_ecif.misalignment.findings import reasons, run_detectors
+from fiftyone_ecif.misalignment.fusion import fuse
 from fiftyone_ecif.misalignment.neighbours import Neighbours
-from fiftyone_ecif.misalignment.scores import neighbour_influence, run_detectors
-from fiftyone_ecif.options import DETECTORS, TRAINED_DETECTORS
-from fiftyone_ecif.progress import result_of
+from fiftyone_ecif.progress import Progress, result_of
 
 PAIRS, WRONG = 120, 24
 each_kind = pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -322,7 +324,7 @@ def misaligned():
 
 def test_fused_is_the_mean_of_ranks():
     scores = findings().scores
-    expected = sum(rankdata(scores[name]) / PAIRS for name in FUSED) / 4
+    expected = sum(rankdata(scores[name]) / PAIRS for name in Fused.needs) / 4
     np.testing.assert_allclose(scores["fused"], expected)
     np.testing.assert_allclose(alone("fused", inputs()), expected)
     np.testing.assert_allclose(fuse({"lemon_z": np.array([3.0, 1.0, 1.0, 9.0])}), [0.75, 0.375, 0.375, 1.0])
@@ -348,6 +350,84 @@ def test_what_fits_like_random_is_misaligned(kind):
     assert 0.3 < below[misaligned()].mean() < 0.7
 
 
+class Brevity(Detector):
+    """Short captions are suspicious."""
+
+    name = "brevity"
+    says = "the caption is short"
+    evidence = "hardly a word"
+
+    def score(self, inputs, found):
+        return np.arange(inputs.objective.pairs) % 7
+
+
+class Doubt(Detector):
+    """Takes long, and reads what others found, one of whom may not be there."""
+
+    name = "doubt"
+    says = "others doubt"
+    needs = ("neighbour_influence", "brevity")
+    refits = True
+
+    def score(self, inputs, found):
+        yield Progress("Refitting", 0, 1)
+        return torch.tensor(sum(found.scores[name] for name in self.needs if name in found.scores))
+
+
+@pytest.fixture
+def added():
+    for detector in (Brevity, Doubt):
+        DETECTORS.register(detector)
+    yield
+    for detector in (Brevity, Doubt):
+        DETECTORS.withdraw(detector.name)
+
+
+def test_a_detector_is_added_in_one_place(added):
+    assert "brevity" in DETECTORS
+    assert "| brevity | the caption is short |" in DETECTORS.table()
+    scores = result_of(run_detectors(inputs(), ["brevity", "clip_score"])).scores
+    assert scores["brevity"].dtype == np.float64
+    np.testing.assert_array_equal(scores["brevity"], np.arange(PAIRS) % 7)
+    said = np.array(["hardly a word" in str(reason) for reason in reasons(scores)])
+    np.testing.assert_array_equal(said, rankdata(scores["brevity"]) / PAIRS >= 0.8)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_a_detector_needs_comes_first(added, trained):
+    of = inputs() if trained else replace(inputs(), gradients=None)
+    stages = [step.stage for step in run_detectors(of, ["doubt", "clip_score"])]
+    scores = result_of(run_detectors(of, ["doubt", "clip_score"])).scores
+    assert stages == sorted(stages)  # all that compares, then all that refits
+    assert set(scores) == {"brevity", "clip_score", "doubt"} | set(["neighbour_influence", "cross_fit"] * trained)
+    harm = findings().scores["neighbour_influence"] if trained else 0
+    np.testing.assert_allclose(scores["doubt"], harm + scores["brevity"])
+
+
+def test_an_unknown_detector_is_said_with_those_that_are_known():
+    with pytest.raises(EcifError, match=r"^detector='magic' is not available\. Use one of fused, .*_influence$"):
+        result_of(run_detectors(inputs(), ["clip_score", "magic"]))
+
+
+def test_the_names_of_detectors_are_read_without_torch():
+    """Forms and ``--help`` read them."""
+    code = """if True:
+        import sys
+        from fiftyone_ecif.misalignment.detectors import DETECTORS
+        assert DETECTORS.table()
+        assert not {"torch", "open_clip", "fiftyone", "scipy"} & sys.modules.keys()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_detector_says_what_it_is():
+    for name, detector in DETECTORS.items():
+        assert detector.name == name
+        assert detector.says
+        assert type(detector).__doc__
+        assert set(detector.needs) <= set(DETECTORS) - {name}
+
+
 def test_global_influence_is_minus_the_influence():
     given = np.linspace(-1, 1, PAIRS) ** 3
     np.testing.assert_array_equal(alone("global_influence", replace(inputs(), influence=given)), -given)
@@ -359,7 +439,7 @@ def test_a_model_that_never_saw_the_pairs_is_asked_only_what_it_knows(fits):
     of = replace(inputs(), gradients=None, theta=inputs().objective.scope.start)
     names = [name for name in DETECTORS if name not in ("trusted_fit", "cross_fit", "fused")]
     simple = result_of(run_detectors(of, names))
-    assert set(simple.scores) == set(names) - set(TRAINED_DETECTORS)
+    assert set(simple.scores) == {name for name in names if not DETECTORS[name].needs_training}
     assert fits == []
     u, v = units(of)
     group = of.duplicates.pair
@@ -381,7 +461,7 @@ def test_a_model_that_never_saw_the_pairs_is_asked_only_what_it_knows(fits):
 
 
 def test_many_rows_in_parts_are_as_few(monkeypatch):
-    for module in (embeddings, cross_fitting, scores):
+    for module in (embeddings, cross_fitting, neighbour_influence):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
     again = result_of(run_detectors(replace(inputs()), list(findings().scores)))
     for name, expected in findings().scores.items():
@@ -412,9 +492,9 @@ def test_a_pair_that_nothing_was_compared_with_is_no_evidence_of_noise():
 def test_a_pair_without_a_gradient_says_nothing():
     gradients = np.eye(4, 3, dtype=np.float32)  # the last is zero
     near = [torch.tensor([[1, 3], [0, 3], [0, 3], [0, 1]])]
-    found = neighbour_influence(gradients, np.eye(3), near)
+    found = neighbour_influence.neighbour_influence(gradients, np.eye(3), near)
     np.testing.assert_allclose(found, np.zeros(4), atol=1e-7)
-    same = neighbour_influence(np.ones((4, 3), np.float32), np.eye(3), near)
+    same = neighbour_influence.neighbour_influence(np.ones((4, 3), np.float32), np.eye(3), near)
     np.testing.assert_allclose(same, np.ones(4), rtol=1e-6)
 
 

@@ -9,8 +9,8 @@ import torch
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
-from fiftyone_ecif.options import parse_scope
 
 VIT = {"layers": 2, "width": 32, "patch_size": 16, "head_width": 16}
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16}

@@ -16,10 +16,10 @@ from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.linear_solve import solve, solving
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss
+from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.checkpoint import save_checkpoint
-from fiftyone_ecif.models.checks import choose_device
-from fiftyone_ecif.models.encoder import Encoder
-from fiftyone_ecif.options import parse_scope
+from fiftyone_ecif.models.device import choose_device
+from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 2, "width": 48, "patch_size": 8, "head_width": 16}
@@ -83,7 +83,7 @@ def load(tmp_path):
                 parameter.add_(0.05 * torch.randn_like(parameter))
         path = tmp_path / f"{name}-{seed}.pt"
         torch.save(model.state_dict(), path)
-        return Encoder(name, str(path), "cpu")
+        return OpenClipEncoder(name, str(path), "cpu")
 
     return run
 
@@ -167,7 +167,7 @@ def test_changed_heads_survive_a_checkpoint(name, choice, suffix, load, paths, t
         torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(found, start, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(scope.similarity(theta, features).float(), similarity, rtol=1e-4, atol=1e-4)
-    again = Encoder(name, str(path), "cpu").scope(parse_scope(choice))
+    again = OpenClipEncoder(name, str(path), "cpu").scope(parse_scope(choice))
     torch.testing.assert_close(again.start, theta, rtol=1e-6, atol=1e-6)
     changed = set(encoder.scope_names(parse_scope(choice)))
     for key, value in written.state_dict().items():
@@ -185,7 +185,7 @@ def test_a_changed_tower_survives_a_checkpoint(load, paths, tmp_path):
     similarity = scope.similarity(theta, (pixels, encoder.tokens(CAPTIONS)))
     torch.testing.assert_close(similarity, run_model(written, encoder, paths)[2], rtol=1e-3, atol=1e-3)
 
-    again = Encoder("ecif-test-vit", str(path), "cpu")
+    again = OpenClipEncoder("ecif-test-vit", str(path), "cpu")
     found, expected = again.scope(parse_scope("lora:2")), scope.adapters(theta)
     assert set(found.names) == set(scope.names)
     assert found.names == again.scope_names(parse_scope("lora:2"))
@@ -246,7 +246,7 @@ def test_the_fingerprint_knows_the_architecture(load, tmp_path):
     """The same weights, another activation."""
     encoder = load("ecif-test-vit")
     torch.save(encoder.model.state_dict(), tmp_path / "same.pt")
-    other = Encoder("ecif-test-vit-quickgelu", str(tmp_path / "same.pt"), "cpu")
+    other = OpenClipEncoder("ecif-test-vit-quickgelu", str(tmp_path / "same.pt"), "cpu")
     assert other.fingerprint != encoder.fingerprint
 
 
@@ -289,7 +289,7 @@ def test_a_text_tower_that_looks_ahead_gets_its_padding(load, monkeypatch):
 def test_memory_that_runs_out_costs_smaller_batches_only(load, paths, monkeypatch):
     encoder = load("ecif-test-vit")
     expected = run_features(encoder, paths)
-    run, sizes = Encoder._run, []
+    run, sizes = OpenClipEncoder._run, []
 
     def cramped(self, tower, inputs, head):
         sizes.append(len(inputs))
@@ -297,7 +297,7 @@ def test_memory_that_runs_out_costs_smaller_batches_only(load, paths, monkeypatc
             raise torch.OutOfMemoryError("full")
         return run(self, tower, inputs, head)
 
-    monkeypatch.setattr(Encoder, "_run", cramped)
+    monkeypatch.setattr(OpenClipEncoder, "_run", cramped)
     for found, same in zip(run_features(encoder, paths), expected, strict=True):
         torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-5)
     assert sizes == [3, 1, 1, 1, 1, 1, 1]  # what did not fit once is not tried again
@@ -309,7 +309,7 @@ def test_a_model_that_fits_no_input_is_refused(load, paths, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(Encoder, "_run", full)
+    monkeypatch.setattr(OpenClipEncoder, "_run", full)
     with pytest.raises(EcifError, match="image tower of ecif-test-vit does not fit into the memory of cpu"):
         run_features(encoder, paths)
 
@@ -318,7 +318,7 @@ def test_half_precision_keeps_the_rank_order(made, monkeypatch):
     """Of influence on a trained model, with the towers in float16 as on a GPU."""
     dataset, checkpoint = made
     train, val = dataset.match_tags("train"), dataset.match_tags("val")
-    encoder = Encoder(training.MODEL, checkpoint, "cpu")
+    encoder = OpenClipEncoder(training.MODEL, checkpoint, "cpu")
     assert not encoder._half
     scope = encoder.scope(parse_scope("heads"))
 
@@ -354,7 +354,7 @@ def test_what_is_too_large_for_half_precision_is_not_lost(load):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
 def test_a_gpu_encodes_as_the_cpu_does(load, paths, tmp_path):
     expected = run_features(load("ecif-test-vit"), paths)
-    encoder = Encoder("ecif-test-vit", str(tmp_path / "ecif-test-vit-0.pt"), "cuda")
+    encoder = OpenClipEncoder("ecif-test-vit", str(tmp_path / "ecif-test-vit-0.pt"), "cuda")
     assert encoder._half
     for found, same in zip(run_features(encoder, paths), expected, strict=True):
         torch.testing.assert_close(found, same, rtol=1e-2, atol=1e-2)
@@ -371,14 +371,14 @@ def test_a_gpu_encodes_as_the_cpu_does(load, paths, tmp_path):
 )
 def test_names_are_checked_before_anything_is_loaded(model, pretrained, message):
     with pytest.raises(EcifError, match=message):
-        Encoder(model, pretrained)
+        OpenClipEncoder(model, pretrained)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(EcifError, match="could not load model 'ecif-digits'"):
-        Encoder("ecif-digits", str(path))
+        OpenClipEncoder("ecif-digits", str(path))
 
 
 def test_weights_that_are_not_finite_are_refused(load, tmp_path):
@@ -387,7 +387,7 @@ def test_weights_that_are_not_finite_are_refused(load, tmp_path):
         model.text_projection[0, 0] = torch.nan
     torch.save(model.state_dict(), tmp_path / "nan.pt")
     with pytest.raises(EcifError, match="NaN"):
-        Encoder("ecif-test-vit", str(tmp_path / "nan.pt"), "cpu")
+        OpenClipEncoder("ecif-test-vit", str(tmp_path / "nan.pt"), "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,4 +1,4 @@
-"""What can be checked of a model and a device before anything is loaded."""
+"""The names that open_clip knows, this plugin's own models among them, and what can be checked of them."""
 
 from __future__ import annotations
 
@@ -6,33 +6,30 @@ import difflib
 from pathlib import Path
 
 import open_clip
-import torch
-from open_clip.factory import parse_model_name
+from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
 
 from fiftyone_ecif.errors import EcifError
 
+open_clip.add_model_config(Path(__file__).parent / "configs")
 
-def choose_device(device: str | None) -> str:
-    """The device to compute on.
 
-    Raises:
-        EcifError: if a GPU is asked for and there is none
-    """
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise EcifError(f"device={device!r} was asked for, but torch finds no GPU here. Use device='cpu'")
-    return device
+def brings_weights(model: str) -> bool:
+    """Whether a model name says where its weights are: ``local-dir:…`` or ``hf-hub:…``."""
+    return model.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX))
 
 
 def check_names(model: str, pretrained: str | None) -> None:
     """Checks a model name and its weights without loading anything.
 
+    Args:
+        model: the name.
+        pretrained: a pretrained tag, the path of a checkpoint, or None for a name that brings its weights.
+
     Raises:
         EcifError: if open_clip does not know the model, or ``pretrained`` is
             neither a tag of it nor a file
     """
-    if parse_model_name(model)[0]:
+    if brings_weights(model):
         if pretrained:
             raise EcifError(f"{model} brings its own weights, so pretrained={pretrained!r} does not go with it")
         return

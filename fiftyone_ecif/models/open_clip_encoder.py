@@ -1,4 +1,4 @@
-"""An open_clip model: its frozen features and the heads behind them.
+"""A dual encoder made with open_clip: its frozen features and the heads behind them.
 
 The features of a tower are what enters its final projection. They are computed
 by running the tower with that projection replaced by the identity, which works
@@ -8,36 +8,42 @@ projection of an attention pool.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils.data import DataLoader
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.models.checkpoint import PREPROCESSING, load_adapters, load_preprocessing
-from fiftyone_ecif.models.checks import check_names, choose_device
-from fiftyone_ecif.models.inputs import Images, collate
+from fiftyone_ecif.influence.scope_choice import ScopeChoice
+from fiftyone_ecif.models.checkpoint import PREPROCESSING, load_adapters, load_preprocessing, save_checkpoint
+from fiftyone_ecif.models.device import choose_device
+from fiftyone_ecif.models.dual_encoder import DualEncoder
+from fiftyone_ecif.models.open_clip_names import brings_weights, check_names
 from fiftyone_ecif.models.projection_heads import HEAD_PATHS, Head, named_head
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
 from fiftyone_ecif.models.towers import Tower, causal_mask
-from fiftyone_ecif.options import ScopeChoice
+from fiftyone_ecif.store.keys import digest
 
-open_clip.add_model_config(Path(__file__).parent / "configs")
+logger = logging.getLogger(__name__)
 
 
-class Encoder:
+class OpenClipEncoder(DualEncoder):
     """A loaded open_clip model.
+
+    On a GPU the towers run in half precision, as far as their features fit
+    into it, and on as many inputs at once as there is memory for.
 
     Args:
         model: a model name of open_clip, or ``local-dir:…`` / ``hf-hub:…``.
@@ -47,14 +53,15 @@ class Encoder:
             device; by default a GPU where there is one.
 
     Attributes:
-        loss: what the model is trained with: the sigmoid loss if it has a
-            ``logit_bias``, else the softmax loss.
+        model: of open_clip, in evaluation mode.
+        tokenizer: of open_clip; :meth:`tokens` leaves out padding that changes nothing.
+        loss: the sigmoid loss for a model that has a ``logit_bias``, else the softmax loss.
         heads: of the image and the text tower; None for a tower that does not
             end in a linear projection, whose features are its embeddings.
         adapters: low-rank adapters that ``fiftyone-ecif fit`` wrote beside the
             checkpoint; they are part of the loaded weights.
-        fingerprint: hex digest of all that the features depend on:
-            architecture, weights, preprocessing, tokenizer and precision.
+        fingerprint: hex digest of architecture, weights, preprocessing,
+            tokenizer and precision.
 
     Raises:
         EcifError: if the model, the tag, the checkpoint or the device does not
@@ -117,8 +124,10 @@ class Encoder:
     def scope_names(self, choice: ScopeChoice) -> list[str]:
         """Names of the model's parameters in a scope, or of those that have an adapter in it.
 
+        Adapters that came with the checkpoint are all that ``lora`` means, whatever their rank.
+
         Raises:
-            EcifError: if the model has no such parameters
+            EcifError: if the model has no such parameters, or the checkpoint's adapters are others
         """
         if choice.heads:
             names = [name for head in self.heads.values() if head for name in (head.weight, head.bias) if name]
@@ -139,8 +148,38 @@ class Encoder:
             )
         return list(self.adapters)
 
+    def parameter_names(self) -> list[str]:
+        """Names of all parameters of the model."""
+        return [name for name, _ in self.model.named_parameters()]
+
+    def save(self, path: Path, scope: Scope, theta: Tensor) -> None:
+        """Writes a checkpoint for ``open_clip.create_model(pretrained=path)``.
+
+        Adapters and how images are prepared are written beside it, and where
+        open_clip would prepare them in another way, that is said.
+
+        Args:
+            path: of the checkpoint; safetensors if it ends in that, else PyTorch's format.
+            scope: of this encoder.
+            theta: its parameters, shape ``(p,)``.
+
+        Raises:
+            EcifError: if a file cannot be written
+        """
+        adapters = scope.adapters(theta) if isinstance(scope, TowerScope) else {}
+        save_checkpoint(path, self.changed_state(scope, theta), adapters, self.preprocessing)
+        self._warn_of_preprocessing(path)
+
     def changed_state(self, scope: Scope, theta: Tensor) -> dict[str, Tensor]:
-        """The model's state dict, on the CPU, with the parameters of a scope of this encoder at ``theta``."""
+        """The model's weights with the parameters of a scope changed.
+
+        Args:
+            scope: of this encoder.
+            theta: its parameters, shape ``(p,)``.
+
+        Returns:
+            the state dict, on the CPU
+        """
         if isinstance(scope, TowerScope):
             changed = scope.parameters(theta)
         else:
@@ -172,38 +211,20 @@ class Encoder:
             tokens = _without_padding(tokens)
         return tokens.to(self.device)
 
-    def image_features(
-        self, paths: Sequence[str], batch_size: int, num_workers: int
-    ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-        """Encodes image files, which other processes load in the meantime.
-
-        Yields:
-            for each batch, the indices into ``paths`` that were read, their
-            features of shape ``(n, w)`` in float32, and ``{index: reason}`` of
-            those that could not be read
-        """
-        loader: DataLoader[Any] = DataLoader(
-            Images(paths, self.preprocess),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=self.device.startswith("cuda"),
-        )
-        for indices, images, failures in loader:
-            yield indices, self._features("image", images), failures
-
-    def text_features(self, captions: Sequence[str], batch_size: int) -> Iterator[Tensor]:
-        """Encodes captions; a caption longer than the model's context is cut, as in training.
-
-        Yields:
-            the features of each batch, shape ``(n, w)``, in float32
-        """
-        for start in range(0, len(captions), batch_size):
-            yield self._features("text", self.tokens(captions[start : start + batch_size]))
-
     @torch.no_grad()
-    def _features(self, tower: str, inputs: Tensor) -> Tensor:
-        """Features on the CPU, of as many inputs at once as the device has memory for."""
+    def features(self, tower: str, inputs: Tensor) -> Tensor:
+        """What a tower's head takes, or the embeddings of a tower without one.
+
+        Args:
+            tower: ``"image"`` or ``"text"``.
+            inputs: preprocessed images or tokens.
+
+        Returns:
+            shape ``(n, w)``, float32, on the CPU; the last column is one if the head has a bias
+
+        Raises:
+            EcifError: if not even one input fits into the device's memory
+        """
         found: list[Tensor] = []
         start = 0
         while start < len(inputs):
@@ -220,7 +241,7 @@ class Encoder:
                 continue
             found.append(features.float().cpu())
             start += len(part)
-        return torch.cat(found) if found else torch.empty(0)
+        return torch.cat(found)
 
     def _run_half(self, tower: str, inputs: Tensor) -> Tensor:
         """Features in half precision where that is meant to be and none of them becomes too large for it."""
@@ -262,8 +283,24 @@ class Encoder:
         expected, found = (self._run("text", each, None) for each in (tokens, _without_padding(tokens)))
         return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
+    def _warn_of_preprocessing(self, path: Path) -> None:
+        """Says so if open_clip prepares images in another way once the model is loaded from a file."""
+        usual = asdict(PreprocessCfg())
+        special = {
+            name: value
+            for name, value in open_clip.get_model_preprocess_cfg(self.model).items()
+            if name != "size" and value != usual[name]
+        }
+        if special and not brings_weights(self.name):
+            logger.warning(
+                "open_clip forgets how %s prepares images when it loads weights from a file. This plugin remembers; "
+                "elsewhere load %s with force_preprocess_cfg=%s, or its embeddings are off",
+                self.name,
+                path,
+                special,
+            )
+
     def _fingerprint(self, name: str) -> str:
-        digest = hashlib.blake2b(digest_size=16)
         made_of = [
             open_clip.get_model_config(name) or name,  # the same weights can serve two architectures
             open_clip.get_model_preprocess_cfg(self.model),
@@ -271,11 +308,14 @@ class Encoder:
             getattr(self.tokenizer, "context_length", None),
             *["float16"] * self._half,
         ]
-        digest.update(json.dumps(made_of, sort_keys=True, default=str).encode())
-        for key, value in self.model.state_dict().items():
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+
+        def parts() -> Iterator[str | memoryview]:
+            yield json.dumps(made_of, sort_keys=True, default=str)
+            for key, value in self.model.state_dict().items():
+                yield f"{key} {value.dtype} {tuple(value.shape)}"
+                yield value.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+        return digest(parts())
 
 
 def _without_padding(tokens: Tensor) -> Tensor:

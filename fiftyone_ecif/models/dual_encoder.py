@@ -1,0 +1,180 @@
+"""What the library needs of a model with an image and a text tower, whatever it is made with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fiftyone_ecif.influence.heads import FeatureBatches
+from fiftyone_ecif.influence.losses import BatchLoss
+from fiftyone_ecif.influence.objective import Batches
+from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.scope_choice import ScopeChoice
+from fiftyone_ecif.models.inputs import Images, ImageTextBatches, collate
+from fiftyone_ecif.store.disk_matrix import DiskMatrix
+
+_PROMPTS_AT_ONCE = 128
+
+
+class DualEncoder(ABC):
+    """A loaded model with an image and a text tower, trained to match images and captions.
+
+    A subclass says how inputs are prepared, what the frozen part of a tower
+    makes of them, which parameters a scope means and how weights are written;
+    how files and captions are read in batches follows from that. The model is
+    in evaluation mode: what it computes depends on its inputs alone.
+
+    Attributes:
+        name: of the model, as it was asked for.
+        device: where the towers run, such as ``"cpu"``.
+        loss: what the model is trained with.
+        fingerprint: hex digest of all that the features depend on: features
+            are cached under it.
+        preprocess: makes of a PIL image what the image tower takes of it, a
+            tensor of one shape for all images. Other processes call it.
+    """
+
+    name: str
+    device: str
+    loss: BatchLoss
+    fingerprint: str
+    preprocess: Callable[[Image.Image], Tensor]
+
+    @abstractmethod
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """What the text tower takes, on the device, shape ``(n, t)``; ``t`` may differ from call to call."""
+
+    @abstractmethod
+    def features(self, tower: str, inputs: Tensor) -> Tensor:
+        """What the final projection of a tower takes: all before it is frozen in a scope of the heads.
+
+        Args:
+            tower: ``"image"`` or ``"text"``.
+            inputs: preprocessed images or tokens, ``n`` of them, at least one; on any device.
+
+        Returns:
+            shape ``(n, w)``, float32, on the CPU, without gradient; the last
+            column is one if the projection has a bias. If a tower has no final
+            projection, its embeddings
+
+        Raises:
+            EcifError: if not even one input fits into memory
+        """
+
+    @abstractmethod
+    def scope(self, choice: ScopeChoice, seed: int = 0) -> Scope:
+        """The parameters that a choice means, as they were loaded.
+
+        Args:
+            choice: which. For the heads, an :class:`influence.heads.HeadScope`
+                on features; every other scope is one on images and tokens.
+            seed (0): of new adapters.
+
+        Raises:
+            EcifError: if the model has no such parameters
+        """
+
+    @abstractmethod
+    def scope_names(self, choice: ScopeChoice) -> list[str]:
+        """Names of the model's parameters in a scope, or of those that have an adapter in it.
+
+        Raises:
+            EcifError: if the model has no such parameters
+        """
+
+    @abstractmethod
+    def parameter_names(self) -> list[str]:
+        """Names of all parameters of the model, those of :meth:`scope_names` among them."""
+
+    @abstractmethod
+    def save(self, path: Path, scope: Scope, theta: Tensor) -> None:
+        """Writes a checkpoint that can be given as ``pretrained`` with the same model name.
+
+        Args:
+            path: of the checkpoint. What goes with the weights, such as
+                adapters and how images are prepared, is written beside it.
+            scope: of this encoder.
+            theta: its parameters, shape ``(p,)``; all others stay as they were loaded.
+
+        Raises:
+            EcifError: if a file cannot be written
+        """
+
+    def image_features(
+        self, paths: Sequence[str], batch_size: int, num_workers: int
+    ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+        """Encodes image files, which other processes load in the meantime.
+
+        Args:
+            paths: of the files.
+            batch_size: images at once.
+            num_workers: processes that load them; 0 for none but this one.
+
+        Yields:
+            for each batch, the indices into ``paths`` that were read, their
+            features of shape ``(n, w)`` in float32, and ``{index: reason}`` of
+            those that could not be read
+        """
+        loader: DataLoader[Any] = DataLoader(
+            Images(paths, self.preprocess),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=self.device.startswith("cuda"),
+        )
+        for indices, images, failures in loader:
+            yield indices, self.features("image", images) if indices else images, failures
+
+    def text_features(self, captions: Sequence[str], batch_size: int) -> Iterator[Tensor]:
+        """Encodes captions; a caption longer than the model's context is cut, as in training.
+
+        Args:
+            captions: their texts.
+            batch_size: captions at once.
+
+        Yields:
+            the features of each batch, shape ``(n, w)``, in float32
+        """
+        for start in range(0, len(captions), batch_size):
+            yield self.features("text", self.tokens(captions[start : start + batch_size]))
+
+    def prompts(self, choice: ScopeChoice, texts: Sequence[str]) -> Tensor:
+        """Texts as the text tower of a scope takes them.
+
+        Returns:
+            features of shape ``(n, w)`` in float64 for the heads, else tokens
+            of shape ``(n, t)`` on the device
+        """
+        if choice.heads:
+            return torch.cat(list(self.text_features(texts, _PROMPTS_AT_ONCE))).double()
+        return self.tokens(texts)
+
+    def batches(
+        self,
+        choice: ScopeChoice,
+        paths: Sequence[str],
+        captions: Sequence[str],
+        partition: Sequence[Tensor],
+        features: tuple[Tensor | DiskMatrix, Tensor | DiskMatrix] | None = None,
+    ) -> Batches:
+        """Pairs in batches, as a scope takes them.
+
+        Args:
+            choice: the scope.
+            paths: image files that can be read.
+            captions: one for each.
+            partition: the row indices of each batch.
+            features (None): of images and captions, ``(N, w_image)`` and
+                ``(N, w_text)``, which the heads need; no other scope reads them.
+        """
+        if choice.heads:
+            assert features is not None
+            return FeatureBatches(*features, partition)
+        return ImageTextBatches(Images(paths, self.preprocess), self.tokens(captions), self.device, partition)

@@ -1,0 +1,57 @@
+"""Options of looking for misaligned pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.misalignment.detectors import DETECTORS
+from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.option import Settings, option, same
+
+
+@dataclass(frozen=True)
+class MisalignmentSettings(Settings):
+    """What misalignment is computed from: the options of :func:`fiftyone_ecif.compute_misalignment`."""
+
+    caption_field: str = same(InfluenceSettings, "caption_field")
+    model: str = same(InfluenceSettings, "model")
+    pretrained: str | None = same(InfluenceSettings, "pretrained")
+    detector: str = option("fused", "what the score is", label="Detector", choices=lambda: DETECTORS)
+    fit: bool = same(
+        InfluenceSettings,
+        "fit",
+        default=True,
+        help="whether to fit both final projections to the pairs first, in memory, starting from the loaded weights: "
+        "influence tells about pairs that a model was fitted to",
+    )
+    trained: bool = option(
+        False,
+        "whether the loaded weights were trained on these pairs, and so know some of the wrong captions by heart; "
+        "their share is then estimated another way",
+        label="The model was trained on these pairs",
+    )
+    proximal: float = same(InfluenceSettings, "proximal")
+    batch_size: int | None = same(InfluenceSettings, "batch_size")
+    seed: int = same(InfluenceSettings, "seed", help="fixes partitions and folds")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if DETECTORS[self.detector].needs_training and not (self.fit or self.trained):
+            raise EcifError(
+                f"detector={self.detector!r} tells about pairs that the model was trained on. Set fit=True, or "
+                "trained=True if the weights were trained on these pairs"
+            )
+
+    @property
+    def influence(self) -> InfluenceSettings:
+        """The run in terms of influence: its heads, fit and partition."""
+        return InfluenceSettings(
+            caption_field=self.caption_field,
+            model=self.model,
+            pretrained=self.pretrained,
+            fit=self.fit,
+            proximal=self.proximal,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
