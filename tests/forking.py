@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 _IMPORTS = ("fiftyone", "open_clip", "fiftyone_ecif.cli.main", "fiftyone_ecif.api.influence", "fiftyone_ecif.demo.demo")
 _FILES = array.array("i", range(3))
@@ -55,8 +55,9 @@ def _ask(path, arguments):
 
 def _serve(path):
     """Imports, and returns in each forked process with what it is to do."""
-    for name in _IMPORTS:
-        importlib.import_module(name)
+    with redirect_stdout(open(2, "w", buffering=1, closefd=False)):  # where FiftyOne's log then goes, as in the shell
+        for name in _IMPORTS:
+            importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those below
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)

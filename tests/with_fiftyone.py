@@ -95,7 +95,7 @@ def dataset(made):
         copy.delete()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def score(made):
     """``compute_influence`` with the small model and quiet defaults."""
     from fiftyone_ecif import compute_influence

@@ -18,13 +18,26 @@ from operators.forms import target_view
 from operators.panel.plots import histogram_layout
 
 
-@pytest.fixture
-def both(dataset, score, made):
+@pytest.fixture(scope="module")
+def original(score, made):
     """A dataset with a run of influence and one of misalignment."""
+    dataset = made[0].clone()
     train = dataset.match_tags("train")
     score(train, dataset.match_tags("val"), fit=True)
     compute_misalignment(train, model=MODEL, pretrained=made[1], num_workers=0, batch_size=24)
-    return dataset
+    yield dataset
+    dataset.delete()
+
+
+@pytest.fixture
+def both(original):
+    """A copy of it, deleted afterwards."""
+    copy = original.clone()
+    for key, run in copy._doc.brain_methods.items():
+        run.timestamp = original._doc.brain_methods[key].timestamp  # to a clone all are of the moment when it was made
+        run.save()
+    yield copy
+    copy.delete()
 
 
 def test_without_scores_it_offers_to_compute_them(dataset):

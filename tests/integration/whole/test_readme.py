@@ -1,15 +1,18 @@
-"""The README's examples run as they stand."""
+"""The demo, and the README's examples as they stand; they share what was trained."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import fiftyone as fo
 import pytest
 
 from fiftyone_ecif.demo.demo import DATASET
+from fiftyone_ecif.store.files import cache_folder
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 README = (DOCS.parent / "README.md").read_text()
@@ -18,6 +21,30 @@ README = (DOCS.parent / "README.md").read_text()
 def section(title, language):
     body = README.split(f"## {title}\n")[1]
     return re.search(rf"```{language}\n(.*?)```", body, re.S).group(1)
+
+
+def test_the_demo_prints_one_json_object_and_is_quick_the_second_time(python):
+    results = []
+    for command in ([sys.executable], python):
+        demo = [*command, "-m", "fiftyone_ecif", "demo", "--pairs", "200", "--no-app", "--json"]
+        ran = subprocess.run(demo, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert "Logging error" not in ran.stderr
+        results.append(json.loads(ran.stdout))
+    first, second = results
+    assert first["dataset"] == DATASET
+    assert (first["pairs"], first["spoiled"], first["validation_pairs"]) == (200, 40, 50)
+    assert 0 <= first["precision_at_10"] <= 1
+    assert set(first["auroc"]) == {"influence", "clip_score", "self_influence"}
+    assert set(first["seconds"]) == {"dataset", "training", "influence"}
+    assert first["fields"] == ["ecif_influence", "ecif_negative", "ecif_positive", "ecif_rank"]
+    assert second["auroc"] == first["auroc"]
+    (kept,) = cache_folder().glob(f"*/{fo.load_dataset(DATASET)._doc.id}")
+    assert (
+        len([path for path in kept.iterdir() if path.is_dir()]) == 1
+    )  # both processes knew the model by the same fingerprint
+    assert second["seconds"]["training"] < 0.5 < first["seconds"]["training"]
+    fo.delete_dataset(DATASET)
 
 
 @pytest.fixture(scope="module")
