@@ -19,6 +19,7 @@ from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, random_partition
+from fiftyone_ecif.influence.projections import PROJECTIONS
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import ScopeChoice, parse_scope
 from fiftyone_ecif.influence.target_losses import Classes, find_target_loss
@@ -87,7 +88,7 @@ class PreparedRun:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
         chosen = self.settings
         made_of = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
-        if chosen.keep_gradients and self.scope.suits_directions_to_target:
+        if chosen.keep_gradients and PROJECTIONS[self.scope.projection].suits_target:
             made_of += list(self.targets)
         start = self.scope.start.cpu().numpy().tobytes()  # adapters are not part of the encoder
         return "run-" + digest(chain([json.dumps(made_of)], map("".join, self.keys), [start]))

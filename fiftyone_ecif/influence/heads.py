@@ -39,7 +39,7 @@ class HeadScope(Scope):
         start: the given weights, flat, shape ``(p,)``.
     """
 
-    suits_directions_to_target = False  # they are those in which the training pairs vary most
+    projection = "kronecker"
 
     def __init__(
         self,

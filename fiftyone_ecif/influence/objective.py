@@ -90,6 +90,18 @@ class ContrastiveLoss:
         left = self.batches.regrouped(partition_without(self.batches.partition, rows))
         return ContrastiveLoss(self.scope, left, self.pairs, self.proximal, self.processes)
 
+    def sample(self, pairs: int = 512) -> ContrastiveLoss:
+        """The objective on its first batches only: enough for directions and the curvature between them.
+
+        Args:
+            pairs (512): at most, unless the first batch alone has more.
+        """
+        count, chosen = 0, list[Tensor]()
+        for rows in self.batches.partition:
+            if not chosen or count + len(rows) <= pairs:
+                chosen, count = [*chosen, rows], count + len(rows)
+        return ContrastiveLoss(self.scope, self.batches.regrouped(chosen), count, self.proximal)
+
     def loss(self, theta: Tensor) -> Tensor:
         """The value, a scalar, in nats."""
         value, offset = theta.new_zeros(()), theta - self.scope.start

@@ -10,22 +10,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fiftyone_ecif.influence.gradient_store import GradientStore, PairRows, TargetRows
-from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
-from fiftyone_ecif.influence.projections import (
-    BasisProjection,
-    Projection,
-    gradient_basis,
-    principal_projection,
-    projection_from_state,
-)
+from fiftyone_ecif.influence.projections import PROJECTIONS, Projection
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.targets import Target
 from fiftyone_ecif.progress import Progress
 
 _BATCHES_A_PART = 8
-_SAMPLED_PAIRS = 512  # that directions and the curvature between them are computed on
-_DIRECTIONS = 128  # of a scope that is not the heads
 
 
 def keep_gradients(
@@ -60,20 +51,11 @@ def keep_gradients(
             store.write_target(name, start, [_target_rows(targets[name], theta, n, projection) for n in numbers])
         yield Progress("Computing gradients", done, total)
     if lacks_curvature:
-        part = _sample(scope, batches, objective.proximal)
-        store.write_curvature(_array(store.solver.projected_curvature(projection, part, theta).double()))
+        matrix = store.solver.projected_curvature(projection, objective.sample(), theta)
+        store.write_curvature(_array(matrix.double()))
         yield Progress("Computing gradients", total, total)
     processes.wait()
     return projection
-
-
-def _sample(scope: Scope, batches: Batches, proximal: float = 0.0) -> ContrastiveLoss:
-    """The objective on the first batches: enough for directions and their curvature."""
-    count, chosen = 0, list[Tensor]()
-    for rows in batches.partition:
-        if not chosen or count + len(rows) <= _SAMPLED_PAIRS:
-            chosen, count = [*chosen, rows], count + len(rows)
-    return ContrastiveLoss(scope, batches.regrouped(chosen), count, proximal)
 
 
 def _pair_rows(
@@ -86,7 +68,7 @@ def _pair_rows(
     cosine = images @ captions.T
     return PairRows(
         row=_array(rows),
-        batch=np.full_like(rows, number),
+        batch=np.full_like(_array(rows), number),
         image=_array(images.float()),
         cosine=_array(cosine.diagonal()),
         loss=_array(scope.loss.own_losses(scope.logits(theta, cosine))),
@@ -117,22 +99,15 @@ def _projection(
     store: GradientStore, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target]
 ) -> Generator[Progress, None, Projection]:
     """The directions that gradients are kept in, chosen once: all parts of the gradients must share them."""
-    scope, batches, processes = objective.scope, objective.batches, objective.processes
+    kind, processes = PROJECTIONS[objective.scope.projection], objective.processes
     known = store.directions() is not None
     processes.wait()
     if not known:
         yield Progress("Computing gradients", 0, 1)
-        if isinstance(scope, HeadScope):
-            own = (batches[index] for index in processes.share(range(len(batches))))
-            chosen: Projection = principal_projection(scope, theta, own, processes=processes)
-        else:
-            share = max(_DIRECTIONS // 2 // len(targets), 1)
-            sources = [(_sample(scope, batches), _DIRECTIONS // 2)]
-            sources += [(_sample(scope, target.batches), share) for target in targets.values()]
-            chosen = BasisProjection(scope, gradient_basis(theta, sources))
+        chosen = kind.choose(objective, theta, [target.batches for target in targets.values()])
         if processes.first:
             store.write_directions({name: _array(value) for name, value in chosen.state().items()})
         processes.wait()
     state = store.directions()
     assert state is not None
-    return projection_from_state(scope, {name: torch.from_numpy(matrix) for name, matrix in state.items()})
+    return kind.from_state(objective.scope, {name: torch.from_numpy(matrix) for name, matrix in state.items()})

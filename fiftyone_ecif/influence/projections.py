@@ -4,20 +4,20 @@ A gradient has as many entries as the scope has parameters, so each pair's is
 kept as its coordinates in a subspace of orthonormal directions:
 
 * heads: the derivative of a role with respect to ``S`` is known
-  (``contrastive``), the step from ``S`` through the normalisation to a head is an
+  (``losses``), the step from ``S`` through the normalisation to a head is an
   outer product with the cached features, so the gradients of all pairs of a
   batch are matrix products. They are kept as ``input.T @ gradient @ output`` for
   each head: LoGra's Kronecker projection (arXiv 2405.13954), applied to the
   removal gradient.
 * any scope: each embedding is back-propagated alone, for the pairs whose removal
-  pulls it most (see ``truncation``).
+  pulls it most (see ``tower_gradients``).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -35,10 +35,35 @@ from fiftyone_ecif.influence.tower_gradients import truncated_gradients
 _CHUNK = 32  # vectors at a time
 _PRODUCTS = 8  # likewise; of matrices of a batch, which then stay in the processor's cache
 _ENTRIES = 2**19  # of those matrices at a time, where a batch is small enough for more than that many
+_DIRECTIONS = 128  # of a basis, at most
 
 
 class Projection(ABC):
-    """Orthonormal directions in the space of a scope's parameters."""
+    """Orthonormal directions in the space of a scope's parameters.
+
+    Attributes:
+        kind: what scopes name it by.
+        suits_target: whether the directions are chosen for the target, and so change with it.
+    """
+
+    kind: str
+    suits_target: bool
+
+    @classmethod
+    @abstractmethod
+    def choose(cls, objective: ContrastiveLoss, theta: Tensor, targets: Sequence[Batches]) -> Projection:
+        """Directions in which the gradients of an objective are worth keeping.
+
+        Args:
+            objective: over the training pairs, in a scope of this kind.
+            theta: where, shape ``(p,)``.
+            targets: the pairs of each target.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, scope: Scope, state: Mapping[str, Tensor]) -> Projection:
+        """The projection that :meth:`state` was taken from."""
 
     @abstractmethod
     def project(self, vectors: Tensor) -> Tensor:
@@ -86,6 +111,23 @@ class BasisProjection(Projection):
         scope: the scope.
         basis: orthonormal columns, shape ``(p, r)``.
     """
+
+    kind = "basis"
+    suits_target = True
+
+    @classmethod
+    def choose(cls, objective: ContrastiveLoss, theta: Tensor, targets: Sequence[Batches]) -> BasisProjection:
+        """One half suits the training pairs, the other the targets."""
+        half = _DIRECTIONS // 2
+        sources = [(objective.sample(), half)]
+        for batches in targets:
+            source = ContrastiveLoss(objective.scope, batches, objective.pairs).sample()
+            sources.append((source, max(half // len(targets), 1)))
+        return cls(objective.scope, gradient_basis(theta, sources))
+
+    @classmethod
+    def from_state(cls, scope: Scope, state: Mapping[str, Tensor]) -> BasisProjection:
+        return cls(scope, state["basis"].to(scope.start))
 
     def __init__(self, scope: Scope, basis: Tensor) -> None:
         self.scope, self.basis = scope, basis
@@ -143,6 +185,20 @@ class KroneckerProjection(Projection):
         image: of the image head, orthonormal columns.
         text: of the text head.
     """
+
+    kind = "kronecker"
+    suits_target = False
+
+    @classmethod
+    def choose(cls, objective: ContrastiveLoss, theta: Tensor, targets: Sequence[Batches]) -> KroneckerProjection:
+        """Those in which the training pairs vary most, whatever the targets."""
+        scope, own = cast(HeadScope, objective.scope), objective.own_batches()
+        return principal_projection(scope, theta, own, processes=objective.processes)
+
+    @classmethod
+    def from_state(cls, scope: Scope, state: Mapping[str, Tensor]) -> KroneckerProjection:
+        image, text = (HeadProjection(state[f"{head}-input"], state[f"{head}-output"]) for head in ("image", "text"))
+        return cls(cast(HeadScope, scope), image, text)
 
     def __init__(self, scope: HeadScope, image: HeadProjection, text: HeadProjection) -> None:
         self.scope, self.heads = scope, (image, text)
@@ -295,10 +351,5 @@ def principal_projection(
     )
 
 
-def projection_from_state(scope: Scope, state: Mapping[str, Tensor]) -> Projection:
-    """The projection that :meth:`Projection.state` was taken from."""
-    if "basis" in state:
-        return BasisProjection(scope, state["basis"].to(scope.start))
-    assert isinstance(scope, HeadScope)
-    image, text = (HeadProjection(state[f"{head}-input"], state[f"{head}-output"]) for head in ("image", "text"))
-    return KroneckerProjection(scope, image, text)
+#: Projections by the kind that a scope names.
+PROJECTIONS: dict[str, type[Projection]] = {each.kind: each for each in (BasisProjection, KroneckerProjection)}

@@ -20,13 +20,12 @@ class Scope(ABC):
     Attributes:
         start: the parameters as loaded, shape ``(p,)``.
         loss: the loss that the model is trained with.
-        suits_directions_to_target: whether the directions that its gradients
-            are kept in are chosen for the target, and so change with it.
+        projection: the kind of directions that gradients are stored in, see ``projections.PROJECTIONS``.
     """
 
     start: Tensor
     loss: BatchLoss
-    suits_directions_to_target = True
+    projection = "basis"
 
     @abstractmethod
     def embed_images(self, theta: Tensor, images: Any) -> Tensor:

@@ -42,7 +42,7 @@ def test_of_the_store_of_a_partition(keep_gradients, heads, name):
         settings=InfluenceSettings(fit=True, keep_gradients=keep_gradients, batch_size=24),
         targets={"target-1": None},
         keys=KEYS,
-        scope=SimpleNamespace(start=SCOPE.start, suits_directions_to_target=not heads),
+        scope=SimpleNamespace(start=SCOPE.start, projection="kronecker" if heads else "basis"),
     )
     assert preparation.PreparedRun.run_name(prepared, 3) == name
 

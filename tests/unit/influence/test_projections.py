@@ -8,11 +8,11 @@ from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projections import (
+    PROJECTIONS,
     BasisProjection,
     KroneckerProjection,
     gradient_basis,
     principal_projection,
-    projection_from_state,
 )
 
 each_kind = pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -194,7 +194,8 @@ def test_curvature_is_the_restriction_of_the_matrix(made, with_scale):
 def test_state_is_enough_to_make_a_projection_again(made, with_scale):
     scope, batch, draw = _problem(with_scale=with_scale)
     projection = make_projection(made, scope, draw)
-    again = projection_from_state(scope, {key: value.clone() for key, value in projection.state().items()})
+    kind = PROJECTIONS[made]
+    again = kind.from_state(scope, {key: value.clone() for key, value in projection.state().items()})
     assert type(again) is type(projection)
     assert again.rank == projection.rank
     vector = draw(len(scope.start))

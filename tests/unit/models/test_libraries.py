@@ -12,12 +12,16 @@ from fiftyone_ecif.models.libraries import MODEL_LIBRARIES, library_of, load_enc
 LIGHT = [
     "errors",
     "influence.solvers",
+    "influence.roles",
+    "influence.scope_choice",
     "influence.target_losses",
     "misalignment.detectors",
     "models.libraries",
-    "options",
     "progress",
     "registry",
+    "settings.fine_tuning",
+    "settings.influence",
+    "settings.misalignment",
 ]
 
 
