@@ -7,6 +7,7 @@ from typing import Any
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 from fiftyone import ViewField
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import every_sample
@@ -46,6 +47,7 @@ see what a cut would tag.
 class InfluencePanel(foo.Panel):
     """Explores and acts on the scores of influence and misalignment runs."""
 
+    @override
     @property
     def config(self) -> foo.PanelConfig:
         return foo.PanelConfig(

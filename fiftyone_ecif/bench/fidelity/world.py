@@ -54,6 +54,7 @@ class World:
 
     @property
     def validation(self) -> int:
+        """How many validation pairs there are."""
         return len(self.pairs) - self.training
 
     @cached_property
