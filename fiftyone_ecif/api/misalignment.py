@@ -17,10 +17,11 @@ from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scoring import score_pairs
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
+from fiftyone_ecif.misalignment.detection import reasons, run_detectors
 from fiftyone_ecif.misalignment.detectors import DETECTORS, LemonZ
 from fiftyone_ecif.misalignment.duplicates import find_duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs
-from fiftyone_ecif.misalignment.findings import Findings, reasons, run_detectors
+from fiftyone_ecif.misalignment.findings import Findings
 from fiftyone_ecif.misalignment.fusion import ranked
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
 from fiftyone_ecif.progress import Progress

@@ -40,10 +40,10 @@ from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.influence.target_losses import Contrastive
 from fiftyone_ecif.misalignment.active_learning import first_guess, propose, refit
+from fiftyone_ecif.misalignment.detection import run_detectors
 from fiftyone_ecif.misalignment.detectors import DETECTORS, Fused
 from fiftyone_ecif.misalignment.duplicates import find_duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs, EmbeddingSpace
-from fiftyone_ecif.misalignment.findings import run_detectors
 from fiftyone_ecif.misalignment.fusion import fuse, normal_scores, ranked
 from fiftyone_ecif.misalignment.neighbour_influence import neighbour_influence
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random

@@ -9,8 +9,8 @@ import pytest
 from fiftyone_ecif import EcifError
 from fiftyone_ecif.api.misalignment import compute_misalignment, tag_misaligned
 from fiftyone_ecif.demo import training
+from fiftyone_ecif.misalignment.detection import reasons
 from fiftyone_ecif.misalignment.detectors import DETECTORS
-from fiftyone_ecif.misalignment.findings import reasons
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.runs.misalignment import Misalignment, MisalignmentResults
 from fiftyone_ecif.store.tables import Store

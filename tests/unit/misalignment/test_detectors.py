@@ -23,10 +23,10 @@ from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projections import KroneckerProjection
 from fiftyone_ecif.misalignment import cross_fitting, embeddings, neighbour_influence
 from fiftyone_ecif.misalignment.cross_fitting import refit_held_out
+from fiftyone_ecif.misalignment.detection import reasons, run_detectors
 from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector, Fused
 from fiftyone_ecif.misalignment.duplicates import Duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs, EmbeddingSpace
-from fiftyone_ecif.misalignment.findings import reasons, run_detectors
 from fiftyone_ecif.misalignment.fusion import fuse
 from fiftyone_ecif.misalignment.neighbours import Neighbours
 from fiftyone_ecif.progress import Progress, result_of
