@@ -7,6 +7,7 @@ from typing import Any
 
 import fiftyone as fo
 import fiftyone.operators.types as types
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES
@@ -68,6 +69,7 @@ class ComputeInfluence(JobOperator):
         _how(inputs, ctx)
         ask_background(inputs)
 
+    @override
     def resolve_run_name(self, ctx: Any) -> str:
         return f"ECIF influence, run {ctx.params.get('brain_key', _DEFAULTS['brain_key'])!r}"
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import fiftyone.operators.types as types
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector
@@ -76,6 +77,7 @@ class DetectMisalignment(JobOperator):
             ask_fit_and_batches(inputs, ctx, MisalignmentSettings)
         ask_background(inputs)
 
+    @override
     def resolve_run_name(self, ctx: Any) -> str:
         return f"Misalignment, run {ctx.params.get('brain_key', _DEFAULTS['brain_key'])!r}"
 

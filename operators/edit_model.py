@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import fiftyone.operators.types as types
+from typing_extensions import override
 
 from fiftyone_ecif.samples.pairs import every_sample
 
@@ -56,6 +57,7 @@ class EditModel(JobOperator):
         )
         ask_background(inputs)
 
+    @override
     def resolve_run_name(self, ctx: Any) -> str:
         return f"Model edit, run {ctx.params.get('brain_key', _KEY)!r}"
 

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import fiftyone.operators.types as types
+from typing_extensions import override
 
 from .base import FormOperator
 from .forms import ask_new_file, blocked, dropdown, new_file
@@ -42,6 +43,7 @@ class ExportPairs(FormOperator):
             description="On the machine that runs FiftyOne; ends in .csv or .json",
         )
 
+    @override
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.samples.export import export_pairs
 
@@ -51,6 +53,7 @@ class ExportPairs(FormOperator):
         ctx.ops.notify(f"Exported {count:,} pairs to {path}", variant="success")
         return {"path": str(path), "count": count}
 
+    @override
     def resolve_output(self, ctx: Any) -> types.Property:
         outputs = types.Object()
         outputs.str("path", label="File")

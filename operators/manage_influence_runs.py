@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import fiftyone as fo
 import fiftyone.operators.types as types
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 
@@ -64,6 +65,7 @@ class ManageInfluenceRuns(FormOperator):
         else:
             _ask_consent(inputs, ctx, run)
 
+    @override
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.runs.cache import free_disk, size_text
         from fiftyone_ecif.runs.describe import describe_run
@@ -86,6 +88,7 @@ class ManageInfluenceRuns(FormOperator):
         ctx.ops.notify(said, variant="success")
         return {**result, "about": said}
 
+    @override
     def resolve_output(self, ctx: Any) -> types.Property:
         outputs = types.Object()
         outputs.md(ctx.results["about"], name="about")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import fiftyone.operators.types as types
+from typing_extensions import override
 
 from fiftyone_ecif.api.review import review_or_propose
 from fiftyone_ecif.samples.pairs import every_sample
@@ -43,6 +44,7 @@ class ReviewMisalignment(FormOperator):
         if ctx.params.get("brain_key") in runs:
             _say_what_happens(inputs, ctx)
 
+    @override
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.runs.manage import load_run
 
@@ -69,6 +71,7 @@ class ReviewMisalignment(FormOperator):
         ctx.ops.notify(said, variant="success")
         return {**found, "proposed": len(proposals)}
 
+    @override
     def resolve_output(self, ctx: Any) -> types.Property:
         outputs = types.Object()
         outputs.int("aligned", label="Pairs tagged aligned")

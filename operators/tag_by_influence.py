@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import fiftyone.operators.types as types
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import every_sample
@@ -69,6 +70,7 @@ class TagByInfluence(FormOperator):
             except EcifError as error:
                 refuse(value, str(error))
 
+    @override
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.samples.selection import DIRECTIONS, tag_by_influence
 
@@ -84,6 +86,7 @@ class TagByInfluence(FormOperator):
         ctx.ops.notify(f"Tagged {count:,} pairs {tag!r}", variant="success")
         return {"tag": tag, "count": count}
 
+    @override
     def resolve_output(self, ctx: Any) -> types.Property:
         outputs = types.Object()
         outputs.str("tag", label="Tag")

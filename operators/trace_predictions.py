@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import fiftyone.operators.types as types
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import pairs_now
@@ -55,6 +56,7 @@ class TracePredictions(FormOperator):
         count = inputs.int("count", required=True, default=_COUNT, label="Pairs that harm, and that help, for each")
         _at_least_one(ctx, "count", count)
 
+    @override
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.api.tracing import mark_traces, trace
         from fiftyone_ecif.runs.manage import load_run
@@ -77,6 +79,7 @@ class TracePredictions(FormOperator):
         pairs = pairs_now(ctx.dataset, caption_field, view.values("id"))
         return {"pairs": _rows(traces, {sample: caption for sample, (_, caption) in pairs.items()})}
 
+    @override
     def resolve_output(self, ctx: Any) -> types.Property:
         outputs = types.Object()
         table = types.TableView()

@@ -54,6 +54,14 @@ def print_result(result: Any, as_json: bool, text: Callable[[Any], str]) -> None
 
 
 def load_dataset(name: str) -> Any:
+    """A FiftyOne dataset.
+
+    Args:
+        name: of the dataset.
+
+    Raises:
+        EcifError: if there is none, with those that there are
+    """
     import fiftyone as fo
 
     if not fo.dataset_exists(name):
@@ -74,6 +82,16 @@ def load_dataset_in_turn(name: str, processes: ProcessGroup) -> Any:
 
 
 def narrow(dataset: Any, tags: tuple[str, ...], view: str | None) -> Any:
+    """The samples of a dataset that tags and a saved view leave.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        tags: samples with any of them; all if there are none.
+        view: name of a saved view; None for the whole dataset.
+
+    Raises:
+        EcifError: if there is no such saved view
+    """
     if view is not None and not dataset.has_saved_view(view):
         known = ", ".join(dataset.list_saved_views()) or "none"
         raise EcifError(f"{dataset.name!r} has no saved view {view!r}. Saved views: {known}")

@@ -13,7 +13,7 @@ Removing it changes the batch loss by exactly the sum of the two::
 
 Source: the removal perturbation behind Eq. 3 of arXiv 2411.11667 (ECIF), which
 keeps only its first order in the negative role and is printed with the softmax
-inverted; :class:`fiftyone_ecif.options.Role` has all forms.
+inverted; :class:`fiftyone_ecif.influence.roles.Role` has all forms.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import fiftyone.core.brain as fob
 import fiftyone.core.fields as fof
 from bson import json_util
 from fiftyone.core.view import DatasetView
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.runs.cache import METHOD, release_store
@@ -195,9 +196,11 @@ def check_view(samples: Any) -> None:
 class EcifRun(fob.BrainMethod):
     """Lists, renames and cleans up this package's runs for FiftyOne."""
 
+    @override
     def get_fields(self, samples: Any, key: str) -> list[str]:
         return [self.config.caption_field, *self.config.fields(key)]
 
+    @override
     def rename(self, samples: Any, key: str, new_key: str) -> None:
         dataset, ours = samples._root_dataset, self.own_fields(samples, key)
         names = zip(self.config.fields(key), self.config.fields(new_key), strict=True)

@@ -233,6 +233,7 @@ def rename_run(dataset: Any, key: str, new_key: str) -> None:
 
 
 def read_entry(dataset: Any, key: str) -> RunEntry:
+    """One run of :func:`list_runs`, which must be there."""
     info = dataset.get_brain_info(key)
     config, results = info.config, read_results(dataset, key)
     return RunEntry(
@@ -249,6 +250,17 @@ def read_entry(dataset: Any, key: str) -> RunEntry:
 
 
 def find_config(dataset: Any, key: str) -> Any:
+    """How a run was made.
+
+    What a killed job had begun to write is written to its end first.
+
+    Args:
+        dataset: a FiftyOne dataset.
+        key: of the run.
+
+    Raises:
+        EcifError: if there is no such run
+    """
     finish_writing(dataset)
     known = dataset.list_brain_runs(method=METHOD)
     if key not in known:
@@ -257,4 +269,5 @@ def find_config(dataset: Any, key: str) -> Any:
 
 
 def read_results(dataset: Any, key: str) -> Any:
+    """The results of a run as the database has them now; None if it was stopped before they were written."""
     return dataset.load_brain_results(key, cache=False, load_view=False)  # its view may name a field that is gone

@@ -7,6 +7,7 @@ from typing import Any
 import fiftyone.operators as foo
 import fiftyone.operators.types as types
 from fiftyone import ViewField
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import every_sample
@@ -47,6 +48,7 @@ class InfluencePanel(foo.Panel):
     """Explores and acts on the scores of influence and misalignment runs."""
 
     @property
+    @override
     def config(self) -> foo.PanelConfig:
         return foo.PanelConfig(
             name="influence_panel",

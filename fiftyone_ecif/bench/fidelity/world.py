@@ -54,6 +54,7 @@ class World:
 
     @property
     def validation(self) -> int:
+        """How many of the pairs are for validation: all but the first :attr:`training`."""
         return len(self.pairs) - self.training
 
     @cached_property

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
 
 PAIRS, QUERIES, BATCH, WIDTH, EMBEDDING, RANK = 512, 32, 128, 128, 64, 16
 SCALE = 20.0
@@ -38,6 +39,7 @@ class Heads(nn.Module):
         self.image = nn.Linear(WIDTH, EMBEDDING, bias=False)
         self.text = nn.Linear(WIDTH, EMBEDDING, bias=False)
 
+    @override
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         return SCALE * normalize(self.image(images), dim=1) @ normalize(self.text(texts), dim=1).T
 
