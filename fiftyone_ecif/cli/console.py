@@ -56,11 +56,8 @@ def print_result(result: Any, as_json: bool, text: Callable[[Any], str]) -> None
 def load_dataset(name: str) -> Any:
     """A FiftyOne dataset.
 
-    Args:
-        name: of the dataset.
-
     Raises:
-        EcifError: if there is none, with those that there are
+        EcifError: if there is none of that name, with those that are
     """
     import fiftyone as fo
 
@@ -82,15 +79,15 @@ def load_dataset_in_turn(name: str, processes: ProcessGroup) -> Any:
 
 
 def narrow(dataset: Any, tags: tuple[str, ...], view: str | None) -> Any:
-    """The samples of a dataset that tags and a saved view leave.
+    """The samples of a dataset that have a tag, of all or of a saved view.
 
     Args:
         dataset: a FiftyOne dataset.
-        tags: samples with any of them; all if there are none.
-        view: name of a saved view; None for the whole dataset.
+        tags: at least one of which they have; all samples where none is given.
+        view: the name of a saved view, or None.
 
     Raises:
-        EcifError: if there is no such saved view
+        EcifError: if there is no such view, with those that are
     """
     if view is not None and not dataset.has_saved_view(view):
         known = ", ".join(dataset.list_saved_views()) or "none"

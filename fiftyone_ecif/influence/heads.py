@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.func import jvp
+from typing_extensions import override
 
 from fiftyone_ecif.influence.losses import BatchLoss, SoftmaxLoss
 from fiftyone_ecif.influence.scope import Scope
@@ -69,12 +70,15 @@ class HeadScope(Scope):
         """``exp(logit_scale)``."""
         return theta[-1].exp() if self.with_scale else self._scale
 
+    @override
     def logit_parameters(self, theta: Tensor) -> list[int]:
         return [len(theta) - 1] if self.with_scale else []
 
+    @override
     def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
         return images @ self.split(theta)[0]
 
+    @override
     def embed_captions(self, theta: Tensor, captions: Tensor) -> Tensor:
         return captions @ self.split(theta)[1]
 
@@ -84,6 +88,7 @@ class HeadScope(Scope):
         value, tangent = jvp(self.compare, (theta, *embeddings), (direction, *moves))[:2]
         return value, tangent
 
+    @override
     def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
         return self.scale(theta) * cosine + self._bias
 

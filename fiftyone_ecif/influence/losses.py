@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.roles import Approximation, Role, parse_role
@@ -74,16 +75,20 @@ class SingleRoleGradient(RoleGradient):
 
     pair: Tensor
 
+    @override
     def matrix(self) -> Tensor:
         return torch.zeros_like(self.mean).scatter(1, self.pair[:, None], self.weight[:, None])
 
+    @override
     def aggregate(self, rows: Tensor) -> Tensor:
         weighted = self.weight.view(-1, *[1] * (rows.dim() - 1)) * rows
         return torch.zeros_like(weighted).index_add(0, self.pair, weighted)
 
+    @override
     def scaled(self, factor: Tensor) -> SingleRoleGradient:
         return replace(self, weight=self.weight * self._of_pair(factor))
 
+    @override
     def tangent(self, direction: Tensor) -> Tensor:
         return self.aggregate(self._of_pair(direction) - (self.mean * direction).sum(1))
 
@@ -195,9 +200,11 @@ class SoftmaxLoss(BatchLoss):
 
     name = "softmax"
 
+    @override
     def pair_losses(self, similarity: Tensor) -> Tensor:
         return similarity.logsumexp(1) + similarity.logsumexp(0) - 2 * similarity.diagonal()
 
+    @override
     def own_losses(self, similarity: Tensor) -> Tensor:
         return self.pair_losses(similarity)
 
@@ -247,20 +254,24 @@ class SigmoidLoss(BatchLoss):
 
     name = "sigmoid"
 
+    @override
     def pair_losses(self, similarity: Tensor) -> Tensor:
         others = softplus(similarity)
         negative = others.sum(0) + others.sum(1) - 2 * others.diagonal()
         return self.own_losses(similarity) + negative / 2
 
+    @override
     def own_losses(self, similarity: Tensor) -> Tensor:
         return softplus(-similarity.diagonal())
 
+    @override
     def check_role(self, role: str) -> Role:
         found = super().check_role(role)
         if found.approximation == "as_printed":
             raise EcifError(f"{role=} is a formula for the softmax loss; this model has a sigmoid loss")
         return found
 
+    @override
     def both_roles(self, similarity: Tensor, approximation: Approximation) -> RoleGradients:
         none = torch.zeros_like(similarity)
         own = -(-similarity.diagonal()).sigmoid() / 2  # half with images, half with captions as anchors

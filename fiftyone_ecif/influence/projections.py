@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn.functional import normalize
+from typing_extensions import override
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.influence.curvature import Product, gauss_newton_at, hessian_at
@@ -125,6 +126,7 @@ class BasisProjection(Projection):
             sources.append((source, max(half // len(targets), 1)))
         return cls(objective.scope, gradient_basis(theta, sources))
 
+    @override
     @classmethod
     def from_state(cls, scope: Scope, state: Mapping[str, Tensor]) -> BasisProjection:
         return cls(scope, state["basis"].to(scope.start))
@@ -132,23 +134,29 @@ class BasisProjection(Projection):
     def __init__(self, scope: Scope, basis: Tensor) -> None:
         self.scope, self.basis = scope, basis
 
+    @override
     def project(self, vectors: Tensor) -> Tensor:
         return vectors @ self.basis
 
+    @override
     def lift(self, coordinates: Tensor) -> Tensor:
         lifted: Tensor = self.basis @ coordinates
         return lifted
 
+    @override
     def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
         return truncated_gradients(self.scope, theta, batch, role, self.basis)[0]
 
+    @override
     def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         columns = [jvp(function, (theta,), (direction.contiguous(),))[1] for direction in self.basis.T]
         return torch.stack(columns, dim=1)
 
+    @override
     def state(self) -> dict[str, Tensor]:
         return {"basis": self.basis}
 
+    @override
     @property
     def rank(self) -> int:
         return self.basis.shape[1]
@@ -195,6 +203,7 @@ class KroneckerProjection(Projection):
         scope, own = cast(HeadScope, objective.scope), objective.own_batches()
         return principal_projection(scope, theta, own, processes=objective.processes)
 
+    @override
     @classmethod
     def from_state(cls, scope: Scope, state: Mapping[str, Tensor]) -> KroneckerProjection:
         image, text = (HeadProjection(state[f"{head}-input"], state[f"{head}-output"]) for head in ("image", "text"))
@@ -203,10 +212,12 @@ class KroneckerProjection(Projection):
     def __init__(self, scope: HeadScope, image: HeadProjection, text: HeadProjection) -> None:
         self.scope, self.heads = scope, (image, text)
 
+    @override
     @property
     def rank(self) -> int:
         return sum(head.input.shape[1] * head.output.shape[1] for head in self.heads) + self.scope.with_scale
 
+    @override
     def project(self, vectors: Tensor) -> Tensor:
         flat = vectors.reshape(-1, vectors.shape[-1])
         blocks, start = [], 0
@@ -216,6 +227,7 @@ class KroneckerProjection(Projection):
             start += shape.numel()
         return torch.cat([*blocks, flat[:, start:]], dim=1).view(*vectors.shape[:-1], -1)
 
+    @override
     def lift(self, coordinates: Tensor) -> Tensor:
         blocks, start = [], 0
         for head in self.heads:
@@ -225,18 +237,22 @@ class KroneckerProjection(Projection):
             start += a * b
         return torch.cat([*blocks, coordinates[start:]])
 
+    @override
     def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
         return removal_gradients(self.scope, theta, batch, self.heads, role)
 
+    @override
     def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
         value, pull_back = vjp(function, theta)[:2]
         pulled = torch.vmap(lambda row: self.project(pull_back(row)[0]), chunk_size=_CHUNK)
         rows: Tensor = pulled(torch.eye(len(value)).to(value))
         return rows
 
+    @override
     def hessian(self, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
         return self._in_coordinates(objective, theta, ContrastiveLoss.hessian_product)
 
+    @override
     def gauss_newton(self, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
         return self._in_coordinates(objective, theta, ContrastiveLoss.gauss_newton_product)
 
@@ -255,6 +271,7 @@ class KroneckerProjection(Projection):
         matrix: Tensor = columns(torch.eye(self.rank).to(theta))
         return (matrix + matrix.T) / 2
 
+    @override
     def state(self) -> dict[str, Tensor]:
         return {
             f"{name}-{side}": getattr(head, side)

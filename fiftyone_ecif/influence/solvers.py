@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.scope_choice import ScopeChoice
@@ -108,11 +109,13 @@ class Hessian(Solver):
     name = "hessian"
     says = "the exact Hessian; damped where it is not positive along the solve"
 
+    @override
     def product(self, objective: ContrastiveLoss, theta: Tensor) -> Product:
         from fiftyone_ecif.influence.curvature import hessian_at
 
         return hessian_at(objective, theta)
 
+    @override
     def projected_curvature(self, projection: Projection, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
         return projection.hessian(objective, theta)
 
@@ -124,11 +127,13 @@ class GaussNewton(Solver):
     name = "ggn"
     says = "the generalised Gauss-Newton matrix, never negative"
 
+    @override
     def product(self, objective: ContrastiveLoss, theta: Tensor) -> Product:
         from fiftyone_ecif.influence.curvature import gauss_newton_at
 
         return gauss_newton_at(objective, theta)
 
+    @override
     def projected_curvature(self, projection: Projection, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
         return projection.gauss_newton(objective, theta)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from typing_extensions import override
+
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.registry import Registry
 
@@ -78,6 +80,7 @@ class PairLoss(TargetLoss):
             logits: the similarity matrix, shape ``(n, n)``.
         """
 
+    @override
     def make(self, scope: Scope, batches: Batches, classes: Classes | None = None) -> Target:
         from fiftyone_ecif.influence.targets import PairTarget
 
@@ -95,6 +98,7 @@ class Contrastive(PairLoss):
     says = "to match images and captions"
     unit = "nats"
 
+    @override
     def pair_losses(self, scope: Scope, images: Tensor, captions: Tensor, logits: Tensor) -> Tensor:
         return scope.loss.pair_losses(logits)
 
@@ -108,6 +112,7 @@ class ZeroShot(TargetLoss):
     unit = "nats"
     needs_labels = True
 
+    @override
     def make(self, scope: Scope, batches: Batches, classes: Classes | None = None) -> Target:
         from fiftyone_ecif.influence.targets import ZeroShotTarget
 
@@ -124,6 +129,7 @@ class RetrievalMargin(PairLoss):
     says = "how far the own caption is ahead of the others"
     unit = "units of the target loss"
 
+    @override
     def pair_losses(self, scope: Scope, images: Tensor, captions: Tensor, logits: Tensor) -> Tensor:
         from fiftyone_ecif.influence.targets import retrieval_margin
 
@@ -144,6 +150,7 @@ class OwnLoss(PairLoss):
     def __init__(self, function: PairFunction) -> None:
         self.function, self.name = function, getattr(function, "__name__", "")
 
+    @override
     def pair_losses(self, scope: Scope, images: Tensor, captions: Tensor, logits: Tensor) -> Tensor:
         return self.function(images, captions, logits)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 from torch.nn.functional import cross_entropy, normalize
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
@@ -98,6 +98,7 @@ class PairTarget(Target):
         super().__init__(scope, batches)
         self.function = function
 
+    @override
     def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
         images, captions = (normalize(part, dim=1) for part in self.scope.embed(theta, batch))
         losses = self.function(images, captions, self.scope.logits(theta, images @ captions.T))
@@ -155,10 +156,12 @@ class ZeroShotTarget(Target):
         """The class that the model gives to each image, shape ``(M,)``."""
         return self._each(lambda at, rows, batch: self.class_logits(at, batch).argmax(1), theta)
 
+    @override
     def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
         logits = self.class_logits(theta, batch)
         return cross_entropy(logits, self.labels[rows].to(logits.device), reduction="none")
 
+    @override
     def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
         logits = self.class_logits(theta, batch)
         return logits.argmax(1) != self.labels[rows].to(logits.device)

@@ -16,6 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.registry import Registry
 
@@ -84,6 +86,7 @@ class Fused(Detector):
     needs = ("lemon_z", "neg_clip_loss", "trusted_fit", "neighbour_influence")
     with_all = True
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> np.ndarray:
         from fiftyone_ecif.misalignment.fusion import fuse
 
@@ -99,6 +102,7 @@ class ClipScore(Detector):
     source = "CLIPScore, arXiv 2104.08718"
     evidence = "low similarity"
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> Tensor:
         return inputs.model.distance
 
@@ -114,6 +118,7 @@ class NegClipLoss(Detector):
     says = "other images and captions fit better"
     source = "negCLIPLoss, arXiv 2405.19547"
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> Tensor:
         from fiftyone_ecif.misalignment.losses import neg_clip_losses
 
@@ -133,6 +138,7 @@ class Lemon(Detector):
     says = "far apart, and from the neighbours too; weights of the paper"
     source = "LEMoN with fixed weights, arXiv 2407.18941"
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> Tensor:
         from fiftyone_ecif.misalignment.embeddings import NEIGHBOURS
 
@@ -148,6 +154,7 @@ class LemonZ(Detector):
     says = "the same, all parts weighing alike"
     source = "LEMoN's terms, arXiv 2407.18941"
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> Tensor:
         return inputs.model.lemon_z()
 
@@ -161,6 +168,7 @@ class DeepKnn(Detector):
     source = "deep k-NN, arXiv 2004.12289, with the caption for the label"
     evidence = "neighbours disagree"
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> Tensor:
         from fiftyone_ecif.misalignment.embeddings import NEIGHBOURS
 
@@ -180,6 +188,7 @@ class CrossFit(Detector):
     source = "confident learning, arXiv 1911.00068"
     refits = True
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> Generator[Progress, None, np.ndarray]:
         from fiftyone_ecif.misalignment.cross_fitting import refit_held_out
 
@@ -201,6 +210,7 @@ class TrustedFit(Detector):
     needs = ("lemon_z", "neg_clip_loss")
     refits = True
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> Generator[Progress, None, np.ndarray]:
         import numpy as np
 
@@ -218,6 +228,7 @@ class Loss(Detector):
     name = "loss"
     says = "the pair's own loss"
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> Tensor:
         from fiftyone_ecif.misalignment.losses import own_losses
 
@@ -233,6 +244,7 @@ class SelfInfluence(Detector):
     source = "arXiv 2002.08484 with the curvature of arXiv 1703.04730"
     needs_training = True
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> np.ndarray:
         assert inputs.gradients is not None
         return inputs.gradients.self_influence()
@@ -246,6 +258,7 @@ class LooLoss(Detector):
     says = "the pair's loss had it not been trained on"
     needs_training = True
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> np.ndarray:
         loss: np.ndarray = Loss().score(inputs, found).numpy() + SelfInfluence().score(inputs, found)
         return loss
@@ -261,6 +274,7 @@ class GlobalInfluence(Detector):
     needs_training = True
     needs_target = True
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> np.ndarray:
         assert inputs.influence is not None
         return -inputs.influence
@@ -280,6 +294,7 @@ class NeighbourInfluence(Detector):
     evidence = "harms its neighbours"
     needs_training = True
 
+    @override
     def score(self, inputs: DetectorInputs, found: Findings) -> np.ndarray:
         from fiftyone_ecif.misalignment.neighbour_influence import neighbour_influence
 

@@ -35,6 +35,7 @@ class Duplicates:
 
     @property
     def pair(self) -> np.ndarray:
+        """Of pairs that share image and caption, as group numbers of shape ``(N,)``."""
         return _groups(np.stack([self.image, self.caption], axis=1))
 
     def kinds(self) -> list[str | None]:

@@ -45,6 +45,7 @@ class DetectorInputs:
 
     @property
     def batches(self) -> FeatureBatches:
+        """The features of the pairs, by the batches of the objective."""
         assert isinstance(self.objective.batches, FeatureBatches)
         return self.objective.batches
 
@@ -115,9 +116,11 @@ class EmbeddingSpace:
         return torch.cat(parts)
 
     def lemon_z(self) -> Tensor:
+        """The sum of LEMoN's three terms, each standardised, shape ``(N,)``: higher = more suspicious."""
         a, b = self.disagreement(_FEW_NEIGHBOURS)
         return standardised(self.distance) + standardised(a) + standardised(b)
 
 
 def standardised(values: Tensor) -> Tensor:
+    """Values less their mean, over their standard deviation; zeros where they do not vary."""
     return (values - values.mean()) / values.std(correction=0).clamp_min(torch.finfo(values.dtype).tiny)

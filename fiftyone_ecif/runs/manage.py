@@ -233,7 +233,7 @@ def rename_run(dataset: Any, key: str, new_key: str) -> None:
 
 
 def read_entry(dataset: Any, key: str) -> RunEntry:
-    """One run of :func:`list_runs`, which must be there."""
+    """What there is to say of a run in one line."""
     info = dataset.get_brain_info(key)
     config, results = info.config, read_results(dataset, key)
     return RunEntry(
@@ -250,16 +250,10 @@ def read_entry(dataset: Any, key: str) -> RunEntry:
 
 
 def find_config(dataset: Any, key: str) -> Any:
-    """How a run was made.
-
-    What a killed job had begun to write is written to its end first.
-
-    Args:
-        dataset: a FiftyOne dataset.
-        key: of the run.
+    """The configuration of a run; what a killed job had begun to write is written to its end first.
 
     Raises:
-        EcifError: if there is no such run
+        EcifError: if there is no such run, with those that there are
     """
     finish_writing(dataset)
     known = dataset.list_brain_runs(method=METHOD)
@@ -269,5 +263,5 @@ def find_config(dataset: Any, key: str) -> Any:
 
 
 def read_results(dataset: Any, key: str) -> Any:
-    """The results of a run as the database has them now; None if it was stopped before they were written."""
+    """The results of a run as they are in the database; None if it was stopped before they were written."""
     return dataset.load_brain_results(key, cache=False, load_view=False)  # its view may name a field that is gone

@@ -47,8 +47,8 @@ see what a cut would tag.
 class InfluencePanel(foo.Panel):
     """Explores and acts on the scores of influence and misalignment runs."""
 
-    @property
     @override
+    @property
     def config(self) -> foo.PanelConfig:
         return foo.PanelConfig(
             name="influence_panel",

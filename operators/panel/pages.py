@@ -31,13 +31,7 @@ _PATIENCE = 2500  # milliseconds between two looks at jobs
 
 
 def nothing_yet(events: Any, page: Any, waiting: bool) -> None:
-    """Draws the panel of a dataset without scores.
-
-    Args:
-        events: the panel, whose methods the buttons fire.
-        page: what is drawn on.
-        waiting: whether a job will write some.
-    """
+    """The page where there are no scores: what can be computed."""
     if waiting:
         page.md("The scores appear here once they are there.", name="waiting")
         return
@@ -65,7 +59,7 @@ def nothing_yet(events: Any, page: Any, waiting: bool) -> None:
 
 
 def nothing_left(events: Any, ctx: Any, page: Any) -> None:
-    """Draws the page of a run whose fields were deleted."""
+    """The page of a run whose fields are gone."""
     key = get(ctx, "key")
     page.md(f"The fields of run `{key}` are no longer there. Make it again, or delete it.", name="nothing")
     page.btn(
@@ -78,7 +72,7 @@ def nothing_left(events: Any, ctx: Any, page: Any) -> None:
 
 
 def jobs_bar(events: Any, ctx: Any, page: Any) -> None:
-    """Draws the jobs that run, each with a button that stops it, and the timer that looks for them again."""
+    """Jobs that run, each with how far it is and a button to stop it."""
     jobs = running_jobs(ctx)
     for number, (key, job) in enumerate(jobs.items()):
         row = page.h_stack(f"job_{number}", gap=1, align_y="center")
@@ -89,7 +83,7 @@ def jobs_bar(events: Any, ctx: Any, page: Any) -> None:
 
 
 def head(events: Any, ctx: Any, page: Any) -> None:
-    """Draws the choice of run, score and page."""
+    """Which run, which score and which page is shown."""
     head = page.h_stack("head", gap=1, width="100%")
     runs = types.DropdownView(space=6)
     for key in run_keys(ctx):
@@ -108,7 +102,7 @@ def head(events: Any, ctx: Any, page: Any) -> None:
 
 
 def overview(events: Any, ctx: Any, page: Any) -> None:
-    """Draws how a score is distributed, what a cut would tag, and the score against another."""
+    """How a score is distributed, what a cut takes, and the score against another one."""
     from .plots import histogram_layout, scatter_layout
 
     field, direction = current_field(ctx), get(ctx, "direction")
@@ -168,7 +162,7 @@ def _ends(events: Any, ctx: Any, page: Any) -> None:
 
 
 def ranking(events: Any, ctx: Any, page: Any) -> None:
-    """Draws some pairs from one end of a score, and buttons to the next."""
+    """The pairs at the chosen end of the score, some at a time."""
     field, board, first = current_field(ctx), score_table(ctx), get(ctx, "first") or 0
     _ends(events, ctx, page)
     ranked = board.cut(field, get(ctx, "direction"), 1.0).ids
@@ -197,7 +191,7 @@ def _strip(events: Any, ctx: Any, page: Any, name: str, links: list[Any], word: 
 
 
 def pair(events: Any, ctx: Any, page: Any) -> None:
-    """Draws one pair: its scores, whom it harms and helps, and what resembles it."""
+    """One pair in depth: its scores, whom it harms and helps, and what resembles it."""
     sample, board = get(ctx, "pair"), score_table(ctx)
     shown = pairs_of(ctx, [sample]) if sample else {}
     if not shown:
@@ -237,7 +231,7 @@ def pair(events: Any, ctx: Any, page: Any) -> None:
 
 
 def review(events: Any, ctx: Any, page: Any) -> None:
-    """Draws a pair to be judged, and the button that learns from the judgements."""
+    """Proposed pairs, one at a time, and what was learned from the answers."""
     from fiftyone_ecif.samples.review_tags import count_review_tags
 
     tags = count_review_tags(ctx.dataset, get(ctx, "key"))
@@ -290,7 +284,7 @@ def review(events: Any, ctx: Any, page: Any) -> None:
 
 
 def run(events: Any, ctx: Any, page: Any) -> None:
-    """Draws how far to trust a run, and what to do with it next."""
+    """How far to trust the run, and what to do next."""
     from fiftyone_ecif.api.editing import Edit
     from fiftyone_ecif.runs.diagnostics import diagnose
     from fiftyone_ecif.runs.manage import staleness

@@ -12,12 +12,12 @@ PAGES = {"overview": "Overview", "ranking": "Ranking", "pair": "Pair", "review":
 
 
 def get(ctx: Any, name: str) -> Any:
-    """What the panel remembers under a name; None if nothing."""
+    """What the panel remembers under a name, None if nothing."""
     return ctx.panel.get_state(name)
 
 
 def current_page(ctx: Any) -> str:
-    """Name of the page that is shown; what was remembered may be no page of this run."""
+    """The page that is shown; what was remembered may not be a page of this run."""
     page = get(ctx, "page")
     return page if page in PAGES and (page != "review" or is_misalignment(ctx)) else "overview"
 
@@ -30,29 +30,29 @@ def run_keys(ctx: Any) -> list[str]:
 
 
 def run_config(ctx: Any) -> Any:
-    """How the chosen run was made."""
+    """The configuration of the run that is shown."""
     return ctx.dataset.get_brain_info(get(ctx, "key")).config
 
 
 def is_misalignment(ctx: Any) -> bool:
-    """Whether the chosen run is one of misalignment, not of influence."""
+    """Whether the run that is shown is one of misalignment."""
     return bool(run_config(ctx).type == "misalignment")
 
 
 def run_results(ctx: Any) -> Any:
-    """The results of the chosen run."""
+    """The results of the run that is shown."""
     return ctx.dataset.load_brain_results(get(ctx, "key"), load_view=False)  # which may name a field that is gone
 
 
 def score_table(ctx: Any) -> Any:
-    """The scores of all runs on the dataset, a :class:`fiftyone_ecif.runs.score_table.ScoreTable`."""
+    """The scores of all runs on the dataset."""
     from fiftyone_ecif.runs.score_table import read_score_table
 
     return read_score_table(ctx.dataset)
 
 
 def run_fields(ctx: Any) -> list[str]:
-    """The scores of the chosen run that are there, the first of them the one to show first."""
+    """The scores that the run that is shown has written."""
     from fiftyone_ecif.runs.score_table import score_fields
 
     return score_fields(ctx.dataset, get(ctx, "key"), run_config(ctx))
@@ -65,7 +65,7 @@ def current_field(ctx: Any) -> str:
 
 
 def current_cut(ctx: Any) -> Any:
-    """The pairs that the slider cuts off, a :class:`fiftyone_ecif.runs.score_table.Cut`."""
+    """The pairs that the slider takes."""
     return score_table(ctx).cut(current_field(ctx), get(ctx, "direction"), (get(ctx, "share") or 0) / 100)
 
 
@@ -81,7 +81,7 @@ def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def value_of(ctx: Any, sample: str, field: str) -> Any:
-    """What a sample has in a field; None if it has nothing there, or one of both is gone."""
+    """The value of a field of a sample, None if there is none."""
     if not ctx.dataset.has_sample_field(field):
         return None
     return next(iter(every_sample(ctx.dataset).select(sample).values(field)), None)

@@ -129,17 +129,7 @@ def drive(steps: Generator[float, None, Solution]) -> Tensor:
 def projected_scores(
     projection: Any, objective: ContrastiveLoss, theta: Tensor, role: str = "exact"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Projected removal gradients of all pairs, by positive and negative role.
-
-    Args:
-        projection: the directions, ``r`` of them.
-        objective: whose pairs.
-        theta: where, shape ``(p,)``.
-        role ("exact"): how a pair is removed.
-
-    Returns:
-        two arrays of shape ``(N, r)``, rows in the order of the pairs
-    """
+    """Projected removal gradients of all pairs, in the order of the rows: positive and negative, ``(N, r)`` each."""
     parts = [projection.removal_gradients(theta, batch, role) for batch in objective.batches]
     order = torch.cat(list(objective.batches.partition)).argsort()
     positive, negative = (torch.cat([part[side] for part in parts])[order].numpy() for side in (0, 1))

@@ -54,7 +54,7 @@ class World:
 
     @property
     def validation(self) -> int:
-        """How many of the pairs are for validation: all but the first :attr:`training`."""
+        """How many validation pairs there are."""
         return len(self.pairs) - self.training
 
     @cached_property

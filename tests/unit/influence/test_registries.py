@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from fiftyone_ecif.options import parse_role
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.direct import direct_influence
@@ -12,6 +11,7 @@ from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.newton_step import removal_step
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
+from fiftyone_ecif.influence.roles import parse_role
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scoring import score_pairs
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
