@@ -42,7 +42,7 @@ def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, nam
 
     Each sample has a ``caption``, the ``true_caption``, how it was ``spoiled``
     (``"swapped"``, ``"attribute"``, ``"relation"``, or nothing) and the tag
-    ``train`` or ``val``. See :mod:`fiftyone_ecif.digits`.
+    ``train`` or ``val``. See :mod:`fiftyone_ecif.demo.scenes`.
 
     Args:
         pairs (2000): training pairs; a quarter as many are added for validation.

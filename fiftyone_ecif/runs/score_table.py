@@ -124,7 +124,7 @@ class ScoreTable:
 
         Args:
             field: the score.
-            direction: one of :data:`fiftyone_ecif.curation.DIRECTIONS`.
+            direction: one of :data:`fiftyone_ecif.samples.selection.DIRECTIONS`.
             share: of the scored pairs, in [0, 1]; rounded up to whole pairs, as
                 :func:`fiftyone_ecif.select_by_influence` does.
         """

@@ -164,7 +164,7 @@ def pairs_now(dataset: Any, caption_field: str, ids: Sequence[str] | None = None
 
 
 def digest_now(path: str, caption: Any) -> str | None:
-    """Of a pair as it is now, as :attr:`fiftyone_ecif.keys.PairKey.digest`; None if it is none."""
+    """Of a pair as it is now, as :attr:`fiftyone_ecif.store.keys.PairKey.digest`; None if it is none."""
     if not isinstance(caption, str):
         return None
     try:

@@ -38,7 +38,7 @@ def plot(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """Writes the plots and says where they are.
 
     Args:
-        result: of :func:`fiftyone_ecif.bench.fidelity.run`.
+        result: of :func:`fiftyone_ecif.bench.fidelity.experiments.run`.
         folder: where to; made if it is not there.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Scoring of synthetic pairs in a process of its own: ``python -m fiftyone_ecif.bench.speed.growth PAIRS``.
 
-Prints one JSON object: ``pairs``, ``seconds`` of :func:`fiftyone_ecif.scoring.score_pairs` in the
+Prints one JSON object: ``pairs``, ``seconds`` of :func:`fiftyone_ecif.influence.scoring.score_pairs` in the
 heads scope from an empty store, ``memory_mib`` (the most that was ever resident, everything
 included), ``import_mib`` (as much before it began) and ``products`` (with the curvature).
 """
