@@ -1,4 +1,4 @@
-"""Where databases of versions before 0.2 say that misalignment runs are; see :mod:`fiftyone_ecif.runs`."""
+"""Where the databases of earlier versions say that misalignment runs are; see :mod:`fiftyone_ecif.runs`."""
 
 from fiftyone_ecif.runs import Misalignment, MisalignmentConfig, MisalignmentResults
 

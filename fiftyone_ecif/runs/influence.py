@@ -243,5 +243,5 @@ class InfluenceResults(RunResults):
     def _from_dict(cls, d: dict[str, Any], samples: Any, config: InfluenceConfig, key: str) -> InfluenceResults:
         found = super()._from_dict(d, samples, config, key)
         assert isinstance(found, InfluenceResults)
-        found.target_ids = d.get("target_ids") or (config.target or {}).get("ids") or {}  # the latter before 0.2
+        found.target_ids = d.get("target_ids") or (config.target or {}).get("ids") or {}  # the latter of an older run
         return found
