@@ -264,8 +264,8 @@ def ask_option(inputs: Any, ctx: Any, table: type[Settings], name: str, **shown:
         return dropdown(inputs, name, choices, default, required=default is not None, **told)
     ask = {int: inputs.int, float: inputs.float, str: inputs.str}[known.kind]
     asked = ask(name, default=default, **told)
-    wrong = known.problem(ctx.params.get(name))
-    if wrong:
+    value = ctx.params.get(name)
+    if value is not None and (wrong := known.problem(value)):
         refuse(asked, wrong[0].upper() + wrong[1:])
     return asked
 

@@ -45,8 +45,8 @@ class Option:
     flag: str | None = None
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, to be said after ``name=value``; None if nothing is, or there is no value."""
-        if value is None or self.kind not in (int, float):
+        """What is wrong with a value, to be said after ``name=value``; None if nothing is."""
+        if self.kind not in (int, float):
             return None
         if self.kind is int and not isinstance(value, Integral):
             return "must be a whole number"
@@ -99,13 +99,15 @@ class Settings:
     def __post_init__(self) -> None:
         for name, known in self.options().items():
             value = getattr(self, name)
+            if value is None and getattr(type(self), name) is None:
+                continue  # left open
             if (wrong := known.problem(value)) is not None:
                 raise EcifError(f"{name}={value!r} {wrong}")
-            if known.choices is not None and not known.others and value is not None:
+            if known.choices is not None and not known.others:
                 check_choices(name, value, known.choices())
             if known.many:
                 self._set(name, tuple(value))
-            elif value is not None and known.kind in (int, float):
+            elif known.kind in (int, float):
                 self._set(name, known.kind(value))
 
     @classmethod

@@ -50,6 +50,8 @@ def test_settings_cannot_be_changed():
         ({"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),
         ({"n_partitions": 0}, "n_partitions=0 must be at least 1"),
         ({"seed": "first"}, "seed='first' must be a whole number"),
+        ({"seed": None}, "seed=None must be a whole number"),
+        ({"proximal": None}, "proximal=None must be a positive number"),
         ({"role": "both"}, "role='both' is not available. Use one of exact, taylor"),
         ({"solver": "newton"}, "solver='newton' is not available. Use one of hessian, ggn"),
         ({"target_loss": "accuracy"}, "target_loss='accuracy' is not available. Use one of contrastive"),
