@@ -31,12 +31,26 @@ TINY = replace(
 
 
 @pytest.fixture(scope="module")
-def world():
-    return make_world(TINY.pairs, TINY.validation, TINY.steps)
+def ran(tmp_path_factory):
+    """The command, and where it wrote: the rows of the short sections are measured, the others are stand-ins."""
+    out = tmp_path_factory.mktemp("out")
+    stand_in = [{"method": "m", "scope": "heads", "mean": 0.5, "ci_low": 0.4, "ci_high": 0.6}]
+    measured = {name: experiments.SECTIONS[name] for name in ("loo", "curves")}
+    sections = {name: measured.get(name, lambda world, sizes: stand_in) for name in experiments.SECTIONS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "QUICK", TINY)
+        patch.setattr(experiments, "SECTIONS", sections)
+        return CliRunner().invoke(main, ["bench", "fidelity", "--quick", "--json", "--out", str(out)]), out
 
 
-def test_exact_roles_with_the_hessian_predict_leave_one_out(world):
-    rows = {(row["role"], row["solver"]): row for row in experiments.loo(world, TINY)}
+@pytest.fixture(scope="module")
+def result(ran):
+    assert ran[0].exit_code == 0, ran[0].output
+    return json.loads(ran[0].stdout.strip().splitlines()[-1])
+
+
+def test_exact_roles_with_the_hessian_predict_leave_one_out(result):
+    rows = {(row["role"], row["solver"]): row for row in result["loo"]}
     best = rows["exact", "hessian"]
     assert len(rows) == 20
     assert best["pearson"] > 0.97
@@ -46,8 +60,8 @@ def test_exact_roles_with_the_hessian_predict_leave_one_out(world):
     assert rows["exact", "identity"]["pearson"] < best["pearson"]
 
 
-def test_an_edit_is_the_retrained_model(world):
-    study = make_study(world, "heads", TINY.pairs, 0)
+def test_an_edit_is_the_retrained_model():
+    study = make_study(make_world(TINY.pairs, TINY.validation, TINY.steps), "heads", TINY.pairs, 0)
     removed = torch.arange(8)
     step = drive(removal_step(study.objective, study.theta, removed, "hessian"))
     change = study.retrain(removed) - study.theta
@@ -55,23 +69,12 @@ def test_an_edit_is_the_retrained_model(world):
     assert (step.norm() / change.norm()).item() == pytest.approx(1, abs=0.05)
 
 
-def test_the_command_reports_every_section(monkeypatch, tmp_path):
-    """The rows of the short sections are measured; those that retrain adapters are stand-ins."""
-    stand_in = [{"method": "m", "scope": "heads", "mean": 0.5, "ci_low": 0.4, "ci_high": 0.6}]
-    sections = {name: experiments.SECTIONS[name] for name in ("loo", "curves")}
-    monkeypatch.setattr(sizes, "QUICK", TINY)
-    monkeypatch.setattr(
-        experiments,
-        "SECTIONS",
-        {name: sections.get(name, lambda world, sizes: stand_in) for name in experiments.SECTIONS},
-    )
-    result = CliRunner().invoke(main, ["bench", "fidelity", "--quick", "--json", "--out", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout.strip().splitlines()[-1])
-    assert set(experiments.SECTIONS) <= set(found)
-    assert json.loads((tmp_path / "result.json").read_text()) == found
-    assert {row["kind"] for row in found["curves"]} == {"random", "harmful", "valuable"}
-    assert all(np.isfinite(row["test_loss"]) for row in found["curves"])
-    report = (tmp_path / "report.md").read_text()
+def test_the_command_reports_every_section(ran, result):
+    out = ran[1]
+    assert set(experiments.SECTIONS) <= set(result)
+    assert json.loads((out / "result.json").read_text()) == result
+    assert {row["kind"] for row in result["curves"]} == {"random", "harmful", "valuable"}
+    assert all(np.isfinite(row["test_loss"]) for row in result["curves"])
+    report = (out / "report.md").read_text()
     assert "| exact | hessian | heads |" in report
-    assert {path.name for path in tmp_path.glob("*.png")} == {"loo.png", "lds.png", "curves.png"}
+    assert {path.name for path in out.glob("*.png")} == {"loo.png", "lds.png", "curves.png"}
