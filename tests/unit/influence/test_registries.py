@@ -163,7 +163,7 @@ def test_names_that_nobody_registered_are_errors_everywhere(score, problem):
             lambda: result_of(keep_gradients(GradientStore(tables, PAIRS), objective, theta, {}, "lu")),
         ],
     }
-    known = {"solver": "hessian, ggn, logra, identity, twice", "target_loss": "contrastive", "role": "exact, taylor"}
+    known = {"solver": "hessian, ggn, logra, identity", "target_loss": "contrastive", "role": "exact, taylor"}
     for noun, calls in levels.items():
         for call in calls:
             with pytest.raises(EcifError, match=rf"^{noun}='lu' is not available\. Use one of {known[noun]}"):
