@@ -209,10 +209,10 @@ def test_a_state_that_cannot_be_saved_is_said(blocked, pairs, options, tmp_path,
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"epochs": 0}, "epochs=0 must be a whole number from 1 up"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
         ({"epochs": 1.5}, r"epochs=1\.5 must be a whole number"),
-        ({"batch_size": 1}, "batch_size=1 must be a whole number from 2 up"),
-        ({"seed": -1}, "seed=-1 must be a whole number from 0 up"),
+        ({"batch_size": 1}, "batch_size=1 must be at least 2"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"learning_rate": 0}, "learning_rate=0 must be a positive number"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be a positive number"),
         ({"weight_decay": -0.1}, r"weight_decay=-0\.1 must be a number from 0 up"),
