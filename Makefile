@@ -20,8 +20,9 @@ check: lint unit
 unit: $(VENV)/.ready-dev
 	$(BIN)/python $(PYTEST) $(DOCTESTS) tests/unit
 
+# the longest file first
 test: unit
-	$(BIN)/python $(PYTEST) --dist loadfile --no-loadscope-reorder tests/integration tests/browser
+	$(BIN)/python $(PYTEST) --dist loadfile --no-loadscope-reorder tests/browser tests/integration
 
 oldest: $(VENV)/.ready-dev
 	$(BIN)/pip install -q uv
