@@ -23,8 +23,9 @@ from fiftyone.operators.executor import ExecutionContext, Executor
 from fiftyone_ecif import EcifError, compute_misalignment, propose_pairs
 from fiftyone_ecif.api import misalignment
 from fiftyone_ecif.demo import training
-from fiftyone_ecif.influence.target_losses import TARGET_LOSSES
-from fiftyone_ecif.misalignment.detectors import DETECTORS
+from fiftyone_ecif.influence.solvers import SOLVERS, Solver
+from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, TargetLoss
+from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.runs import manage as catalogue
 from fiftyone_ecif.runs.cache import cache_size, size_text
@@ -737,3 +738,22 @@ def test_an_operator_called_in_an_event_loop_is_done_when_it_returns(dataset, ma
 
     asyncio.run(cell())
     assert dataset.count("audit_misalignment") == len(dataset.match_tags("train"))
+
+
+@pytest.mark.parametrize(
+    ("registry", "base", "name", "field"),
+    [
+        (SOLVERS, Solver, "compute_influence", "solver"),
+        (TARGET_LOSSES, TargetLoss, "compute_influence", "target_loss"),
+        (DETECTORS, Detector, "detect_misalignment", "detector"),
+    ],
+)
+def test_what_is_registered_is_offered_in_the_form(dataset, registry, base, name, field):
+    said = {"name": "of_a_test", "says": "nothing", "unit": "nats"}
+    registry.register(type("OfATest", (base,), said | dict.fromkeys(base.__abstractmethods__, lambda *_: None)))
+    try:
+        offered = resolve(dataset, name, {"advanced": True})[field]["view"]["choices"]
+    finally:
+        registry.withdraw("of_a_test")
+    again = resolve(dataset, name, {"advanced": True})[field]["view"]["choices"]
+    assert [choice["value"] for choice in offered] == [*(choice["value"] for choice in again), "of_a_test"]
