@@ -16,8 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from fiftyone_ecif.api.influence import compute_influence
 from fiftyone_ecif.api.progress_bar import follow
-from fiftyone_ecif.demo import scenes as digits
-from fiftyone_ecif.demo import training
+from fiftyone_ecif.demo import scenes, training
 from fiftyone_ecif.demo.training import MODEL, train
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.install.plugin import install_plugin
@@ -67,7 +66,7 @@ def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, nam
 
     samples = []
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for number, pair in enumerate(digits.make_pairs(pairs, noise, seed)):
+    for number, pair in enumerate(scenes.make_pairs(pairs, noise, seed)):
         path = folder / "images" / f"{number:05d}.png"
         Image.fromarray(pair.image).save(path)
         samples.append(
@@ -95,7 +94,7 @@ def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, nam
 
 def demo_folder(pairs: int, noise: float, seed: int) -> Path:
     """Where the images and the model of a demo set lie, one folder for each way to make it."""
-    recipe = [pairs, noise, seed, inspect.getsource(digits), inspect.getsource(training)]
+    recipe = [pairs, noise, seed, inspect.getsource(scenes), inspect.getsource(training)]
     return cache_folder() / "demo" / digest(repr(recipe), size=8)
 
 

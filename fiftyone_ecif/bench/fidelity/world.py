@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fiftyone_ecif.api.progress_bar import follow
-from fiftyone_ecif.demo import scenes as digits
-from fiftyone_ecif.demo import training
+from fiftyone_ecif.demo import scenes, training
 from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import Batches, random_partition
 from fiftyone_ecif.influence.scope import Scope
@@ -46,7 +45,7 @@ class World:
         paths: image files of all pairs.
     """
 
-    pairs: list[digits.Pair]
+    pairs: list[scenes.Pair]
     training: int
     encoder: OpenClipEncoder
     network: nn.Module
@@ -105,9 +104,9 @@ def make_world(training_pairs: int, validation: int, steps: int, seed: int = 0, 
         seed (0): fixes everything.
         noise (0.2): share of training captions to spoil.
     """
-    recipe = [training_pairs, validation, steps, seed, noise, inspect.getsource(digits), inspect.getsource(training)]
+    recipe = [training_pairs, validation, steps, seed, noise, inspect.getsource(scenes), inspect.getsource(training)]
     folder = cache_folder() / "bench" / digest(repr(recipe), size=8)
-    pairs = digits.make_pairs(training_pairs, noise, seed, validation)
+    pairs = scenes.make_pairs(training_pairs, noise, seed, validation)
     paths = [folder / f"{number:05d}.png" for number in range(len(pairs))]
     checkpoint = folder / "model.pt"
     if not checkpoint.is_file():

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fiftyone_ecif.demo import scenes as digits
+from fiftyone_ecif.demo import scenes
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.store.files import atomic_path, cache_folder
 
@@ -174,8 +174,8 @@ def _write(folder: Path, rows: Iterable[tuple[Image.Image, Mapping[str, str]]]) 
 def _make_digits(folder: Path) -> None:
     """The demo's scenes with right captions. Category: the relation; subcategory: the first digit too."""
     rows = []
-    for pair in digits.make_pairs(_DIGITS, noise=0.0, seed=0, validation=0):
-        relation = next(word for word in digits.RELATIONS if f" {word} " in pair.caption)
+    for pair in scenes.make_pairs(_DIGITS, noise=0.0, seed=0, validation=0):
+        relation = next(word for word in scenes.RELATIONS if f" {word} " in pair.caption)
         first = pair.caption.split()[2]
         columns = {"caption": pair.caption, "category": relation, "subcategory": f"{first} {relation}"}
         rows.append((Image.fromarray(pair.image), columns))

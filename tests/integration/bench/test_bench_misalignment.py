@@ -15,7 +15,7 @@ from fiftyone_ecif.bench.misalignment import experiments as misalignment
 from fiftyone_ecif.bench.misalignment.experiments import Sizes, measure, summarise
 from fiftyone_ecif.bench.misalignment.pairs import CleanPairs, load_pairs, read_folder, swap_captions
 from fiftyone_ecif.cli.main import main
-from fiftyone_ecif.demo import scenes as digits
+from fiftyone_ecif.demo import scenes
 
 SMALL = Sizes(pairs=80, ratios=(0.3,), seeds=2, steps=20, labels=(10, 20), drops=(0.0,), ablations=1, draws=20)
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     """A folder of clean pairs as a stranger would bring it."""
     place = tmp_path_factory.mktemp("set")
     rows = []
-    for number, pair in enumerate(digits.make_pairs(140, noise=0.0, seed=5, validation=0)):
+    for number, pair in enumerate(scenes.make_pairs(140, noise=0.0, seed=5, validation=0)):
         Image.fromarray(pair.image).save(place / f"{number}.png")
         rows.append({"filepath": f"{number}.png", "caption": pair.caption, "group": str(number // 2)})
     write(place, rows)
@@ -233,5 +233,5 @@ def test_a_folder_without_a_table_or_a_column_is_refused(tmp_path):
 def test_the_demo_scenes_are_a_clean_set(monkeypatch):
     pairs = load_pairs("digits")
     assert len(pairs.captions) == len(set(pairs.captions)) == 2000
-    assert set(pairs.kinds["category"]) == set(digits.RELATIONS)
+    assert set(pairs.kinds["category"]) == set(scenes.RELATIONS)
     assert len(set(pairs.kinds["subcategory"])) == 40

@@ -27,7 +27,7 @@ from fiftyone_ecif.influence.solvers import SOLVERS, Solver
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, TargetLoss
 from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
-from fiftyone_ecif.runs import manage as catalogue
+from fiftyone_ecif.runs import manage as managing
 from fiftyone_ecif.runs.cache import cache_size, size_text
 from fiftyone_ecif.store.tables import Store
 
@@ -560,7 +560,7 @@ def test_the_form_that_manages_runs(dataset, score, manage):
 def test_a_form_that_is_asked_often_reads_the_pairs_once(dataset, score, monkeypatch, manage):
     score(dataset.match_tags("train"), dataset.match_tags("val"))
     asked = []
-    monkeypatch.setattr(catalogue, "staleness", lambda *of: asked.append(of) or catalogue.Stale(0, 0, 0))
+    monkeypatch.setattr(managing, "staleness", lambda *of: asked.append(of) or managing.Stale(0, 0, 0))
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
     for _ in range(3):
         resolve(dataset, "manage_influence_runs", {"action": "rename", "brain_key": "ecif"})
