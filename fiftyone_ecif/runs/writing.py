@@ -186,9 +186,7 @@ def _carry_out(results: Any, writing: Writing) -> None:
     dataset, key, config, run = results.samples._dataset, writing.key, results.config, results.backend
     fields = config.fields(key)
     if writing.new:
-        document = dataset._doc  # held, as the App may reload the dataset meanwhile, and FiftyOne has a weak reference
         run.register_run(results.samples, key, cleanup=False)
-        del document
     else:
         results.save_config()
     for name in writing.scores:
