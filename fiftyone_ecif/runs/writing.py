@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from bson import json_util
 from fiftyone.core.brain import BrainMethodConfig, BrainResults
+from fiftyone.core.odm import RunDocument
 from fiftyone.core.view import DatasetView
 from filelock import FileLock, Timeout
 from pymongo.errors import ConnectionFailure, OperationFailure
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.runs.base import check_key
-from fiftyone_ecif.runs.cache import release_store
+from fiftyone_ecif.runs.cache import METHOD, release_store
+from fiftyone_ecif.runs.own_dataset import own_dataset
 from fiftyone_ecif.runs.sidebar import forget_fields, show_fields
 from fiftyone_ecif.samples.pairs import digest_now, every_sample, pairs_now
 from fiftyone_ecif.store.files import write_file
@@ -144,14 +146,13 @@ def finish_writing(dataset: Any) -> list[str]:
 
 def _write(results: Any, writing: Writing) -> None:
     file = _folder(_home(results.samples._dataset)) / f"{digest(writing.key)}.json"
-    view = results.samples
     told = json_util.dumps(
         {
             **writing._asdict(),
             "replaced": writing.replaced and writing.replaced.serialize(),
             "config": results.config.serialize(),
             "results": results.serialize(),
-            "view": view._serialize(include_uuids=False) if isinstance(view, DatasetView) else None,
+            "view": _stages(results.samples),
         }
     )
     write_file(file, f"{digest(told)}\n{told}".encode())
@@ -183,12 +184,25 @@ def _finish(dataset: Any, file: Path) -> list[str]:
 
 
 def _carry_out(results: Any, writing: Writing) -> None:
-    dataset, key, config, run = results.samples._dataset, writing.key, results.config, results.backend
+    shared = results.samples._dataset
+    with own_dataset(shared) as dataset:
+        stages = _stages(results.samples)
+        samples = dataset if stages is None else DatasetView._build(dataset, stages)
+        _carry_out_on(dataset, samples, results, writing)
+    replaced = shared._brain_cache.pop(writing.key, None)
+    if replaced is not None and replaced is not results:
+        replaced._key = None  # as FiftyOne does, so that it is not saved in place of the new one
+    shared._brain_cache[writing.key] = results
+
+
+def _carry_out_on(dataset: Any, samples: Any, results: Any, writing: Writing) -> None:
+    key, config, run = writing.key, results.config, results.backend
     fields = config.fields(key)
     if writing.new:
-        run.register_run(results.samples, key, cleanup=False)
+        run.register_run(samples, key, cleanup=False)
+        _drop_orphans(dataset, key)
     else:
-        results.save_config()
+        run.update_run_config(samples, key, config)
     for name in writing.scores:
         if dataset.has_sample_field(name):
             old = every_sample(dataset).exists(name).values("id")
@@ -205,13 +219,22 @@ def _carry_out(results: Any, writing: Writing) -> None:
             written.save()
     if writing.new:
         show_fields(dataset, key, fields)
-    run.save_run_results(results.samples, key, results)
+    run.save_run_results(samples, key, results, cache=False)
     if writing.replaced is not None:
         gone = [name for name in writing.replaced.fields(key) if name not in fields]
         dataset.delete_sample_fields([name for name in gone if dataset.has_sample_field(name)])
         forget_fields(dataset, gone)
         if writing.replaced.store != config.store:
             release_store(dataset, "", writing.replaced.store)
+
+
+def _drop_orphans(dataset: Any, key: str) -> None:
+    """Deletes documents of a run that its dataset does not name, such as of a job that was killed as it registered."""
+    named = dataset._doc.brain_methods[key].id
+    for orphan in RunDocument.objects(dataset_id=dataset._doc.id, key=key, config__method=METHOD, id__ne=named):
+        if orphan.results:
+            orphan.results.delete()
+        orphan.delete()
 
 
 def _edited(dataset: Any, caption_field: str, ids: list[str], digests: list[str]) -> dict[str, str]:
@@ -224,6 +247,11 @@ def _edited(dataset: Any, caption_field: str, ids: list[str], digests: list[str]
         elif digest_now(*pairs[sample]) != before:
             edited[sample] = "caption or image changed while it was scored"
     return edited
+
+
+def _stages(samples: Any) -> list[dict[str, Any]] | None:
+    """Of a view; None of a dataset."""
+    return samples._serialize(include_uuids=False) if isinstance(samples, DatasetView) else None
 
 
 def _forget(file: Path) -> None:

@@ -1,5 +1,6 @@
 """What goes wrong while a job runs ends in a clear error or a right result, never a wrong number on a sample."""
 
+import gc
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from bson.errors import InvalidStringData
 from click.testing import CliRunner
+from fiftyone.core.odm import RunDocument, get_db_conn
 from forking import forked_python
 from PIL import Image
 
@@ -132,6 +134,55 @@ def test_a_dataset_that_takes_no_more_indexes_is_scored(dataset, train, val, sco
     assert [run.scored for run in list_runs(dataset)] == [72]
     assert dataset.count("ecif_influence") == 72
     delete_run(dataset, "ecif")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(RunDocument, "save"), (fo.Dataset, "save"), (fo.Dataset, "add_sample_field")]
+)
+def test_the_app_may_reload_the_dataset_while_a_run_is_written(
+    owner, name, overwrite, dataset, train, val, score, monkeypatch
+):
+    """It does so in another thread; here before and after each call of a method of FiftyOne's."""
+    if overwrite:
+        score(train, val, seed=1)
+    original, calls = getattr(owner, name), []
+
+    def reloads(*args, **kwargs):
+        calls.append(1)
+        dataset.reload()
+        gc.collect()
+        found = original(*args, **kwargs)
+        dataset.reload()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, reloads)
+        results = score(train, val, overwrite=overwrite, n_partitions=2)
+    assert calls
+    assert [run.scored for run in list_runs(dataset)] == [72]
+    assert dataset.load_brain_results("ecif") is results
+    assert dataset.count("ecif_influence") == 72
+    assert get_db_conn()["runs"].count_documents({"_dataset_id": dataset._doc.id}) == 1
+
+
+def test_a_job_that_was_killed_as_it_registered_leaves_no_second_record(dataset, train, val, score, monkeypatch):
+    """Else its tables would count as used for ever."""
+    with monkeypatch.context() as patch:
+        save = RunDocument.save
+
+        def dies(*args, **kwargs):
+            save(*args, **kwargs)
+            raise Killed
+
+        patch.setattr(RunDocument, "save", dies)
+        with pytest.raises(Killed):
+            score(train, val)
+    runs = get_db_conn()["runs"]
+    assert runs.count_documents({"_dataset_id": dataset._doc.id}) == 1
+    assert [run.scored for run in list_runs(dataset)] == [72]
+    (run,) = runs.find({"_dataset_id": dataset._doc.id})
+    assert run["_id"] == dataset._doc.brain_methods["ecif"].id
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), torch.OutOfMemoryError("CUDA out of memory")])
