@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.models.images import UnreadableImageError, read_image
 
 
 class Images(Dataset[Any]):
@@ -31,10 +32,9 @@ class Images(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, str | None]:
         try:
-            with Image.open(self.paths[index]) as image:
-                return index, self.preprocess(image), None
-        except Exception as error:  # PIL raises many kinds on damaged files
-            return index, None, str(error) or type(error).__name__
+            return index, self.preprocess(read_image(self.paths[index])), None
+        except UnreadableImageError as error:
+            return index, None, error.reason
 
 
 def collate(batch: Sequence[tuple[int, Tensor | None, str | None]]) -> tuple[list[int], Tensor, dict[int, str]]:
