@@ -34,6 +34,7 @@ from fiftyone_ecif.models.open_clip_names import brings_weights, check_names
 from fiftyone_ecif.models.projection_heads import HEAD_PATHS, Head, named_head
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
 from fiftyone_ecif.models.towers import Tower, causal_mask
+from fiftyone_ecif.models.weights import in_short, open_clip_weights
 from fiftyone_ecif.store.keys import digest
 
 logger = logging.getLogger(__name__)
@@ -72,16 +73,19 @@ class OpenClipEncoder(DualEncoder):
         self.device = choose_device(device)
         check_names(model, pretrained)
         try:
-            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
-                model,
-                pretrained=pretrained,
-                device=self.device,
-                **(load_preprocessing(pretrained) or {}),
-            )
+            with open_clip_weights(pretrained) as weights:
+                self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+                    model,
+                    pretrained=weights,
+                    device=self.device,
+                    **(load_preprocessing(pretrained) or {}),
+                )
             self.tokenizer = open_clip.get_tokenizer(model)
+        except EcifError:
+            raise
         except Exception as error:  # open_clip, the hub and torch raise many kinds here
             raise EcifError(
-                f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {error}"
+                f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {in_short(error)}"
             ) from error
         self.model.eval().requires_grad_(False)
         self.loss = SoftmaxLoss() if getattr(self.model, "logit_bias", None) is None else SigmoidLoss()
