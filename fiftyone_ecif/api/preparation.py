@@ -31,7 +31,14 @@ from fiftyone_ecif.models.libraries import library_of, load_encoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
 from fiftyone_ecif.runs.influence import InfluenceResults
-from fiftyone_ecif.samples.pairs import Pairs, check_collection, every_sample, read_pairs, warn_skipped
+from fiftyone_ecif.samples.pairs import (
+    Pairs,
+    check_collection,
+    deleted_of,
+    every_sample,
+    read_pairs,
+    warn_skipped,
+)
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
@@ -193,15 +200,22 @@ def _target_name(label: str, keys: list[PairKey], measured: tuple[Any, ...]) -> 
 
 
 def reopen(
-    results: InfluenceResults, device: str | None = None
+    results: InfluenceResults, device: str | None = None, whole_target: bool = False
 ) -> Generator[Progress, None, tuple[PreparedRun, ContrastiveLoss, Tensor]]:
     """A run prepared once more, from its samples as they are now.
+
+    Args:
+        results: of the run.
+        device (None): where the model runs.
+        whole_target (False): whether all pairs of the target are needed, in
+            the batches that they were in. Otherwise those that are left stand
+            for it, with a warning.
 
     Returns:
         the prepared run, its objective and the parameters that were scored at
 
     Raises:
-        EcifError: if pairs were deleted or changed since, or the target was a
+        EcifError: if pairs were deleted or changed since, the target is gone, or it was a
             function that is not at hand any more
     """
     config = results.config
@@ -210,13 +224,37 @@ def reopen(
     if source is None:
         home = config.target["dataset"]
         raise EcifError(f"The target of run {results.key!r} is in dataset {home!r}, which is gone")
+    gone = deleted_of(dataset, results.ids)
+    if gone:
+        raise EcifError(
+            f"{len(gone)} of the {len(results.ids)} pairs of run {results.key!r} were deleted since, such as "
+            f"{gone[0]}. Score again: compute_influence with overwrite=True"
+        )
     slices = {name: every_sample(source).select(ids) for name, ids in results.target_ids.items()}
+    target = [sample for ids in results.target_ids.values() for sample in ids]
+    lost = deleted_of(source, target)
+    left = {name: len(set(ids).difference(lost)) for name, ids in results.target_ids.items()}
+    if lost and (whole_target or min(left.values()) < 2):
+        raise EcifError(
+            f"{len(lost)} of the {len(target)} target pairs of run {results.key!r} were deleted since, such as "
+            f"{lost[0]}. Score again: compute_influence with overwrite=True"
+        )
+    if lost:
+        logger.warning(
+            "%d of the %d target pairs of run %r were deleted since: losses are those of the others",
+            len(lost),
+            len(target),
+            results.key,
+        )
     prepared = yield from prepare(
         every_sample(dataset).select(results.ids),
         slices if config.slices else slices[""],
         config.settings,
         JobSettings(device=device, num_workers=0, skip_failures=False),
     )
+    if lost:
+        known = [config.target["tables"][name] for name in prepared.target_pairs]
+        prepared = replace(prepared, targets=dict(zip(known, prepared.targets.values(), strict=True)))
     tables = dict(zip(prepared.target_pairs, prepared.targets, strict=True))
     if prepared.run_name(config.seed) != config.store[-1] or tables != config.target["tables"]:
         raise EcifError(

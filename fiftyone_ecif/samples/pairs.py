@@ -57,6 +57,12 @@ def every_sample(dataset: Any) -> Any:
     return dataset.select_group_slices(media_type="image") if dataset.media_type == "group" else dataset
 
 
+def deleted_of(dataset: Any, ids: Sequence[str]) -> list[str]:
+    """Which samples are no longer in a dataset, in the order given."""
+    there = set(every_sample(dataset).select(list(dict.fromkeys(ids))).values("id"))
+    return [sample for sample in ids if sample not in there]
+
+
 def each_once(samples: Any) -> Any:
     """A collection without repeats, which a view can have, as after ``concat``; then in no order.
 
