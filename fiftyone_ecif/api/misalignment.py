@@ -93,7 +93,8 @@ def compute_misalignment(
         interval, see :mod:`fiftyone_ecif.misalignment.noise_rate`), ``trained`` (whether
         influence could be used), ``detectors`` (those that ran), ``duplicates``
         (pairs that share their image, their caption or both with another),
-        ``tagged``, ``pairs`` and ``relative_gradient_norm``.
+        ``tagged``, ``pairs``, ``relative_gradient_norm`` and ``model_notes``
+        (what is to be known of the model, a sentence each).
 
     Raises:
         EcifError: if an argument or the data is not usable; nothing on the
@@ -159,6 +160,7 @@ def misalignment_steps(
         "detectors": sorted(findings.scores),
         "duplicates": inputs.duplicates.summary(),
         "relative_gradient_norm": norm,
+        "model_notes": list(prepared.encoder.notes),
     }
     suspicion = findings.scores[settings.detector]
     columns: dict[str, Any] = {
@@ -185,6 +187,8 @@ def misalignment_steps(
         logger.warning(
             "Influence was left out: the model was not trained on these pairs. Set fit=True, or trained=True if it was"
         )
+    for note in prepared.encoder.notes:
+        logger.warning(note)
     logger.info(
         "Misalignment of %d pairs written to %s_misalignment. About %.0f %% of the captions are wrong "
         "(%.0f to %.0f %%)",

@@ -39,6 +39,7 @@ class DualEncoder(ABC):
             are cached under it.
         preprocess: makes of a PIL image what the image tower takes of it, a
             tensor of one shape for all images. Other processes call it.
+        notes: what is to be known of the model before its numbers are trusted, a sentence each.
     """
 
     name: str
@@ -46,6 +47,7 @@ class DualEncoder(ABC):
     loss: BatchLoss
     fingerprint: str
     preprocess: Callable[[Image.Image], Tensor]
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def tokens(self, captions: Sequence[str]) -> Tensor:
@@ -61,8 +63,9 @@ class DualEncoder(ABC):
 
         Returns:
             shape ``(n, w)``, float32, on the CPU, without gradient; the last
-            column is one if the projection has a bias. If a tower has no final
-            projection, its embeddings
+            column is one if the projection has a bias. If the tower adds
+            something to the projection, that follows, ``(n, d)``. If a tower has
+            no final projection, its embeddings
 
         Raises:
             EcifError: if not even one input fits into memory
@@ -105,6 +108,16 @@ class DualEncoder(ABC):
 
         Raises:
             EcifError: if a file cannot be written
+        """
+
+    def check_saves(self, choice: ScopeChoice) -> None:  # noqa: B027 - most models save every scope
+        """Checks that :meth:`save` can write changed parameters of a scope.
+
+        Args:
+            choice: the scope.
+
+        Raises:
+            EcifError: if it cannot
         """
 
     def image_features(

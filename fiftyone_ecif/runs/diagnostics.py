@@ -33,6 +33,7 @@ def diagnose(config: Any, found: dict[str, Any]) -> list[Remark]:
         what speaks against the numbers first
     """
     remarks = [
+        *_model(found),
         *_fit(found),
         *_curvature(config, found),
         *_target(found),
@@ -40,6 +41,10 @@ def diagnose(config: Any, found: dict[str, Any]) -> list[Remark]:
         *_misalignment(config, found),
     ]
     return sorted(remarks, key=lambda remark: remark.fine)
+
+
+def _model(found: dict[str, Any]) -> list[Remark]:
+    return [Remark(False, note) for note in found.get("model_notes", ())]
 
 
 def _fit(found: dict[str, Any]) -> list[Remark]:
