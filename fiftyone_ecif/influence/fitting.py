@@ -16,10 +16,13 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.collapse import COLLAPSED, smallest_norm
 from fiftyone_ecif.influence.curvature import Product, hessian_at
 from fiftyone_ecif.influence.gradient_store import GradientStore
+from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.linear_solve import percent_of_the_way
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.progress import Progress
 
+# relative gradient norm, by whether it is in float64 and of the heads: looser ones would change the order of pairs
+_TOLERANCES = {(True, True): 1e-5, (True, False): 1e-5, (False, True): 1e-4, (False, False): 1e-3}
 _FORCING = 0.5  # how exact a step is: the residual over the gradient, at most
 _FIRST = 0.3  # the region at first, of the length of the weights
 _POOR, _GOOD = 0.25, 0.75  # of what a step promised: the region shrinks below, grows above
@@ -163,7 +166,7 @@ def stationary_point(
         EcifError: if a fit does not converge that must
     """
     start = objective.scope.start
-    tolerance = 1e-5 if start.dtype == torch.float64 else 1e-3
+    tolerance = _TOLERANCES[start.dtype == torch.float64, isinstance(objective.scope, HeadScope)]
     known = store.parameters()
     objective.processes.wait()  # before one writes what another looks for
     if known is not None:

@@ -18,16 +18,20 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import CenterCropOrPad, MaybeConvertMode, PreprocessCfg
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import CenterCrop, Compose, Normalize, Resize
+from torchvision.transforms.functional import pil_to_tensor
+from typing_extensions import override
 
+from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.checkpoint import PREPROCESSING, load_adapters, load_preprocessing, save_checkpoint
-from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.open_clip_names import brings_weights, check_names
 from fiftyone_ecif.models.projection_heads import Head, find_head
@@ -36,6 +40,7 @@ from fiftyone_ecif.models.towers import Tower, causal_mask
 from fiftyone_ecif.store.keys import digest
 
 logger = logging.getLogger(__name__)
+_TAKES_TENSORS = Resize, CenterCrop, CenterCropOrPad, MaybeConvertMode  # of what open_clip does to images
 
 
 class OpenClipEncoder(DualEncoder):
@@ -72,7 +77,7 @@ class OpenClipEncoder(DualEncoder):
         try:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always", UserWarning)
-                self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+                self.model, _, transform = open_clip.create_model_and_transforms(
                     model,
                     pretrained=pretrained,
                     device=self.device,
@@ -85,6 +90,9 @@ class OpenClipEncoder(DualEncoder):
                 f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {error}"
             ) from error
         self.model.eval().requires_grad_(False)
+        self._geometry, self._normalise = _split(transform)
+        if all(isinstance(step, _TAKES_TENSORS) for step in self._geometry.transforms):
+            self.preprocess_jpeg = self._geometry
         self.loss = SoftmaxLoss() if getattr(self.model, "logit_bias", None) is None else SigmoidLoss()
         self.name = model
         unusable = [name for name, value in self.model.named_parameters() if not value.sum().isfinite()]
@@ -102,8 +110,8 @@ class OpenClipEncoder(DualEncoder):
     def scope(self, choice: ScopeChoice, seed: int = 0) -> Scope:
         """The parameters that a choice means, as they were loaded.
 
-        The heads are float64 on the CPU; every other scope is in the model's
-        own precision on its device.
+        The heads are in float64, or in float32 on a device where that is slow;
+        every other scope is in the model's own precision.
 
         Args:
             choice: which.
@@ -121,7 +129,7 @@ class OpenClipEncoder(DualEncoder):
         scale = self.model.logit_scale.detach().double().exp().item()
         bias = getattr(self.model, "logit_bias", None)
         shift = 0.0 if bias is None else bias.detach().double().item()
-        return HeadScope(image, text, scale, shift, self.loss, choice.with_scale)
+        return HeadScope(image, text, scale, shift, self.loss, choice.with_scale, self.placement)
 
     def scope_names(self, choice: ScopeChoice) -> list[str]:
         """Names of the model's parameters in a scope, or of those that have an adapter in it.
@@ -216,6 +224,17 @@ class OpenClipEncoder(DualEncoder):
             name: made[name.removeprefix("image_")] for name in PREPROCESSING if name.removeprefix("image_") in made
         }
 
+    @override
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Resizes and crops as open_clip does, to uint8 of shape ``(3, h, w)``."""
+        pixels: Tensor = pil_to_tensor(self._geometry(image))
+        return pixels
+
+    @override
+    def finish(self, images: Tensor) -> Tensor:
+        finished: Tensor = self._normalise(images.float().div(255))
+        return finished
+
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """What the text tower takes, on the device, shape ``(n, t)``.
 
@@ -247,7 +266,8 @@ class OpenClipEncoder(DualEncoder):
         while start < len(inputs):
             part = inputs[start : start + self._at_once]
             try:
-                features = self._run_half(tower, part.to(self.device, non_blocking=True))
+                part = part.to(self.device, non_blocking=True)
+                features = self._run_half(tower, self.finish(part) if tower == "image" else part)
             except torch.OutOfMemoryError as error:
                 if len(part) == 1:
                     raise EcifError(
@@ -333,6 +353,13 @@ def _mismatches(said: Sequence[warnings.WarningMessage], model: str) -> Iterator
         other = model.removesuffix("-quickgelu") if model.endswith("-quickgelu") else f"{model}-quickgelu"
         remedy = f". Use model={other!r}" if "QuickGELU" in text and other in open_clip.list_models() else ""
         yield f"open_clip warns: {text.rstrip('.')}{remedy}"
+
+
+def _split(transform: Compose) -> tuple[Compose, Normalize]:
+    """What open_clip does to an image before it is a tensor of floats, and after."""
+    *geometry, _, normalise = transform.transforms  # between them is the step to floats in [0, 1]
+    assert isinstance(normalise, Normalize)
+    return Compose(geometry), normalise
 
 
 def _without_padding(tokens: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from fiftyone_ecif.influence.curvature import gauss_newton_at, hessian_at
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
@@ -58,7 +59,7 @@ def test_removal_gradients_equal_autograd(problem):
         torch.testing.assert_close(projection.lift(positive[pair] + negative[pair]), expected)
 
 
-def test_the_projected_curvature_is_that_of_the_loss(problem):
+def test_the_gradient_and_the_curvature_are_those_of_the_loss(problem):
     scope, batch, plain = problem
     partition = random_partition(PAIRS, 4, 0)
     objective = ContrastiveLoss(scope, FeatureBatches(*batch, partition), PAIRS, 0.3)
@@ -70,7 +71,14 @@ def test_the_projected_curvature_is_that_of_the_loss(problem):
         parts = [scope.loss.pair_losses(plain(at, rows)).sum() for rows in partition]
         return sum(parts) / PAIRS + 0.15 * (at - scope.start).square().sum()
 
+    gradient, value = objective.gradient_and_value(theta)
+    torch.testing.assert_close(value, loss(theta))
+    torch.testing.assert_close(gradient, torch.autograd.functional.jacobian(loss, theta))
     hessian = torch.autograd.functional.hessian(loss, theta)
+    for row in torch.eye(len(theta), dtype=theta.dtype)[::7]:
+        torch.testing.assert_close(hessian_at(objective, theta)(row), hessian @ row)
+        product = objective.gauss_newton_product(theta, row)
+        torch.testing.assert_close(gauss_newton_at(objective, theta)(row), product)
     directions = torch.stack([projection.lift(row) for row in torch.eye(projection.rank, dtype=theta.dtype)])
     torch.testing.assert_close(projection.hessian(objective, theta), directions @ hessian @ directions.T)
 
