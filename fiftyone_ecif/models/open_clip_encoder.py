@@ -104,6 +104,7 @@ class OpenClipEncoder(DualEncoder):
         self._ignores_padding = self._try_without_padding()
         self.heads = {tower: self._find_head(tower) for tower in ("image", "text")}
         self.adapters = load_adapters(pretrained)
+        self._known_parameters: dict[ScopeChoice, list[str]] = {}
         self.notes = [*_mismatches(said, model), *self._notes_on_heads()]
         self.fingerprint = self._fingerprint(model)
 
@@ -143,9 +144,9 @@ class OpenClipEncoder(DualEncoder):
             names = [name for head in self.heads.values() for name in (head.weight, head.bias) if name]
             return [*names, "logit_scale"] if choice.with_scale else names
         if choice.rank is None or self.adapters is None:
-            return scope_parameters(self.model, choice)
+            return self._parameters(choice)
         rank = len(next(iter(self.adapters.values()))[0])
-        same = choice.rank == rank and set(scope_parameters(self.model, choice)) == set(self.adapters)
+        same = choice.rank == rank and set(self._parameters(choice)) == set(self.adapters)
         if not same and choice.text != "lora":
             raise EcifError(
                 f"scope={choice.text!r} does not fit the checkpoint, whose adapters have rank {rank}. Use 'lora:{rank}'"
@@ -296,11 +297,21 @@ class OpenClipEncoder(DualEncoder):
 
     def _find_head(self, tower: str) -> Head:
         """The last linear map of a tower, tried on noise and on two captions."""
+        images, tokens = self._probe()
+        return find_head(Tower(self.model, tower), images if tower == "image" else tokens)
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Noise and two captions, as the towers take them."""
         size = self.model.visual.image_size
         height, width = size if isinstance(size, tuple | list) else (size, size)
         noise = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-        inputs = noise.to(self.device) if tower == "image" else self.tokens(["a photo", "of two things"])
-        return find_head(Tower(self.model, tower), inputs)
+        return noise.to(self.device), self.tokens(["a photo", "of two things"])
+
+    def _parameters(self, choice: ScopeChoice) -> list[str]:
+        """Those that a scope inside the towers means."""
+        if choice not in self._known_parameters:
+            self._known_parameters[choice] = scope_parameters(self.model, choice, self._probe())
+        return self._known_parameters[choice]
 
     @torch.no_grad()
     def _try_without_padding(self) -> bool:
