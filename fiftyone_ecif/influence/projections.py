@@ -206,7 +206,10 @@ class KroneckerProjection(Projection):
     @override
     @classmethod
     def from_state(cls, scope: Scope, state: Mapping[str, Tensor]) -> KroneckerProjection:
-        image, text = (HeadProjection(state[f"{head}-input"], state[f"{head}-output"]) for head in ("image", "text"))
+        image, text = (
+            HeadProjection(*(state[f"{head}-{side}"].to(scope.start) for side in ("input", "output")))
+            for head in ("image", "text")
+        )
         return cls(cast(HeadScope, scope), image, text)
 
     def __init__(self, scope: HeadScope, image: HeadProjection, text: HeadProjection) -> None:

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.checkpoint import PREPROCESSING, load_adapters, load_preprocessing, save_checkpoint
 from fiftyone_ecif.models.dual_encoder import DualEncoder
+from fiftyone_ecif.models.inputs import resize_pixels
 from fiftyone_ecif.models.open_clip_names import brings_weights, check_names
 from fiftyone_ecif.models.projection_heads import Head, find_head
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
@@ -91,8 +93,11 @@ class OpenClipEncoder(DualEncoder):
             ) from error
         self.model.eval().requires_grad_(False)
         self._geometry, self._normalise = _split(transform)
-        if all(isinstance(step, _TAKES_TENSORS) for step in self._geometry.transforms):
-            self.preprocess_jpeg = self._geometry
+        steps = self._geometry.transforms
+        if all(isinstance(step, _TAKES_TENSORS) for step in steps):
+            self.preprocess_jpeg = Compose(
+                [partial(resize_pixels, step) if isinstance(step, Resize) else step for step in steps]
+            )
         self.loss = SoftmaxLoss() if getattr(self.model, "logit_bias", None) is None else SigmoidLoss()
         self.name = model
         unusable = [name for name, value in self.model.named_parameters() if not value.sum().isfinite()]
