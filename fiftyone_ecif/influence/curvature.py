@@ -81,7 +81,7 @@ class _ClosedForms:
                 if point.nbytes <= self._room and number == len(self._kept):
                     self._kept.append(point)
                     self._room -= point.nbytes
-            total += self._product(point, batch, direction)
+            total += self._product(point, self._scope.inputs(batch), direction)
         return self._objective.processes.total(total) / self._objective.pairs + self._objective.proximal * vector
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fiftyone_ecif.influence.heads import Batch, HeadScope
+from fiftyone_ecif.influence.heads import Batch, HeadScope, head_inputs, head_outputs
 from fiftyone_ecif.influence.losses import RoleGradient
 
 
@@ -80,8 +80,8 @@ def removal_gradients(
 
 
 def _side(features: Tensor, head: Tensor, scale: Tensor | float, projection: HeadProjection) -> _Side:
-    embedding = features @ head
-    scaled_input = scale * (features @ projection.input) / embedding.norm(dim=-1, keepdim=True)
+    embedding = head_outputs(features, head)
+    scaled_input = scale * (head_inputs(features, head) @ projection.input) / embedding.norm(dim=-1, keepdim=True)
     return _Side(normalize(embedding, dim=-1), scaled_input, projection.output)
 
 

@@ -5,6 +5,10 @@ A head maps the features in front of the final projection, ``x`` of shape
 before it is frozen, so the features are computed once and every loss, gradient
 and Hessian product afterwards is a few matrix products, in float64 where that
 is not slow.
+
+A tower may add something to its last projection, as one that ends in
+``y + mlp(y)`` does. That is frozen as well: the features are then followed by
+this offset, ``d`` more columns, and the embedding is ``offset + x @ weight + bias``.
 """
 
 from __future__ import annotations
@@ -29,12 +33,23 @@ Batch = tuple[Tensor, Tensor]
 _AT_ONCE = 2**16  # rows that are copied to a device
 
 
+def head_inputs(features: Tensor, head: Tensor) -> Tensor:
+    """What of the features a head multiplies: all but the offset, ``(..., w)``."""
+    return features[..., : len(head)]
+
+
+def head_outputs(features: Tensor, head: Tensor) -> Tensor:
+    """The embeddings that a head makes of features, with their offset if they have one, ``(..., d)``."""
+    embeddings = head_inputs(features, head) @ head
+    return embeddings if features.shape[-1] == len(head) else embeddings + features[..., len(head) :]
+
+
 class HeadScope(Scope):
     """The parameters of both heads, and optionally the temperature, as one flat vector.
 
     Args:
-        image_head: shape ``(w_image, d)``; a bias is its last row, and the
-            image features then end in a one.
+        image_head: shape ``(w_image, d)``; a bias is its last row, for which the
+            image features have a one at the end of what is multiplied.
         text_head: shape ``(w_text, d)``, likewise.
         scale: ``exp(logit_scale)``, the inverse temperature.
         bias (0): ``logit_bias`` of a model with a sigmoid loss; held fixed.
@@ -82,6 +97,11 @@ class HeadScope(Scope):
         cut = image.numel()
         return theta[:cut].view(image), theta[cut : cut + text.numel()].view(text)
 
+    def inputs(self, batch: Batch) -> Batch:
+        """What of a batch the heads multiply: its features without their offsets, ``(n, w)`` each."""
+        image, text = self.split(self.start)
+        return head_inputs(batch[0], image), head_inputs(batch[1], text)
+
     def scale(self, theta: Tensor) -> Tensor | float:
         """``exp(logit_scale)``."""
         return theta[-1].exp() if self.with_scale else self._scale
@@ -92,15 +112,15 @@ class HeadScope(Scope):
 
     @override
     def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
-        return images @ self.split(theta)[0]
+        return head_outputs(images, self.split(theta)[0])
 
     @override
     def embed_captions(self, theta: Tensor, captions: Tensor) -> Tensor:
-        return captions @ self.split(theta)[1]
+        return head_outputs(captions, self.split(theta)[1])
 
     def similarity_and_tangent(self, theta: Tensor, batch: Batch, direction: Tensor) -> tuple[Tensor, Tensor]:
         """As for any scope. Embeddings are linear in the heads, so they move by what ``direction`` embeds."""
-        embeddings, moves = self.embed(theta, batch), self.embed(direction, batch)
+        embeddings, moves = self.embed(theta, batch), self.embed(direction, self.inputs(batch))
         value, tangent = jvp(self.compare, (theta, *embeddings), (direction, *moves))[:2]
         return value, tangent
 
@@ -116,7 +136,8 @@ class FeatureBatches(Sequence[Batch]):
     before the others: one large product instead of many small ones.
 
     Args:
-        images: image features, shape ``(N, w_image)``, on the disk, in memory or on the device.
+        images: image features, shape ``(N, w_image)``, followed by their offset if there is one; on the disk, in memory
+            or on the device.
         texts: caption features, shape ``(N, w_text)``, likewise.
         partition: the row indices of each batch.
         placement (ON_CPU): where batches are given, and in which precision.

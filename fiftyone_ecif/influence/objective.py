@@ -129,7 +129,10 @@ class ContrastiveLoss:
         for batch in self.own_stacks():
             if isinstance(self.scope, HeadScope):
                 at = self.scope.point(theta, batch)
-                part, loss = at.gradient(batch, self.scope.with_scale) / self.pairs, at.loss / self.pairs
+                part, loss = (
+                    at.gradient(self.scope.inputs(batch), self.scope.with_scale) / self.pairs,
+                    at.loss / self.pairs,
+                )
             else:
                 part, loss = grad_and_value(self._batch_mean)(theta, batch)
             gradient, value = gradient + part, value + loss

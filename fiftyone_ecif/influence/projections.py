@@ -28,7 +28,7 @@ from typing_extensions import override
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.influence.curvature import Product, gauss_newton_at, hessian_at
 from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradients
-from fiftyone_ecif.influence.heads import Batch, HeadScope
+from fiftyone_ecif.influence.heads import Batch, HeadScope, head_inputs, head_outputs
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.tower_gradients import truncated_gradients
@@ -319,7 +319,7 @@ class _MovedHeads:
             images, captions = (
                 _MovedSide(features @ head.input, rows @ own, rows @ other, rows.square().sum(1))
                 for features, rows, head, own, other in zip(
-                    batch, embeddings, self.projection.heads, outputs, outputs[::-1], strict=True
+                    scope.inputs(batch), embeddings, self.projection.heads, outputs, outputs[::-1], strict=True
                 )
             )
             made.append((embeddings[0] @ embeddings[1].T, images, captions))
@@ -369,7 +369,11 @@ def principal_projection(
     heads = scope.split(theta)
     second_moments = [theta.new_zeros(size, size) for head in heads for size in head.shape]
     for batch in batches:
-        sides = [side for features, head in zip(batch, heads, strict=True) for side in (features, features @ head)]
+        sides = [
+            side(features, head)
+            for features, head in zip(batch, heads, strict=True)
+            for side in (head_inputs, head_outputs)
+        ]
         for place, rows in enumerate(sides):
             rows = (normalize(rows, dim=-1) if place % 2 else rows).flatten(0, -2)
             second_moments[place] += rows.T @ rows

@@ -36,6 +36,7 @@ class DualEncoder(ABC):
         loss: what the model is trained with.
         fingerprint: hex digest of all that the features depend on: features
             are cached under it.
+        notes: what is to be known of the model before its numbers are trusted, a sentence each.
         preprocess_jpeg: makes of a decoded JPEG file, uint8 of shape ``(3, h, w)``, what :meth:`preprocess` makes of
             the image, faster; None if such files are read like all others.
     """
@@ -44,6 +45,7 @@ class DualEncoder(ABC):
     device: str
     loss: BatchLoss
     fingerprint: str
+    notes: Sequence[str] = ()
     preprocess_jpeg: Callable[[Tensor], Tensor] | None = None
 
     def finish(self, images: Tensor) -> Tensor:
@@ -73,8 +75,9 @@ class DualEncoder(ABC):
 
         Returns:
             shape ``(n, w)``, float32, on the CPU, without gradient; the last
-            column is one if the projection has a bias. If a tower has no final
-            projection, its embeddings
+            column is one if the projection has a bias. If the tower adds
+            something to the projection, that follows, ``(n, d)``. If a tower has
+            no final projection, its embeddings
 
         Raises:
             EcifError: if not even one input fits into memory
@@ -117,6 +120,16 @@ class DualEncoder(ABC):
 
         Raises:
             EcifError: if a file cannot be written
+        """
+
+    def check_saves(self, choice: ScopeChoice) -> None:  # noqa: B027 - most models save every scope
+        """Checks that :meth:`save` can write changed parameters of a scope.
+
+        Args:
+            choice: the scope.
+
+        Raises:
+            EcifError: if it cannot
         """
 
     @property
