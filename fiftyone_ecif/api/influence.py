@@ -92,8 +92,9 @@ def compute_influence(
         normalisation), ``training_loss`` and ``target_loss`` (means over pairs),
         ``cached_correlation`` (Pearson, of influence from the stored gradients
         with the scores), ``pairs``, ``target_pairs``, ``shared_pairs``,
-        ``parameters`` (how many are in scope), ``attributed`` (their names) and
-        ``held_fixed`` (the names of all others).
+        ``parameters`` (how many are in scope), ``attributed`` (their names),
+        ``held_fixed`` (the names of all others) and ``model_notes`` (what is to be
+        known of the model, a sentence each).
 
     Raises:
         EcifError: if an argument or the data is not usable, or the result
@@ -148,6 +149,8 @@ def influence_steps(
         settings,
         replace(record, target=describe(target, prepared), encoder=prepared.encoder.fingerprint, store=home.names),
     )
+    for note in prepared.encoder.notes:
+        logger.warning(note)
     for scores in found:
         for remark in diagnose(config, scores.diagnostics):
             if not remark.fine:
@@ -159,6 +162,7 @@ def influence_steps(
         "pairs": len(prepared.pairs.ids),
         "target_pairs": sum(len(target_pairs.ids) for target_pairs in prepared.target_pairs.values()),
         "shared_pairs": prepared.shared,
+        "model_notes": list(prepared.encoder.notes),
         "attributed": attributed,
         "held_fixed": [name for name in prepared.encoder.parameter_names() if name not in set(attributed)],
     }

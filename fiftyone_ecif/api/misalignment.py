@@ -26,6 +26,7 @@ from fiftyone_ecif.misalignment.fusion import ranked
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.base import check_key, check_view
+from fiftyone_ecif.runs.diagnostics import judge_fit
 from fiftyone_ecif.runs.misalignment import MisalignmentConfig, MisalignmentRecord, MisalignmentResults
 from fiftyone_ecif.runs.writing import finish_writing, write_run
 from fiftyone_ecif.samples.pairs import check_collection, every_sample
@@ -93,7 +94,8 @@ def compute_misalignment(
         interval, see :mod:`fiftyone_ecif.misalignment.noise_rate`), ``trained`` (whether
         influence could be used), ``detectors`` (those that ran), ``duplicates``
         (pairs that share their image, their caption or both with another),
-        ``tagged``, ``pairs`` and ``relative_gradient_norm``.
+        ``tagged``, ``pairs``, ``relative_gradient_norm`` and ``model_notes``
+        (what is to be known of the model, a sentence each).
 
     Raises:
         EcifError: if an argument or the data is not usable; nothing on the
@@ -159,6 +161,7 @@ def misalignment_steps(
         "detectors": sorted(findings.scores),
         "duplicates": inputs.duplicates.summary(),
         "relative_gradient_norm": norm,
+        "model_notes": list(prepared.encoder.notes),
     }
     suspicion = findings.scores[settings.detector]
     columns: dict[str, Any] = {
@@ -181,6 +184,9 @@ def misalignment_steps(
         diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold)
         results.save()
     yield Progress("Writing fields", 1, 1)
+    fitted = judge_fit(results.config, diagnostics)
+    for remark in [*prepared.encoder.notes, *([fitted.text] if settings.fit and not fitted.fine else [])]:
+        logger.warning(remark)
     if not used and any(DETECTORS[name].needs_training for name in detector.needs):
         logger.warning(
             "Influence was left out: the model was not trained on these pairs. Set fit=True, or trained=True if it was"
@@ -242,11 +248,11 @@ def _open_inputs(
     batches = prepared.batches(settings.seed)
     objective = ContrastiveLoss(prepared.scope, batches, len(prepared.pairs.ids), settings.proximal)
     kept = GradientStore(store, objective.pairs)
-    theta, norm = yield from stationary_point(kept, objective, settings.fit)
+    theta, norm = yield from stationary_point(kept, objective, settings.fit, must_converge=False)
     duplicates = find_duplicates(prepared.features[0][:], prepared.pairs.captions, prepared.encoder.device)
     gradients = influence = None
     if settings.fit or settings.trained:
-        method = ScoringOptions(fit=settings.fit, proximal=settings.proximal)
+        method = ScoringOptions(fit=settings.fit, proximal=settings.proximal, must_converge=False)
         if prepared.targets:
             scores = yield from score_pairs(
                 store, prepared.scope, prepared.batches(settings.seed), prepared.targets, method

@@ -6,10 +6,15 @@ under transparency shown, and turned as its pixels are stored, not as EXIF says.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 from PIL import Image
 
 from fiftyone_ecif.errors import EcifError
+
+T = TypeVar("T")
 
 MOST_PIXELS = 178_956_970  # half a gigabyte in RGB; Pillow refuses more too, unless it is told not to
 LONGEST = 100  # times as long as wide: to bring the short side to a model's size, the long one grows as much
@@ -27,6 +32,15 @@ class UnreadableImageError(EcifError):
         self.reason = reason
 
 
+def check_picture(path: str) -> None:
+    """Checks by its header that an image file is one to decode.
+
+    Raises:
+        UnreadableImageError: as :func:`read_image`
+    """
+    _open(path, lambda image: None)
+
+
 def read_image(path: str) -> Image.Image:
     """Decodes an image file to 8-bit RGB.
 
@@ -39,6 +53,10 @@ def read_image(path: str) -> Image.Image:
     Raises:
         UnreadableImageError: if it is damaged, has too many pixels, or is a line rather than a picture
     """
+    return _open(path, _decode)
+
+
+def _open(path: str, use: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -46,13 +64,17 @@ def read_image(path: str) -> Image.Image:
                 raise ValueError(f"{width} x {height} pixels, more than {MOST_PIXELS / 1e6:.0f} million")
             if max(width, height) > LONGEST * min(width, height):
                 raise ValueError(f"{width} x {height} pixels, more than {LONGEST} times as long as wide")
-            if image.mode.startswith(("I", "F")):
-                return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
-            image.load()
-            image.info.pop("transparency", None)  # changes no pixel, but Pillow would warn of it for each image
-            return image.convert("RGB")
+            return use(image)
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise UnreadableImageError(path, str(error) or type(error).__name__) from error
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    image.load()
+    image.info.pop("transparency", None)  # changes no pixel, but Pillow would warn of it for each image
+    return image.convert("RGB")
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
