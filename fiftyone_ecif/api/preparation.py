@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -43,7 +44,7 @@ from fiftyone_ecif.samples.pairs import (
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
-from fiftyone_ecif.store.keys import PairKey, digest, pair_key
+from fiftyone_ecif.store.keys import PairKey, digest, equal_files, pair_key
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ def prepare(
     _check_sizes(pairs, target_pairs, settings.batch_size)
     _classes(target_pairs, settings)
     shared = _warn_shared(pairs, target_pairs)
+    _warn_twins(pairs)
     home = Store(str(samples._dataset._doc.id))
     home.ensure_writable()
     home.claim(database_id())
@@ -181,8 +183,10 @@ def prepare(
         features = [resident(side.select(chosen), encoder.placement) for side in (images, texts)]
         batches = encoder.batches(choice, group.paths, group.captions, partition, (features[0], features[1]))
         measured = settings.target_loss_name + settings.function_token, list(settings.templates), classes, settings.seed
-        name = _target_name(label, [keys[row] for row in chosen], measured)
+        twins = None if find_target_loss(settings.target_loss).needs_labels else _twins(group)
+        name = _target_name(label, [keys[row] for row in chosen], measured + ("twins",) * (twins is not None))
         targets[name] = _make_target(encoder, choice, scope, batches, group, settings, classes)
+        targets[name].twins = twins
         targets[name].processes = processes
     return PreparedRun(
         encoder,
@@ -329,6 +333,13 @@ def _make_target(
     return loss.make(scope, batches, Classes(labels, prompts, len(settings.templates)))
 
 
+def _twins(pairs: Pairs) -> Tensor | None:
+    """Numbers of the image and the caption of each pair, the same for equal ones; None if no two pairs share any."""
+    words: dict[str, int] = {}
+    found = [equal_files(pairs.paths), [words.setdefault(caption, len(words)) for caption in pairs.captions]]
+    return torch.tensor(found).T if any(len(set(side)) < len(side) for side in found) else None
+
+
 def _check_sizes(pairs: Pairs, target_pairs: Mapping[str, Pairs], batch_size: int | None) -> None:
     if len(pairs.ids) < 2:
         raise EcifError(f"Influence needs at least 2 training pairs, there are {len(pairs.ids)}")
@@ -351,6 +362,20 @@ def _drop_failures(groups: list[Pairs], failures: Mapping[int, str]) -> tuple[li
         rows.append(np.array([place for place in places if place not in failures], dtype=int))
         start = places.stop
     return kept, rows
+
+
+def _warn_twins(pairs: Pairs) -> None:
+    images, captions = Counter(pairs.paths), Counter(pairs.captions)
+    twins = sum(
+        images[path] > 1 or captions[caption] > 1 for path, caption in zip(pairs.paths, pairs.captions, strict=True)
+    )
+    if twins:
+        logger.warning(
+            "%d of the %d training pairs share their image or their caption with another: where they meet in a batch, "
+            "each is a negative of the other, as in training",
+            twins,
+            len(pairs.ids),
+        )
 
 
 def _warn_shared(pairs: Pairs, target_pairs: Mapping[str, Pairs]) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fiftyone_ecif.errors import EcifError
@@ -33,6 +35,31 @@ def pair_key(path: str, caption: str) -> PairKey:
     except OSError as error:
         raise EcifError(f"The image {path} went away while it was read ({error.strerror}). Run again") from error
     return PairKey(digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"), digest(caption))
+
+
+def content_digest(path: str) -> str:
+    """Of the bytes of a file.
+
+    Raises:
+        OSError: if it cannot be read
+    """
+    with open(path, "rb") as file:
+        return digest(iter(lambda: file.read(1 << 20), b""))
+
+
+def equal_files(paths: Sequence[str]) -> list[int]:
+    """A number for each file, the same for the same bytes. Only files of one size are read."""
+    sizes = {path: os.path.getsize(path) if os.path.exists(path) else -1 for path in paths}
+    alike = Counter(sizes.values())
+    numbers: dict[str, int] = {}
+    found = []
+    for path in paths:
+        name = path
+        if alike[sizes[path]] > 1:
+            with contextlib.suppress(OSError):  # what cannot be read is like no other
+                name = content_digest(path)
+        found.append(numbers.setdefault(name, len(numbers)))
+    return found
 
 
 def digest(parts: str | Iterable[str | bytes | memoryview], size: int = 16) -> str:
