@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -44,12 +45,14 @@ from fiftyone_ecif.samples.pairs import (
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
-from fiftyone_ecif.store.keys import PairKey, digest, equal_files, pair_key
+from fiftyone_ecif.store.keys import PairKey, content_digest, digest, equal_files
+from fiftyone_ecif.store.known_files import KnownFiles
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 256
+_READ_AT_ONCE = 512  # files between two steps of progress
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def prepare(
     *,
     check: Callable[[], None] = lambda: None,
     processes: ProcessGroup = ALONE,
+    known_in: Sequence[Store] = (),
 ) -> Generator[Progress, None, PreparedRun]:
     """Reads pairs, loads the model and encodes what is not cached.
 
@@ -125,6 +129,7 @@ def prepare(
         job: how it is run.
         check: called when the collections are known to be usable.
         processes (ALONE): the processes that share the encoding and the target's batches.
+        known_in (()): further encoders' stores in which images are known.
 
     Raises:
         EcifError: for bad input, before the model is loaded where that is possible
@@ -163,8 +168,10 @@ def prepare(
     groups = [pairs, *target_pairs.values()]
     paths = [path for group in groups for path in group.paths]
     captions = [caption for group in groups for caption in group.captions]
-    keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
     workers = fout.recommend_num_workers() if job.num_workers is None else job.num_workers
+    known = KnownFiles(store, *known_in)
+    yield from _recognise(known, paths, workers, processes)
+    keys = [PairKey(known.key(path), digest(caption)) for path, caption in zip(paths, captions, strict=True)]
     images, texts, failures = yield from cached_features(
         store, encoder, keys, paths, captions, workers, job.skip_failures, processes
     )
@@ -204,6 +211,28 @@ def prepare(
         replace(settings, batch_size=batch_size),
         shared,
     )
+
+
+def _recognise(
+    known: KnownFiles, paths: Sequence[str], workers: int, processes: ProcessGroup
+) -> Generator[Progress, None, None]:
+    """Reads the image files that were not seen before, to know them again when they are moved."""
+    own = processes.share(known.unknown(paths))
+    contents: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(max(1, workers)) as readers:
+        for start in range(0, len(own), _READ_AT_ONCE):
+            part = own[start : start + _READ_AT_ONCE]
+            found = zip(part, readers.map(_content, part), strict=True)
+            contents += [(path, content) for path, content in found if content is not None]
+            yield Progress("Recognising images", start + len(part), len(own))
+    known.learn(dict(sorted(processes.gather(contents))))
+
+
+def _content(path: str) -> str | None:
+    try:
+        return content_digest(path)
+    except OSError:  # which is said where the image is decoded
+        return None
 
 
 def _target_name(label: str, keys: list[PairKey], measured: tuple[Any, ...]) -> str:
@@ -263,6 +292,7 @@ def reopen(
         slices if config.slices else slices[""],
         config.settings,
         JobSettings(device=device, num_workers=0, skip_failures=False),
+        known_in=[Store(*config.store[:-1])],
     )
     if lost:
         known = [config.target["tables"][name] for name in prepared.target_pairs]

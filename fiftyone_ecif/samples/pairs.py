@@ -14,7 +14,8 @@ import fiftyone.core.validation as fov
 from PIL import Image
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.store.keys import pair_key
+from fiftyone_ecif.store.keys import PairKey, digest, pair_key
+from fiftyone_ecif.store.known_files import KnownFiles
 
 logger = logging.getLogger(__name__)
 
@@ -192,3 +193,18 @@ def digest_now(path: str, caption: Any) -> str | None:
         return pair_key(path, caption).digest
     except EcifError:
         return None
+
+
+def is_as_it_was(path: str, caption: Any, before: str, known: KnownFiles) -> bool:
+    """Whether a pair has the caption that it had and an image of the same bytes, wherever that lies now.
+
+    Args:
+        path: of the image.
+        caption: its caption.
+        before: the pair's digest then.
+        known: the files of the dataset.
+    """
+    now = digest_now(path, caption)
+    if now is None or now == before:
+        return now is not None
+    return PairKey(known.key(path), digest(caption)).digest == before

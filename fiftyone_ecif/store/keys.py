@@ -1,4 +1,7 @@
-"""What pairs are known by: an image by its path, size and time of change, a caption by its text."""
+"""What pairs are known by: an image by its path, size and time of change, a caption by its text.
+
+Images that were moved are known again by their bytes; see :mod:`fiftyone_ecif.store.known_files`.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,20 @@ def pair_key(path: str, caption: str) -> PairKey:
     Raises:
         EcifError: if there is no such file
     """
+    return PairKey(image_key(path), digest(caption))
+
+
+def image_key(path: str) -> str:
+    """The key of an image file as it is now, by its path, size and time of change.
+
+    Raises:
+        EcifError: if there is no such file
+    """
     try:
         stat = os.stat(path)
     except OSError as error:
         raise EcifError(f"The image {path} went away while it was read ({error.strerror}). Run again") from error
-    return PairKey(digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"), digest(caption))
+    return digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}")
 
 
 def content_digest(path: str) -> str:
