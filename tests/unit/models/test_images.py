@@ -3,17 +3,19 @@
 import resource
 import warnings
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode, Resize
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.models import images
-from fiftyone_ecif.models.images import read_image
-from fiftyone_ecif.models.inputs import Images
+from fiftyone_ecif.models.images import read_image, read_jpeg
+from fiftyone_ecif.models.inputs import Images, resize_pixels
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 
@@ -153,3 +155,49 @@ def test_a_damaged_file_is_named(damage, tmp_path):
     index, image, reason = Images([str(path)], lambda image: image)[0]
     assert (index, image) == (0, None)
     assert reason
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    """A photograph of blurred noise, in a mode, as a file."""
+
+    def make(mode="RGB", size=(64, 48), **options):
+        noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        path = tmp_path / f"{mode}.jpg"
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode).save(path, quality=90, **options)
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"comment": b"\xff" * 9}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_files_have_the_same_pixels_either_way(mode, options, jpeg):
+    path = jpeg(mode, **options)
+    expected = np.asarray(read_image(path)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(read_jpeg(path).numpy(), expected)
+
+
+def test_jpeg_files_of_other_kinds_are_left_to_pillow(jpeg, tmp_path):
+    inks, line, cut, fake = jpeg("CMYK"), jpeg(size=(1, 300)), tmp_path / "cut.jpg", tmp_path / "fake.jpg"
+    for path in (inks, line):
+        with pytest.raises(OSError, match=r"not a JPEG file in colours or grey|1 x 300 pixels"):
+            read_jpeg(path)
+    cut.write_bytes(Path(jpeg()).read_bytes()[:-400])
+    fake.write_bytes(b"\x89PNG" + bytes(40))
+    for path in (cut, fake):
+        with pytest.raises((OSError, RuntimeError)):
+            read_jpeg(str(path))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 500), (224, 224), (90, 90)])
+@pytest.mark.parametrize("wanted", [224, (224,), (96, 128)], ids=str)
+@pytest.mark.parametrize("mode", [InterpolationMode.BICUBIC, InterpolationMode.BILINEAR])
+def test_pixels_are_resized_as_pillow_does(size, wanted, mode, jpeg):
+    path, step = jpeg(size=size), Resize(wanted, mode, antialias=True)
+    found = resize_pixels(step, read_jpeg(path)).int()
+    expected = torch.from_numpy(np.asarray(step(read_image(path)))).permute(2, 0, 1).int()
+    assert found.shape == expected.shape
+    difference = (found - expected).abs()
+    assert difference.max() <= 2
+    assert difference.float().mean() < 0.2
