@@ -25,7 +25,7 @@ from fiftyone_ecif.misalignment.findings import Findings
 from fiftyone_ecif.misalignment.fusion import ranked
 from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
 from fiftyone_ecif.progress import Progress
-from fiftyone_ecif.runs.base import check_key, check_view
+from fiftyone_ecif.runs.base import check_key, check_view, check_writable
 from fiftyone_ecif.runs.diagnostics import judge_fit
 from fiftyone_ecif.runs.misalignment import MisalignmentConfig, MisalignmentRecord, MisalignmentResults
 from fiftyone_ecif.runs.writing import finish_writing, write_run
@@ -129,6 +129,7 @@ def misalignment_steps(
         raise EcifError(f"target, a view of validation pairs, and {needing} belong together")
     check_collection(samples, settings.caption_field)
     check_view(samples)
+    check_writable(samples._dataset, ["tags"] * bool(tag))
     overwrite = job.overwrite or brain_key in finish_writing(samples._dataset)  # its job was killed, and is run again
     prepared = yield from prepare(
         samples,

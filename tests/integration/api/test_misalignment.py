@@ -226,6 +226,14 @@ def test_bad_input_is_one_clear_error_before_any_work(case, dataset, audit, no_m
     assert state(dataset) == before
 
 
+def test_tags_that_cannot_be_written_are_refused_before_work(dataset, audit, no_model):
+    field = dataset.get_field("tags")
+    field.read_only = True
+    field.save()
+    with pytest.raises(EcifError, match="'tags' is read-only"):
+        audit(train_of(dataset), tag="suspect")
+
+
 def test_a_target_is_for_global_influence_only(dataset, audit, no_model):
     with pytest.raises(EcifError, match="belong together"):
         audit(train_of(dataset), target=dataset.match_tags("val"))
