@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.functional import normalize
 
 from fiftyone_ecif.bench.models.small import WORDS, small_model
+from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.fitting import minimise
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
@@ -32,7 +33,7 @@ from fiftyone_ecif.progress import result_of
 
 SCOPES = ("heads", "heads+logit_scale", "blocks:1", "lora:2:1")
 _PAIRS, _BATCH, _COMPARED = 24, 12, 5
-_PROXIMAL = 10.0  # pairs of noise and random words can otherwise be told apart by embeddings that shrink to nothing
+_PROXIMAL = (1.0, 10.0, 100.0)  # noise and random words may be told apart by an embedding that shrinks to nothing
 
 
 def model_names() -> list[str]:
@@ -57,7 +58,8 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
     Returns:
         ``heads`` (the weights that the towers end in), ``block`` (the last of each tower), ``worst`` (the largest
         relative error of five pairs' influence against gradients through open_clip's model, over all scopes),
-        ``fit`` (relative gradient norm that it reached), ``edit`` (loss that is reported minus the loss that plain
+        ``fit`` (relative gradient norm that it reached), ``proximal`` (the least of 1, 10 and 100 with which it
+        did), ``edit`` (loss that is reported minus the loss that plain
         open_clip has with the checkpoint), ``detectors`` (how many gave finite scores)
     """
     small, weights = small_model(name, folder)
@@ -80,8 +82,7 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
         )
         errors[text] = _error(encoder, scope, batch, (pixels[:_BATCH], padded[:_BATCH]))
     batches = FeatureBatches(*features, random_partition(_PAIRS, _BATCH, 0))
-    objective = ContrastiveLoss(heads, batches, _PAIRS, _PROXIMAL)
-    *_, (theta, relative) = minimise(objective)
+    objective, theta, relative = _fit(heads, batches)
     return {
         "heads": [head.weight for head in encoder.heads.values()],
         "offset": [head.has_offset for head in encoder.heads.values()],
@@ -89,6 +90,7 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
         "errors": errors,
         "worst": max(errors.values()),
         "fit": relative,
+        "proximal": objective.proximal,
         "edit": _edit(encoder, small, folder, objective, theta, (pixels, padded)),
         "detectors": _detect(objective, theta),
     }
@@ -160,6 +162,24 @@ class _Plain(nn.Module):
             model.logit_scale,
             0.0 if bias is None else bias,
         )
+
+
+def _fit(scope: HeadScope, batches: FeatureBatches) -> tuple[ContrastiveLoss, Tensor, float]:
+    """The objective with the least pull to the start with which it has a minimum, that minimum, and how near it is.
+
+    Raises:
+        EcifError: if it has none with any
+    """
+    for proximal in _PROXIMAL:
+        objective = ContrastiveLoss(scope, batches, _PAIRS, proximal)
+        try:
+            *_, (theta, relative) = minimise(objective)
+        except EcifError:
+            if proximal == _PROXIMAL[-1]:
+                raise
+        else:
+            break
+    return objective, theta, relative
 
 
 def _last_blocks(names: Sequence[str]) -> list[str]:
