@@ -194,10 +194,10 @@ def ask_model(inputs: Any, ctx: Any, default: str) -> None:
     )
     weights = ctx.params.get("pretrained") or ""
     if looks_like_a_path(weights):
-        if not Path(weights).is_file():
+        if not Path(weights).exists():
             where = "" if Path(weights).is_absolute() else f" in {Path.cwd()}. Give its whole path"
             refuse(pretrained, f"There is no file {weights}{where}")
-    elif weights and known is not None and weights not in known and not Path(weights).is_file():
+    elif weights and known is not None and weights not in known and not Path(weights).exists():
         offer = f"one of {', '.join(known)}, or a checkpoint" if known else "a checkpoint"
         refuse(pretrained, f"{weights!r} is neither a file nor a tag of {name}. Give {offer}")
 

@@ -258,7 +258,7 @@ def describe(target: Any, prepared: PreparedRun) -> dict[str, Any]:
     return {
         "dataset": views[0]._dataset.name,
         "dataset_id": str(views[0]._dataset._doc.id),
-        "samples": sum(len(view) for view in views),
+        "samples": sum(len(pairs.ids) + len(pairs.skipped) for pairs in prepared.target_pairs.values()),
         "view": views[0].view().name,
         "stages": "; ".join(str(view.view()) for view in views)[:2000],
         "tables": dict(zip(prepared.target_pairs, prepared.targets, strict=True)),

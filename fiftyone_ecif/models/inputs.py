@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import Resize
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.models.images import UnreadableImageError, read_image, read_jpeg
 
 _AHEAD = 2  # batches that are read before they are asked for
 
@@ -48,12 +48,11 @@ class Images:
         path = self.paths[index]
         if self.preprocess_jpeg is not None and path.lower().endswith((".jpg", ".jpeg")):
             with contextlib.suppress(RuntimeError, OSError):  # what is odd about it is said below
-                return index, self.preprocess_jpeg(decode_jpeg(read_file(path), ImageReadMode.RGB)), None
+                return index, self.preprocess_jpeg(read_jpeg(path)), None
         try:
-            with Image.open(path) as image:
-                return index, self.preprocess(image), None
-        except Exception as error:  # PIL raises many kinds on damaged files
-            return index, None, str(error) or type(error).__name__
+            return index, self.preprocess(read_image(path)), None
+        except UnreadableImageError as error:
+            return index, None, error.reason
 
 
 def loaded(

@@ -39,6 +39,7 @@ from fiftyone_ecif.models.open_clip_names import brings_weights, check_names, ne
 from fiftyone_ecif.models.projection_heads import Head, find_head
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
 from fiftyone_ecif.models.towers import Tower, causal_mask
+from fiftyone_ecif.models.weights import in_short, open_clip_weights
 from fiftyone_ecif.store.keys import digest
 
 logger = logging.getLogger(__name__)
@@ -77,22 +78,24 @@ class OpenClipEncoder(DualEncoder):
         self.device = choose_device(device)
         check_names(model, pretrained)
         try:
-            with warnings.catch_warnings(record=True) as said:
+            with open_clip_weights(pretrained) as weights, warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always", UserWarning)
                 self.model, _, transform = open_clip.create_model_and_transforms(
                     model,
-                    pretrained=pretrained,
+                    pretrained=weights,
                     device=self.device,
                     require_pretrained=True,
                     **(load_preprocessing(pretrained) or {}),
                 )
             self.tokenizer = open_clip.get_tokenizer(model)
+        except EcifError:
+            raise
         except ImportError as error:
             lacking = needs_transformers({"text_cfg": {"hf_tokenizer_name": model}})
             raise EcifError(f"{model} {lacking or f'cannot be made ({error})'}") from error
         except Exception as error:  # open_clip, the hub and torch raise many kinds here
             raise EcifError(
-                f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {error}"
+                f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {in_short(error)}"
             ) from error
         self.model.eval().requires_grad_(False)
         self._geometry, self._normalise = _split(transform)

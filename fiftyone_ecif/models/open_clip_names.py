@@ -11,6 +11,8 @@ import open_clip
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.models.transformers_weights import uses_quick_gelu
+from fiftyone_ecif.models.weights import check_weights
 
 INSTALL_TRANSFORMERS = "pip install 'fiftyone-ecif[transformers]'"
 
@@ -44,7 +46,8 @@ def check_names(model: str, pretrained: str | None) -> None:
 
     Raises:
         EcifError: if open_clip does not know the model, or ``pretrained`` is
-            neither a tag of it nor a file
+            neither a tag of it nor a file or folder that may hold weights,
+            or they are known to be of another activation
     """
     if brings_weights(model):
         if pretrained:
@@ -60,7 +63,17 @@ def check_names(model: str, pretrained: str | None) -> None:
     offer = f"one of its tags ({', '.join(tags)})" if tags else "(open_clip has no tags for it)"
     if not pretrained:
         raise EcifError(f"pretrained is needed for {model}: {offer} or the path of a checkpoint")
-    if pretrained not in tags and not Path(pretrained).is_file():
+    if pretrained in tags:
+        return
+    if not Path(pretrained).exists():
         raise EcifError(
             f"pretrained={pretrained!r} is neither a file nor a tag of {model}. Give {offer} or a checkpoint"
+        )
+    check_weights(pretrained)
+    quick = uses_quick_gelu(Path(pretrained) if Path(pretrained).is_dir() else Path(pretrained).parent)
+    if quick is not None and quick != bool((open_clip.get_model_config(model) or {}).get("quick_gelu")):
+        other = f"{model}-quickgelu" if quick else model.removesuffix("-quickgelu")
+        raise EcifError(
+            f"The weights in {pretrained} were trained with {'QuickGELU' if quick else 'GELU'}, and {model} computes "
+            f"with another activation. Use {f'model={other!r}' if other in known else 'a model that has it'}"
         )

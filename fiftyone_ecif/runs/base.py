@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -159,7 +160,7 @@ def check_key(dataset: Any, brain_key: str, overwrite: bool, config: Any) -> Non
 
     Raises:
         EcifError: if the key is no identifier, is taken, or one of the fields
-            that it names is there and belongs to no run
+            that it names is there and belongs to no run or cannot be written
     """
     if not isinstance(brain_key, str) or not brain_key.isidentifier() or brain_key.startswith("_"):
         raise EcifError(f"brain_key={brain_key!r} is not a name. Use letters, digits and _, such as 'ecif'")
@@ -176,6 +177,22 @@ def check_key(dataset: Any, brain_key: str, overwrite: bool, config: Any) -> Non
     for field in config.fields(brain_key):
         if field not in ours and dataset.has_sample_field(field):
             raise EcifError(f"There is a field {field!r} already, which no run wrote. Choose another brain_key")
+    check_writable(dataset, {*config.fields(brain_key), *ours})
+
+
+def check_writable(dataset: Any, fields: Iterable[str]) -> None:
+    """Checks that no field is read-only.
+
+    Raises:
+        EcifError: for the first that is
+    """
+    for field in fields:
+        found = dataset.get_field(field)
+        if found is not None and found.read_only:
+            raise EcifError(
+                f"The field {field!r} is read-only. Allow writing: field = dataset.get_field({field!r}); "
+                "field.read_only = False; field.save()"
+            )
 
 
 def check_view(samples: Any) -> None:

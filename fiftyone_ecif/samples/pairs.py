@@ -57,6 +57,20 @@ def every_sample(dataset: Any) -> Any:
     return dataset.select_group_slices(media_type="image") if dataset.media_type == "group" else dataset
 
 
+def each_once(samples: Any) -> Any:
+    """A collection without repeats, which a view can have, as after ``concat``; then in no order.
+
+    Args:
+        samples: a FiftyOne dataset or view.
+    """
+    ids = [] if isinstance(samples, fo.Dataset) else samples.values("id")
+    if len(set(ids)) == len(ids):
+        return samples
+    return samples.mongo(
+        [{"$group": {"_id": "$_id", "first": {"$first": "$$ROOT"}}}, {"$replaceRoot": {"newRoot": "$first"}}]
+    )
+
+
 def check_collection(samples: Any, caption_field: str | None) -> None:
     """Checks that a collection can hold image-caption pairs.
 
@@ -93,7 +107,7 @@ def check_collection(samples: Any, caption_field: str | None) -> None:
 
 
 def read_pairs(samples: Any, caption_field: str, skip_failures: bool = True) -> Pairs:
-    """Reads image-caption pairs, sorted by sample id. No image is decoded yet.
+    """Reads image-caption pairs, sorted by sample id, each sample once. No image is decoded yet.
 
     Args:
         samples: a FiftyOne dataset or view of images.
@@ -106,6 +120,7 @@ def read_pairs(samples: Any, caption_field: str, skip_failures: bool = True) -> 
             if no sample is a pair
     """
     check_collection(samples, caption_field)
+    samples = each_once(samples)
     pairs = Pairs([], [], [], {})
     for sample_id, path, caption in sorted(
         zip(*samples.values(["id", "filepath", caption_field]), strict=True), key=lambda row: row[0]

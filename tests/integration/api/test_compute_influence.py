@@ -220,6 +220,18 @@ def test_deleting_a_run_leaves_a_field_of_the_users(dataset, score):
     assert not dataset.has_sample_field("ecif_influence")
 
 
+def test_a_sample_that_a_view_repeats_is_one_pair(dataset, score):
+    train, val = split(dataset)
+    score(train, val, brain_key="plain")
+    repeated = train.limit(50).concat(train.skip(20))
+    assert len(repeated) == 102
+    results = score(repeated, val.concat(val.limit(5)))
+    assert results.ids == sorted(train.values("id"))
+    assert results.diagnostics["target_pairs"] == results.config.target["samples"] == len(val)
+    assert train.values("ecif_influence") == train.values("plain_influence")
+    assert train.values("ecif_rank") == train.values("plain_rank")
+
+
 def test_a_view_run_and_overwriting(dataset, score):
     train, val = split(dataset)
     score(train.limit(30), val)
