@@ -8,7 +8,7 @@ targets. Arrays in, arrays out, without torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -45,6 +45,12 @@ class CachedGradients:
     negative: np.ndarray
     curvature: np.ndarray
     pairs: int
+
+    def of_others(self, positive: np.ndarray, negative: np.ndarray) -> CachedGradients:
+        """Other pairs with the same curvature, which is factorised once for all."""
+        others = replace(self, positive=positive, negative=negative)
+        others.__dict__["_inverse_half"] = self._inverse_half
+        return others
 
     def influence(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The positive and the negative part of the influence of every pair on many targets.

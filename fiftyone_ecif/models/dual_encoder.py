@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -170,8 +171,13 @@ class DualEncoder(ABC):
         Yields:
             the features of each batch, shape ``(n, w)``, in float32
         """
-        for start in range(0, len(captions), batch_size):
-            yield self.features("text", self.tokens(captions[start : start + batch_size]))
+        parts = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
+        with ThreadPoolExecutor(1) as pool:  # the next ones are split into tokens meanwhile
+            ahead = [pool.submit(self.tokens, part) for part in parts[:1]]
+            for number in range(len(parts)):
+                tokens = ahead.pop().result()
+                ahead += [pool.submit(self.tokens, part) for part in parts[number + 1 : number + 2]]
+                yield self.features("text", tokens)
 
     def prompts(self, choice: ScopeChoice, texts: Sequence[str]) -> Tensor:
         """Texts as the text tower of a scope takes them.
