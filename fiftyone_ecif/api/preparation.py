@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fiftyone_ecif.api.embeddings import Arrays, check_failures, given_embeddings, on_disk
 from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
@@ -28,6 +29,7 @@ from fiftyone_ecif.influence.target_losses import Classes, find_target_loss
 from fiftyone_ecif.influence.targets import Target, fill_prompts
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
+from fiftyone_ecif.models.given_embeddings import GivenEmbeddings
 from fiftyone_ecif.models.libraries import library_of, load_encoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
@@ -92,9 +94,11 @@ class PreparedRun:
     def run_name(self, seed: int) -> str:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
         chosen = self.settings
-        made_of = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
+        made_of: list[Any] = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
         if chosen.keep_gradients and PROJECTIONS[self.scope.projection].suits_target:
             made_of += list(self.targets)
+        if chosen.embeddings:  # the keys of pairs say nothing of those
+            made_of.append(self.encoder.fingerprint)
         start = self.scope.start.cpu().numpy().tobytes()  # adapters are not part of the encoder
         return "run-" + digest(chain([json.dumps(made_of)], map("".join, self.keys), [start]))
 
@@ -105,6 +109,7 @@ def prepare(
     settings: InfluenceSettings,
     job: JobSettings,
     *,
+    arrays: Arrays | None = None,
     check: Callable[[], None] = lambda: None,
     processes: ProcessGroup = ALONE,
 ) -> Generator[Progress, None, PreparedRun]:
@@ -115,6 +120,7 @@ def prepare(
         target: the target pairs, or a dict of slices, which may be empty.
         settings: of the run.
         job: how it is run.
+        arrays (None): embeddings of the samples, in place of a model and of fields.
         check: called when the collections are known to be usable.
         processes (ALONE): the processes that share the encoding and the target's batches.
 
@@ -122,7 +128,8 @@ def prepare(
         EcifError: for bad input, before the model is loaded where that is possible
     """
     choose_device(job.device)
-    library_of(settings.model).check(settings.model, settings.pretrained)
+    if not settings.embeddings:
+        library_of(settings.model).check(settings.model, settings.pretrained)
     choice = parse_scope(settings.scope)
     if settings.is_function and settings.function is None:
         raise EcifError(
@@ -145,20 +152,29 @@ def prepare(
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = load_encoder(settings.model, settings.pretrained, job.device)
+    groups = [pairs, *target_pairs.values()]
+    encoder: DualEncoder
+    if settings.embeddings:
+        views = [samples, *slices.values()]
+        encoder, failures = given_embeddings(samples, groups, views, settings, arrays, job.device)
+    else:
+        encoder = load_encoder(settings.model, settings.pretrained, job.device)
     encoder.loss.check_role(settings.role)
     scope = encoder.scope(choice, settings.seed)
     store = home.inside(encoder.fingerprint)
     yield Progress("Loading the model", 1, 1)
 
-    groups = [pairs, *target_pairs.values()]
     paths = [path for group in groups for path in group.paths]
     captions = [caption for group in groups for caption in group.captions]
     keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
     workers = fout.recommend_num_workers() if job.num_workers is None else job.num_workers
-    images, texts, failures = yield from cached_features(
-        store, encoder, keys, paths, captions, workers, job.skip_failures, processes
-    )
+    if isinstance(encoder, GivenEmbeddings):
+        images, texts = (on_disk(store, side) for side in encoder.rows)
+        check_failures(groups, failures, job.skip_failures)
+    else:
+        images, texts, failures = yield from cached_features(
+            store, encoder, keys, paths, captions, workers, job.skip_failures, processes
+        )
     kept, rows = _drop_failures(groups, failures)
     pairs, target_pairs = kept[0], dict(zip(target_pairs, kept[1:], strict=True))
     warn_skipped(pairs.skipped, "training")

@@ -35,7 +35,7 @@ from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.checkpoint import PREPROCESSING, load_adapters, load_preprocessing, save_checkpoint
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.inputs import resize_pixels
-from fiftyone_ecif.models.open_clip_names import brings_weights, check_names
+from fiftyone_ecif.models.open_clip_names import brings_weights, check_names, needs_transformers
 from fiftyone_ecif.models.projection_heads import Head, find_head
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
 from fiftyone_ecif.models.towers import Tower, causal_mask
@@ -90,6 +90,9 @@ class OpenClipEncoder(DualEncoder):
             self.tokenizer = open_clip.get_tokenizer(model)
         except EcifError:
             raise
+        except ImportError as error:
+            lacking = needs_transformers({"text_cfg": {"hf_tokenizer_name": model}})
+            raise EcifError(f"{model} {lacking or f'cannot be made ({error})'}") from error
         except Exception as error:  # open_clip, the hub and torch raise many kinds here
             raise EcifError(
                 f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {in_short(error)}"
