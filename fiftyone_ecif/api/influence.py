@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fiftyone_ecif.api.embeddings import Arrays, take_arrays
 from fiftyone_ecif.api.preparation import PreparedRun, describe, prepare
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.distributed import ProcessGroup
@@ -101,9 +102,10 @@ def compute_influence(
             could not be trusted; nothing on the samples is changed then
     """
     options |= {"caption_field": caption_field, "model": model, "pretrained": pretrained}
+    arrays = take_arrays(options)
     settings, job = InfluenceSettings.take(options), JobSettings.take(options)
     check_known(options, InfluenceSettings, JobSettings)
-    return follow(influence_steps(samples, target, settings, job, brain_key), progress)
+    return follow(influence_steps(samples, target, settings, job, brain_key, arrays), progress)
 
 
 def influence_steps(
@@ -112,6 +114,7 @@ def influence_steps(
     settings: InfluenceSettings,
     job: JobSettings,
     brain_key: str = "ecif",
+    arrays: Arrays | None = None,
 ) -> Generator[Progress, None, InfluenceResults]:
     """:func:`compute_influence` as a generator of its progress, for a caller that shows it or stops it."""
     if target is None or target == {}:
@@ -127,6 +130,7 @@ def influence_steps(
         target,
         settings,
         job,
+        arrays=arrays,
         check=lambda: check_key(samples._dataset, brain_key, overwrite, InfluenceConfig(settings, record)),
         processes=processes,
     )

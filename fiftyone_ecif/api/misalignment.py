@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
 
+from fiftyone_ecif.api.embeddings import Arrays, take_arrays
 from fiftyone_ecif.api.preparation import PreparedRun, prepare
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
@@ -102,10 +103,11 @@ def compute_misalignment(
             samples is changed then
     """
     options |= {"caption_field": caption_field, "model": model, "pretrained": pretrained}
+    arrays = take_arrays(options)
     settings, job = MisalignmentSettings.take(options), JobSettings.take(options)
     check_known(options, MisalignmentSettings, JobSettings)
     work = misalignment_steps(
-        samples, settings, job, brain_key, target=target, tag=tag, share=share, threshold=threshold
+        samples, settings, job, brain_key, target=target, tag=tag, share=share, threshold=threshold, arrays=arrays
     )
     return follow(work, progress)
 
@@ -120,6 +122,7 @@ def misalignment_steps(
     tag: str | None = None,
     share: float | None = None,
     threshold: float | None = None,
+    arrays: Arrays | None = None,
 ) -> Generator[Progress, None, MisalignmentResults]:
     """:func:`compute_misalignment` as a generator of its progress, for a caller that shows it or stops it."""
     _check_tag(tag, share, threshold)
@@ -136,6 +139,7 @@ def misalignment_steps(
         {} if target is None else target,
         settings.influence,
         job,
+        arrays=arrays,
         check=lambda: check_key(samples._dataset, brain_key, overwrite, MisalignmentConfig(settings)),
     )
     store = prepared.store.inside(prepared.run_name(settings.seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,11 @@ from itertools import chain
 from typing import Any
 
 import fiftyone.core.labels as fol
-import fiftyone.utils.torch as fout
 import numpy as np
 import torch
 from torch import Tensor
 
+from fiftyone_ecif.api.embeddings import Arrays, check_failures, given_embeddings, on_disk
 from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
@@ -30,6 +31,7 @@ from fiftyone_ecif.influence.target_losses import Classes, find_target_loss
 from fiftyone_ecif.influence.targets import Target, fill_prompts
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
+from fiftyone_ecif.models.given_embeddings import GivenEmbeddings
 from fiftyone_ecif.models.libraries import library_of, load_encoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
@@ -45,7 +47,7 @@ from fiftyone_ecif.samples.pairs import (
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
-from fiftyone_ecif.store.keys import PairKey, content_digest, digest, equal_files
+from fiftyone_ecif.store.keys import PairKey, content_digest, digest, equal_files, pair_key
 from fiftyone_ecif.store.known_files import KnownFiles
 from fiftyone_ecif.store.tables import Store
 
@@ -103,9 +105,11 @@ class PreparedRun:
     def run_name(self, seed: int) -> str:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
         chosen = self.settings
-        made_of = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
+        made_of: list[Any] = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
         if chosen.keep_gradients and PROJECTIONS[self.scope.projection].suits_target:
             made_of += list(self.targets)
+        if chosen.embeddings:  # the keys of pairs say nothing of those
+            made_of.append(self.encoder.fingerprint)
         start = self.scope.start.cpu().numpy().tobytes()  # adapters are not part of the encoder
         return "run-" + digest(chain([json.dumps(made_of)], map("".join, self.keys), [start]))
 
@@ -116,6 +120,7 @@ def prepare(
     settings: InfluenceSettings,
     job: JobSettings,
     *,
+    arrays: Arrays | None = None,
     check: Callable[[], None] = lambda: None,
     processes: ProcessGroup = ALONE,
     known_in: Sequence[Store] = (),
@@ -127,6 +132,7 @@ def prepare(
         target: the target pairs, or a dict of slices, which may be empty.
         settings: of the run.
         job: how it is run.
+        arrays (None): embeddings of the samples, in place of a model and of fields.
         check: called when the collections are known to be usable.
         processes (ALONE): the processes that share the encoding and the target's batches.
         known_in (()): further encoders' stores in which images are known.
@@ -135,7 +141,8 @@ def prepare(
         EcifError: for bad input, before the model is loaded where that is possible
     """
     choose_device(job.device)
-    library_of(settings.model).check(settings.model, settings.pretrained)
+    if not settings.embeddings:
+        library_of(settings.model).check(settings.model, settings.pretrained)
     choice = parse_scope(settings.scope)
     if settings.is_function and settings.function is None:
         raise EcifError(
@@ -159,22 +166,32 @@ def prepare(
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = load_encoder(settings.model, settings.pretrained, job.device)
+    groups = [pairs, *target_pairs.values()]
+    encoder: DualEncoder
+    if settings.embeddings:
+        views = [samples, *slices.values()]
+        encoder, failures = given_embeddings(samples, groups, views, settings, arrays, job.device)
+    else:
+        encoder = load_encoder(settings.model, settings.pretrained, job.device)
     encoder.loss.check_role(settings.role)
     scope = encoder.scope(choice, settings.seed)
     store = home.inside(encoder.fingerprint)
     yield Progress("Loading the model", 1, 1)
 
-    groups = [pairs, *target_pairs.values()]
     paths = [path for group in groups for path in group.paths]
     captions = [caption for group in groups for caption in group.captions]
-    workers = fout.recommend_num_workers() if job.num_workers is None else job.num_workers
-    known = KnownFiles(store, *known_in)
-    yield from _recognise(known, paths, workers, processes)
-    keys = [PairKey(known.key(path), digest(caption)) for path, caption in zip(paths, captions, strict=True)]
-    images, texts, failures = yield from cached_features(
-        store, encoder, keys, paths, captions, workers, job.skip_failures, processes
-    )
+    workers = (os.cpu_count() or 1) if job.num_workers is None else job.num_workers
+    if isinstance(encoder, GivenEmbeddings):
+        keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
+        images, texts = (on_disk(store, side) for side in encoder.rows)
+        check_failures(groups, failures, job.skip_failures)
+    else:
+        known = KnownFiles(store, *known_in)
+        yield from _recognise(known, paths, workers, processes)
+        keys = [PairKey(known.key(path), digest(caption)) for path, caption in zip(paths, captions, strict=True)]
+        images, texts, failures = yield from cached_features(
+            store, encoder, keys, paths, captions, workers, job.skip_failures, processes
+        )
     kept, rows = _drop_failures(groups, failures)
     pairs, target_pairs = kept[0], dict(zip(target_pairs, kept[1:], strict=True))
     warn_skipped(pairs.skipped, "training")

@@ -126,6 +126,24 @@ def _bench_device(quick: bool, device: str, out: Path | None, as_json: bool) -> 
     print_result(result, as_json, stages.markdown)
 
 
+@bench.command("models")
+@click.option("--model", "names", multiple=True, help="Only this model of open_clip, repeatable. Default: all.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md and result.json.")
+@AS_JSON
+def bench_models(names: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Do everything with each of open_clip's models, shrunken, and hold it against open_clip's own code.
+
+    Example: fiftyone-ecif bench models --out models
+    """
+    with job():
+        from fiftyone_ecif.bench.models.report import markdown, run
+
+        result = run(names, lambda text: click.echo(text, err=True), partial(_keep, out))
+        if out:
+            (out / "report.md").write_text(markdown(result))
+    print_result(result, as_json, markdown)
+
+
 def _keep(out: Path | None, found: dict[str, Any]) -> None:
     """Writes what is measured so far, so that a run that is stopped leaves it."""
     if out:

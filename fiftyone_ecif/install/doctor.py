@@ -47,8 +47,9 @@ def _torch() -> Check:
         return Check("torch", False, "pip install torch torchvision", True)
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, the CPU is used"
-    return Check("torch", True, f"{torch.__version__}, {gpu}", True)
+    from fiftyone_ecif.devices import describe
+
+    return Check("torch", True, f"{torch.__version__}; {describe('cuda' if torch.cuda.is_available() else 'cpu')}", True)
 
 
 def _packages() -> list[Check]:
@@ -56,6 +57,9 @@ def _packages() -> list[Check]:
     for module, package in (("open_clip", "open_clip_torch"), ("h5py", "h5py")):
         found = importlib.util.find_spec(module) is not None
         checks.append(Check(package, found, "installed" if found else f"pip install {package}", True))
+    found = importlib.util.find_spec("transformers") is not None
+    remedy = "SigLIP, CLIPA and text towers of the hub need it: pip install 'fiftyone-ecif[transformers]'"
+    checks.append(Check("transformers", found, "installed" if found else remedy, False))
     return checks
 
 

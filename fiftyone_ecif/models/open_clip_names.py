@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
@@ -12,12 +14,27 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.models.transformers_weights import uses_quick_gelu
 from fiftyone_ecif.models.weights import check_weights
 
+INSTALL_TRANSFORMERS = "pip install 'fiftyone-ecif[transformers]'"
+
 open_clip.add_model_config(Path(__file__).parent / "configs")
 
 
 def brings_weights(model: str) -> bool:
     """Whether a model name says where its weights are: ``local-dir:…`` or ``hf-hub:…``."""
     return model.startswith((HF_HUB_PREFIX, LOCAL_DIR_PREFIX))
+
+
+def needs_transformers(config: dict[str, Any] | None) -> str | None:
+    """What a model of open_clip lacks if transformers is not installed, with the remedy, or None.
+
+    Args:
+        config: of the model; None if it is not known.
+    """
+    text = (config or {}).get("text_cfg", {})
+    part = "text tower" if text.get("hf_model_name") else "tokenizer" if text.get("hf_tokenizer_name") else None
+    if part is None or importlib.util.find_spec("transformers") is not None:
+        return None
+    return f"takes its {part} from transformers, which is not installed. Run: {INSTALL_TRANSFORMERS}"
 
 
 def check_names(model: str, pretrained: str | None) -> None:
@@ -40,6 +57,8 @@ def check_names(model: str, pretrained: str | None) -> None:
     if model not in known:
         near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
         raise EcifError(f"open_clip has no model {model!r}." + (f" Did you mean {' or '.join(near)}?" if near else ""))
+    if lacking := needs_transformers(open_clip.get_model_config(model)):
+        raise EcifError(f"{model} {lacking}")
     tags = open_clip.list_pretrained_tags_by_model(model)
     offer = f"one of its tags ({', '.join(tags)})" if tags else "(open_clip has no tags for it)"
     if not pretrained:

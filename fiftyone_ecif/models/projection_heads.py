@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -143,31 +144,55 @@ def _candidates(tower: nn.Module, inputs: Tensor, size: int) -> Iterator[Head]:
     with torch.enable_grad():
         embedding = functional_call(tower, weights, (inputs[:1],))[0]
         cotangent = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(embedding)
-        slopes = torch.autograd.grad(embedding @ cotangent, list(weights.values()), allow_unused=True)
-    along = dict(zip(weights, slopes, strict=True))
-    for name, slope in along.items():
-        if slope is None or slope.ndim != 2 or not slope.any():
-            continue
-        for transposed in (True, False):
-            gradient = slope.T if transposed else slope
-            if gradient.shape[1] != size:
-                continue
-            features = gradient @ cotangent / cotangent.dot(cotangent)
-            if not _close(features.outer(cotangent), gradient):
-                continue
-            bias = name.rpartition(".")[0] + ".bias"
-            shift = along.get(bias)
-            bias = bias if shift is not None and _close(cotangent, shift) else ""
-            weight = weights[name].detach()
-            step = weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight)
-            with torch.no_grad():
-                moved = functional_call(tower, {name: weight + step}, (inputs[:1],))[0]
-                rest = embedding - features @ (weight.T if transposed else weight)
-                if bias:
-                    rest = rest - weights[bias]
-            if _close(moved - embedding, features @ (step.T if transposed else step)):
-                has_offset = bool(rest.abs().max() > _CLOSE * embedding.abs().max())
-                yield Head(_in_model(name), _in_model(bias) or None, transposed, has_offset, size)
+        slopes = _Slopes(weights, cotangent)
+        (embedding @ cotangent).backward()
+    for name, transposed, features in slopes.explained:
+        bias = name.rpartition(".")[0] + ".bias"
+        bias = bias if bias in slopes.shifts else ""
+        weight = weights[name].detach()
+        step = weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight)
+        with torch.no_grad():
+            moved = functional_call(tower, {name: weight + step}, (inputs[:1],))[0]
+            rest = embedding - features @ (weight.T if transposed else weight)
+            if bias:
+                rest = rest - weights[bias]
+        if _close(moved - embedding, features @ (step.T if transposed else step)):
+            has_offset = bool(rest.abs().max() > _CLOSE * embedding.abs().max())
+            yield Head(_in_model(name), _in_model(bias) or None, transposed, has_offset, size)
+
+
+class _Slopes:
+    """What the slopes of an embedding along a cotangent say of weights, each looked at and dropped as it comes.
+
+    Args:
+        weights: by name, as they are used.
+        cotangent: shape ``(d,)``.
+
+    Attributes:
+        explained: name, whether it is stored as ``(d, w)``, and features whose outer product with the cotangent is
+            the slope.
+        shifts: the biases whose slope is the cotangent.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], cotangent: Tensor) -> None:
+        self._cotangent = cotangent
+        self.explained: list[tuple[str, bool, Tensor]] = []
+        self.shifts: set[str] = set()
+        for name, weight in weights.items():
+            weight.register_post_accumulate_grad_hook(partial(self._look, name))  # type: ignore[no-untyped-call]
+
+    def _look(self, name: str, weight: Tensor) -> None:
+        slope, weight.grad = weight.grad, None
+        assert slope is not None
+        if slope.ndim == 1:
+            if _close(self._cotangent, slope):
+                self.shifts.add(name)
+            return
+        for transposed, gradient in ((True, slope.T), (False, slope)):
+            if gradient.shape[1] == len(self._cotangent) and slope.any():
+                features = gradient @ self._cotangent / self._cotangent.dot(self._cotangent)
+                if _close(features.outer(self._cotangent), gradient):
+                    self.explained.append((name, transposed, features))
 
 
 def _in_model(name: str) -> str:

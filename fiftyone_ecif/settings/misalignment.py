@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.misalignment.detectors import DETECTORS
-from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.influence import InfluenceSettings, check_embeddings
 from fiftyone_ecif.settings.option import Settings, option, same
 
 
@@ -17,6 +17,8 @@ class MisalignmentSettings(Settings):
     caption_field: str = same(InfluenceSettings, "caption_field")
     model: str = same(InfluenceSettings, "model")
     pretrained: str | None = same(InfluenceSettings, "pretrained")
+    embeddings: tuple[str, ...] = same(InfluenceSettings, "embeddings")
+    scale: float = same(InfluenceSettings, "scale")
     detector: str = option("fused", "what the score is", label="Detector", choices=lambda: DETECTORS)
     fit: bool = same(
         InfluenceSettings,
@@ -37,6 +39,8 @@ class MisalignmentSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.embeddings:
+            self._set("model", check_embeddings(self.embeddings, self.pretrained))
         if DETECTORS[self.detector].needs_training and not (self.fit or self.trained):
             raise EcifError(
                 f"detector={self.detector!r} tells about pairs that the model was trained on. Set fit=True, or "
@@ -50,6 +54,8 @@ class MisalignmentSettings(Settings):
             caption_field=self.caption_field,
             model=self.model,
             pretrained=self.pretrained,
+            embeddings=self.embeddings,
+            scale=self.scale,
             fit=self.fit,
             proximal=self.proximal,
             batch_size=self.batch_size,

@@ -21,7 +21,11 @@ import torch
 PREFIX = "small-"
 _WIDTH, _SIZE = 48, 32  # of towers, and of embeddings
 _DEPTH, _HEADS = 2, 2
-_WORDS = "<s> <pad> </s> <unk> <cls> <mask> a b red blue left right of the one two three four five six seven eight nine"
+#: What small tokenizers know, what marks the ends first.
+WORDS = (
+    *("<s>", "<pad>", "</s>", "<unk>", "<cls>", "<mask>"),
+    *("a", "b", "red", "blue", "left", "right", "of", "the", "one", "two", "three", "four", "five", "six", "seven"),
+)
 _STAGES: dict[str, dict[str, Any]] = {
     "convnext": {"depths": (1, 1, 1, 2), "dims": (8, 16, 24, _WIDTH)},
     "swin": {"depths": (1, 1, 1, 2), "embed_dim": 8, "num_heads": (1, 1, 2, 2), "img_size": 64},
@@ -75,7 +79,7 @@ def small_config(name: str, folder: Path) -> dict[str, Any]:
         width = _SIZE if vision.get("width", 768) == size else _WIDTH
         vision |= {"layers": _DEPTH, "width": width, "head_width": width // _HEADS}
         vision["image_size"] = 2 * vision["patch_size"]
-    words = len(_WORDS.split())
+    words = len(WORDS)
     width = _SIZE if text.get("width", 512) == size else _WIDTH
     if text.get("hf_tokenizer_name"):
         if importlib.util.find_spec("transformers"):
@@ -156,7 +160,7 @@ def _small_tokenizer(folder: Path) -> Path:
 
     home = folder / "tokenizer"
     if not home.exists():
-        vocabulary = {word: place for place, word in enumerate(_WORDS.split())}
+        vocabulary = {word: place for place, word in enumerate(WORDS)}
         made = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
         made.pre_tokenizer = Whitespace()
         ends = [(word, vocabulary[word]) for word in ("<s>", "</s>")]

@@ -99,7 +99,16 @@ def test_everything_with_the_defaults(dataset, audit):
     assert train.values("audit_duplicate") == [None] * 72
 
     assert set(results.diagnostics) == {
-        *("pairs", "noise_rate", "trained", "detectors", "duplicates", "relative_gradient_norm", "tagged")
+        *(
+            "pairs",
+            "noise_rate",
+            "trained",
+            "detectors",
+            "duplicates",
+            "relative_gradient_norm",
+            "tagged",
+            "model_notes",
+        )
     }
     assert results.diagnostics["trained"] is True
     assert set(results.diagnostics["detectors"]) == set(DETECTORS) - {"global_influence"}
