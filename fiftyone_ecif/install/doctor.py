@@ -49,7 +49,9 @@ def _torch() -> Check:
 
     from fiftyone_ecif.devices import describe
 
-    return Check("torch", True, f"{torch.__version__}; {describe('cuda' if torch.cuda.is_available() else 'cpu')}", True)
+    return Check(
+        "torch", True, f"{torch.__version__}; {describe('cuda' if torch.cuda.is_available() else 'cpu')}", True
+    )
 
 
 def _packages() -> list[Check]:
