@@ -108,8 +108,14 @@ def _when_read(parts: Sequence[Future[list[Loaded]]], pin: bool) -> tuple[list[i
 def _together(batch: Sequence[Loaded], pin: bool) -> tuple[list[int], Tensor, dict[int, str]]:
     images = {index: image for index, image, _ in batch if image is not None}
     failures = {index: reason for index, _, reason in batch if reason is not None}
-    stacked = torch.stack(list(images.values())) if images else torch.empty(0)
-    return list(images), stacked.pin_memory() if pin else stacked, failures
+    if not images:
+        return [], torch.empty(0), failures
+    first = next(iter(images.values()))
+    stacked = torch.empty(len(images), *first.shape, dtype=first.dtype, pin_memory=pin)
+    rows = stacked.numpy()  # torch would copy with as many threads as there are cores, which wait for those that read
+    for row, image in enumerate(images.values()):
+        rows[row] = image.numpy()
+    return list(images), stacked, failures
 
 
 def resize_pixels(step: Resize, image: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.inputs import resize_pixels
 from fiftyone_ecif.models.open_clip_names import brings_weights, check_names, needs_transformers
 from fiftyone_ecif.models.projection_heads import Head, find_head
-from fiftyone_ecif.models.replay import Replayed
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
 from fiftyone_ecif.models.towers import Tower, causal_mask
 from fiftyone_ecif.models.weights import in_short, open_clip_weights
@@ -111,7 +110,6 @@ class OpenClipEncoder(DualEncoder):
         if unusable:
             raise EcifError(f"The model's weight {unusable[0]} holds NaN or infinity. Load another checkpoint")
         self._half = self.device.startswith("cuda")
-        self._replayed = Replayed(lambda images: self._run("image", images, self.heads["image"]))
         self._at_once = sys.maxsize  # inputs, until memory runs out
         self._ignores_padding = False
         self._ignores_padding = self._try_without_padding()
@@ -297,8 +295,7 @@ class OpenClipEncoder(DualEncoder):
     def _run_half(self, tower: str, inputs: Tensor) -> Tensor:
         """Features in half precision where that is meant to be and none of them becomes too large for it."""
         with torch.autocast(torch.device(self.device).type, torch.float16, enabled=self._half):
-            replayed = self._half and tower == "image"  # captions differ in length from batch to batch
-            features = self._replayed(inputs) if replayed else self._run(tower, inputs, self.heads[tower])
+            features = self._run(tower, inputs, self.heads[tower])
         if self._half and not features.isfinite().all():
             return self._run(tower, inputs, self.heads[tower])
         return features

@@ -33,9 +33,10 @@ from fiftyone_ecif.runs.cache import METHOD, release_store
 from fiftyone_ecif.runs.own_dataset import own_dataset
 from fiftyone_ecif.runs.sidebar import forget_fields, show_fields
 from fiftyone_ecif.runs.version import RunVersion, new_version, restored_version, version_in
-from fiftyone_ecif.samples.pairs import digest_now, every_sample, pairs_now
+from fiftyone_ecif.samples.pairs import every_sample, is_as_it_was, pairs_now
 from fiftyone_ecif.store.files import write_file
 from fiftyone_ecif.store.keys import digest
+from fiftyone_ecif.store.known_files import KnownFiles
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def write_run(results: Any, columns: Mapping[str, Any], overwrite: bool) -> None
     with FileLock(home.lock()):
         dataset.reload()
         check_key(dataset, key, overwrite, config)
-        edited = _edited(dataset, config.caption_field, results.ids, results.digests)
+        edited = _edited(dataset, config, results.ids, results.digests)
         if len(edited) == len(results.ids):
             raise EcifError(
                 f"All pairs were changed or deleted while they were scored; sample {results.ids[0]}: "
@@ -293,14 +294,14 @@ def _fill(dataset: Any, name: str, values: Mapping[str, Any], field: ScoreField)
         written.save()
 
 
-def _edited(dataset: Any, caption_field: str, ids: list[str], digests: list[str]) -> dict[str, str]:
+def _edited(dataset: Any, config: Any, ids: list[str], digests: list[str]) -> dict[str, str]:
     """Which of some pairs are not what they were when they were read, and what happened to them."""
-    pairs = pairs_now(dataset, caption_field)
-    edited = {}
+    pairs = pairs_now(dataset, config.caption_field)
+    edited, known = {}, KnownFiles(Store(*config.store[:-1]))
     for sample, before in zip(ids, digests, strict=True):
         if sample not in pairs:
             edited[sample] = "deleted while it was scored"
-        elif digest_now(*pairs[sample]) != before:
+        elif not is_as_it_was(*pairs[sample], before, known):
             edited[sample] = "caption or image changed while it was scored"
     return edited
 

@@ -14,7 +14,8 @@ import fiftyone.core.validation as fov
 from PIL import Image
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.store.keys import pair_key
+from fiftyone_ecif.store.keys import PairKey, digest, pair_key
+from fiftyone_ecif.store.known_files import KnownFiles
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,12 @@ def caption_fields(samples: Any) -> list[str]:
 def every_sample(dataset: Any) -> Any:
     """All samples of a dataset; the images of every slice if it is grouped."""
     return dataset.select_group_slices(media_type="image") if dataset.media_type == "group" else dataset
+
+
+def deleted_of(dataset: Any, ids: Sequence[str]) -> list[str]:
+    """Which samples are no longer in a dataset, in the order given."""
+    there = set(every_sample(dataset).select(list(dict.fromkeys(ids))).values("id"))
+    return [sample for sample in ids if sample not in there]
 
 
 def each_once(samples: Any) -> Any:
@@ -186,3 +193,18 @@ def digest_now(path: str, caption: Any) -> str | None:
         return pair_key(path, caption).digest
     except EcifError:
         return None
+
+
+def is_as_it_was(path: str, caption: Any, before: str, known: KnownFiles) -> bool:
+    """Whether a pair has the caption that it had and an image of the same bytes, wherever that lies now.
+
+    Args:
+        path: of the image.
+        caption: its caption.
+        before: the pair's digest then.
+        known: the files of the dataset.
+    """
+    now = digest_now(path, caption)
+    if now is None or now == before:
+        return now is not None
+    return PairKey(known.key(path), digest(caption)).digest == before

@@ -314,8 +314,7 @@ def test_neighbours_are_those_of_the_whole_matrix(rows, width, count, groups, bl
         embeddings = embeddings[torch.arange(rows) % max(rows // 2, 2)]
     group = torch.arange(rows) % groups
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "_ROWS", blocks[0])
-        patch.setattr(neighbours, "_COLUMNS", blocks[1])
+        patch.setitem(neighbours._BLOCK, "cpu", blocks)
         found = nearest(embeddings, count, group)
     units = embeddings.double() / embeddings.double().norm(dim=1, keepdim=True)
     cosine = (units @ units.T).masked_fill(group[:, None] == group, -torch.inf)

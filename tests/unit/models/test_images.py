@@ -127,6 +127,13 @@ def test_a_line_is_no_picture(size, save):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
 
+def test_a_line_is_no_picture_where_jpeg_files_have_a_way_of_their_own(save):
+    path = save(Image.new("RGB", (10_000, 1)), "a.jpg")
+    _, image, reason = Images([path], lambda image: image, lambda pixels: pixels)[0]
+    assert image is None
+    assert "more than 100 times as long as wide" in reason
+
+
 def test_a_long_picture_is_one(save):
     assert read_image(save(Image.new("RGB", (100, 1)))).size == (100, 1)
 
