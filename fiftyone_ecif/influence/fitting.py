@@ -23,6 +23,7 @@ from fiftyone_ecif.progress import Progress
 
 # relative gradient norm, by whether it is in float64 and of the heads: looser ones would change the order of pairs
 _TOLERANCES = {(True, True): 1e-5, (True, False): 1e-5, (False, True): 1e-4, (False, False): 1e-3}
+_Way = tuple[Tensor, Tensor, bool]  # a step, the Hessian times it, and whether it ends at the region's bound
 _FORCING = 0.5  # how exact a step is: the residual over the gradient, at most
 _FIRST = 0.3  # the region at first, of the length of the weights
 _POOR, _GOOD = 0.25, 0.75  # of what a step promised: the region shrinks below, grows above
@@ -40,8 +41,9 @@ def minimise(
     A step goes along conjugate gradients of the exact Hessian until it is exact
     enough, meets negative curvature, which it follows, or leaves the region in
     which the quadratic model has held so far (Steihaug, SIAM J. Numer. Anal. 20,
-    1983). So it also gets through regions where the Hessian is not positive, and
-    where embeddings are short, which makes it ill-conditioned.
+    1983). One that turns out too long is shortened (Nocedal and Yuan, 1998). So
+    it also gets through regions where the Hessian is not positive, and where
+    embeddings are short, which makes it ill-conditioned.
 
     Args:
         objective: what to minimise.
@@ -62,6 +64,7 @@ def minimise(
     gradient, value = objective.gradient_and_value(theta)
     noise = 100 * torch.finfo(theta.dtype).eps
     radius, passes, seen = _FIRST * theta.norm().item(), 1, list[tuple[float, float]]()
+    way: _Way | None = None  # the next step, if it follows from one that was too long
     while True:
         norm = gradient.norm().item()
         relative = norm / scale
@@ -71,13 +74,14 @@ def minimise(
         seen.append((value.item(), norm))
         if passes >= max_passes or _stagnates(seen):
             break
-        product = hessian_at(objective, theta)
-        exactness = norm * min(_FORCING, math.sqrt(relative))
-        for way in _steihaug(product, gradient, radius, exactness):  # noqa: B007  # the last one counts
-            passes += 1
-            yield theta, relative
-            if passes >= max_passes:
-                break
+        if way is None:
+            exactness = norm * min(_FORCING, math.sqrt(relative))
+            for way in _steihaug(hessian_at(objective, theta), gradient, radius, exactness):  # noqa: B007  # the last one
+                passes += 1
+                yield theta, relative
+                if passes >= max_passes:
+                    break
+        assert way is not None
         step, curved, bounded = way
         promised = -(gradient.dot(step) + step.dot(curved) / 2).item()
         new_gradient, new_value = objective.gradient_and_value(theta + step)
@@ -92,7 +96,9 @@ def minimise(
         elif ratio > _GOOD and bounded:
             radius = 2 * step.norm().item()
         if ratio > _ACCEPTED:
-            theta, gradient, value = theta + step, new_gradient, new_value
+            theta, gradient, value, way = theta + step, new_gradient, new_value, None
+        else:  # less of the same way: that takes one more gradient, not another solve
+            way = step / 4, curved / 4, True
     raise _no_minimum(relative)
 
 
@@ -111,9 +117,7 @@ def _stagnates(seen: Sequence[tuple[float, float]]) -> bool:
     return value - now < _LEAST_FALL * abs(value) and min(each for _, each in seen[-_PATIENCE:]) > norm / 2
 
 
-def _steihaug(
-    product: Product, gradient: Tensor, radius: float, exactness: float
-) -> Iterator[tuple[Tensor, Tensor, bool]]:
+def _steihaug(product: Product, gradient: Tensor, radius: float, exactness: float) -> Iterator[_Way]:
     """A minimiser of the quadratic model within a region, better from one product to the next.
 
     Yields:

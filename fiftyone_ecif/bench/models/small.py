@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def small_model(name: str, folder: Path, make_pretrained: bool = True) -> tuple[
     Returns:
         its name, which open_clip then knows, and the path of its weights
     """
-    small = PREFIX + name
+    small = PREFIX + re.sub(
+        "siglip", "sigmoid", name, flags=re.IGNORECASE
+    )  # a name that open_clip picks a tokenizer by
     config = small_config(name, folder)
     (folder / f"{small}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / f"{small}.json")

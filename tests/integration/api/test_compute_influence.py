@@ -16,6 +16,7 @@ from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
+from fiftyone_ecif.runs.diagnostics import diagnose
 from fiftyone_ecif.store.files import cache_folder
 from fiftyone_ecif.store.tables import Store
 
@@ -438,3 +439,16 @@ def test_a_run_that_is_stopped_resumes(dataset, made, encoded, monkeypatch):
     results = follow(job(), progress=False)
     assert len(results.ids) == 72
     assert encoded["image"] == len(dataset)  # what was encoded before it was stopped is not encoded again
+
+
+def test_what_is_to_be_known_of_the_model_is_said_everywhere(dataset, score, monkeypatch, caplog):
+    monkeypatch.setattr(
+        OpenClipEncoder, "_notes_on_heads", lambda self: ["Its weights are of another kind. Use others"]
+    )
+    train, val = split(dataset)
+    with caplog.at_level(logging.WARNING):
+        results = score(train, val)
+    assert results.diagnostics["model_notes"] == ["Its weights are of another kind. Use others"]
+    assert "Its weights are of another kind" in caplog.text
+    first = diagnose(results.config, results.diagnostics)[0]  # as the panel's Run page shows them
+    assert (first.fine, first.text) == (False, "Its weights are of another kind. Use others")

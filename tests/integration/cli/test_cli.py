@@ -1,5 +1,6 @@
 """The command line: results on stdout, one-line errors, exit codes."""
 
+import importlib.util
 import json
 import math
 
@@ -311,6 +312,9 @@ def test_doctor_and_plugin_install_know_this_machine():
     assert checks["database"]["ok"]
     assert checks["plugin"]["ok"]
     assert checks["cache"]["ok"]
+    installed = importlib.util.find_spec("transformers") is not None
+    assert (checks["transformers"]["ok"], checks["transformers"]["required"]) == (installed, False)
+    assert installed or "pip install 'fiftyone-ecif[transformers]'" in checks["transformers"]["found"]
     ran = invoke("plugin", "install", "--json")
     assert ran.exit_code == 0
     assert json.loads(ran.stdout)["plugin"].endswith("@ecif/fiftyone-ecif")

@@ -68,3 +68,18 @@ def test_the_head_is_found_and_makes_the_embedding(name, make):
                     found = found + features[:, len(matrix) :]
                 if weight or where is matrix:
                     torch.testing.assert_close(found.float(), encode(inputs, normalize=False), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP", "RN50", "MobileCLIP-S1"])
+def test_features_in_half_precision_are_nearly_the_same(name, make):
+    """As on a GPU, where towers run in autocast."""
+    model = make(name)
+    for tower in ("image", "text"):
+        run, inputs = Tower(model, tower), inputs_of(model, tower, seed=1)
+        with torch.no_grad():
+            head = find_head(run, inputs_of(model, tower, seed=0))
+            expected = head.features(run, inputs)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = head.features(run, inputs)
+        assert found.shape == expected.shape
+        assert (found.float() - expected).norm() < 0.05 * expected.norm()
