@@ -26,6 +26,7 @@ from fiftyone_ecif.misalignment.evidence import (
     SIGNALS,
     Evidence,
 )
+from fiftyone_ecif.misalignment.judgement import judge
 from fiftyone_ecif.misalignment.neighbours import nearest
 from fiftyone_ecif.misalignment.signals import NEAR, PairSpace, Surroundings, feature_agreement
 from fiftyone_ecif.progress import Progress
@@ -36,13 +37,16 @@ _DECOYED = 10_000  # pairs that get decoys, at most
 _FITTED = 20_000  # pairs that heads are made from, at most
 _TOLERANCE, _STEPS = 1e-3, 100  # relative gradient norm of a fit, and its length at most
 _RIDGE = 0.3  # of canonical heads
+_TRUSTED = 0.6  # share of the pairs, the least suspicious, that canonical heads are made of once there is a first score
+_ENOUGH = 10  # how many of these there must be for each feature
 _CANONICAL_SCALE = 10.0  # of their cosines in a softmax
 
 
 def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidence]:
     """Draws decoys and measures them and all pairs.
 
-    Two neighbour searches, five fits of the heads and five decompositions, whatever the number of decoys.
+    Two neighbour searches, five fits of the heads and five or ten decompositions, whatever the number of decoys. Where
+    there are many pairs to a feature, heads in closed form are made again, without those that are suspicious by then.
 
     Args:
         inputs: the pairs and the model; its start is what the weights are as loaded.
@@ -79,25 +83,63 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
     del loaded
     yield Progress("Comparing pairs", 3, 3)
     of = fold[image]
-    for model in (FITTED, CANONICAL):
-        columns[model] = np.empty((len(image), len(SIGNALS)), dtype=np.float32)
+    columns[FITTED] = np.empty((len(image), len(SIGNALS)), dtype=np.float32)
     for number in range(folds):
         held, others = torch.nonzero(of == number).flatten(), torch.nonzero(fold != number).flatten()
-        if not len(held):
-            continue
         others = others[torch.randperm(len(others), generator=generator)[:_FITTED]] if len(others) else everything
         theta = yield from _fit(inputs, others, number, folds)
         space = PairSpace(*inputs.embeddings(theta), _scale(inputs, theta), around, inputs.device)
         columns[FITTED][held] = space.measure(image[held], caption[held])
-        heads = canonical_heads(images[others], texts[others], _RIDGE)
-        space = PairSpace(*heads.embed(images, texts), _CANONICAL_SCALE, around, inputs.device)
-        columns[CANONICAL][held] = space.measure(image[held], caption[held])
     yield Progress("Refitting", folds, folds)
-    names = [f"{model}:{name}" for model in columns for name in (FEATURE_SIGNALS if model == FEATURES else SIGNALS)]
-    table = np.concatenate(list(columns.values()), axis=1)
-    beside = np.zeros(pairs, dtype=bool)
-    beside[sampled] = True
-    return Evidence(tuple(names), table[:pairs], table[pairs:], decoys.kind, fold.numpy(), of[pairs:].numpy(), beside)
+
+    def finish(canonical: np.ndarray) -> Evidence:
+        table = np.concatenate([*columns.values(), canonical], axis=1)
+        beside = np.zeros(pairs, dtype=bool)
+        beside[sampled] = True
+        return Evidence(names, table[:pairs], table[pairs:], decoys.kind, fold.numpy(), of[pairs:].numpy(), beside)
+
+    names = (
+        *(f"{FEATURES}:{name}" for name in FEATURE_SIGNALS),
+        *(f"{model}:{name}" for model in (LOADED, FITTED, CANONICAL) for name in SIGNALS),
+    )
+    parts = (image, caption), fold, around, inputs.device
+    found = finish((yield from _canonical((images, texts), everything, *parts)))
+    if _TRUSTED * pairs < _ENOUGH * max(images.shape[1], texts.shape[1]):
+        return found  # there are too few pairs to leave any out
+    score = judge(found, seen=True if inputs.trained else None).score
+    trusted = torch.from_numpy(np.argsort(score, kind="stable")[: round(_TRUSTED * pairs)]).sort().values
+    return finish((yield from _canonical((images, texts), trusted, *parts)))
+
+
+def _canonical(
+    features: tuple[Tensor, Tensor],
+    usable: Tensor,
+    measured: tuple[Tensor, Tensor],
+    fold: Tensor,
+    around: Surroundings,
+    device: str,
+) -> Generator[Progress, None, np.ndarray]:
+    """Signals of pairs and decoys by heads in closed form, each fold's by heads made of other folds.
+
+    Args:
+        features: of images and of captions, shape ``(N, w)`` each.
+        usable: rows that heads may be made of.
+        measured: rows of images and of captions.
+        fold: of each row.
+        around: what pairs are compared with.
+        device: where.
+    """
+    of, folds = fold[measured[0]], int(fold.max()) + 1
+    found = np.empty((len(of), len(SIGNALS)), dtype=np.float32)
+    for number in range(folds):
+        held = torch.nonzero(of == number).flatten()
+        others = usable[fold[usable] != number] if folds > 1 else usable
+        others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(number))[:_FITTED]]
+        heads = canonical_heads(features[0][others], features[1][others], _RIDGE)
+        space = PairSpace(*heads.embed(*features), _CANONICAL_SCALE, around, device)
+        found[held] = space.measure(measured[0][held], measured[1][held])
+        yield Progress("Comparing pairs again", number + 1, folds)
+    return found
 
 
 def _scale(inputs: DetectorInputs, theta: Tensor) -> float:

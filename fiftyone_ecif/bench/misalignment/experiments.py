@@ -91,8 +91,8 @@ class Sizes:
     steps: int = 400
     labels: tuple[int, ...] = (25, 50, 100, 200)
     drops: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-    retrained: int = 2
-    ablations: int = 2
+    retrained: int = 1
+    ablations: int = 1
     draws: int = 1000
 
 

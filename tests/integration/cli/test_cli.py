@@ -133,7 +133,8 @@ def test_misalignment_passes_its_options_on(dataset, named):
     assert len(scores) == 48
     above = sum(score > 0.5 for score in scores)
     assert ran.stdout.splitlines()[0] == f"Scored 48 pairs of {name!r}, skipped 0. Field: other_misalignment"
-    assert ran.stdout.splitlines()[2] == f"Tagged {above} pairs as 'odd'."
+    assert ran.stdout.splitlines()[2].startswith("Known wrong captions are found at AUROC ")
+    assert ran.stdout.splitlines()[3] == f"Tagged {above} pairs as 'odd'."
     assert len(dataset.match_tags("odd")) == above
 
     ran = invoke("misalignment", name, *model, "--key", "other")
