@@ -16,6 +16,7 @@ T = TypeVar("T")
 STAGES = (
     "Reading pairs",
     "Loading the model",
+    "Recognising images",
     "Encoding images",
     "Encoding captions",
     "Fitting",

@@ -19,6 +19,7 @@ from .estimates import estimate, remember
 from .forms import (
     advanced,
     ask_background,
+    ask_embeddings,
     ask_fit_and_batches,
     ask_key,
     ask_model,
@@ -63,7 +64,8 @@ class ComputeInfluence(JobOperator):
             params = _DEFAULTS | ctx.params
             takes = estimate(_kind(params), len(samples) + len(target_pairs), params["model"], params["scope"])
             inputs.view("counts", types.Notice(label=counts, description=takes))
-        ask_model(inputs, ctx, _DEFAULTS["model"])
+        if not ask_embeddings(inputs, ctx, InfluenceSettings):
+            ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_influence, KEY_positive, KEY_negative"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, InfluenceConfig())
         _how(inputs, ctx)

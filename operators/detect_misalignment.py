@@ -20,6 +20,7 @@ from .estimates import estimate, remember
 from .forms import (
     advanced,
     ask_background,
+    ask_embeddings,
     ask_fit_and_batches,
     ask_key,
     ask_model,
@@ -67,7 +68,8 @@ class DetectMisalignment(JobOperator):
         params = _DEFAULTS | ctx.params
         takes = estimate(_kind(params), len(samples), params["model"], "heads")
         inputs.view("counts", types.Notice(label=f"{len(samples):,} pairs will be scored", description=takes))
-        ask_model(inputs, ctx, _DEFAULTS["model"])
+        if not ask_embeddings(inputs, ctx, MisalignmentSettings):
+            ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_misalignment, KEY_reason, KEY_duplicate"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, MisalignmentConfig())
         _ask_tag(inputs, ctx)

@@ -13,7 +13,7 @@ import numpy as np
 from fiftyone_ecif.models.libraries import library_of
 from fiftyone_ecif.store.files import atomic_path, cache_folder
 
-_ENCODING = ("Encoding images", "Encoding captions")
+_ENCODING = ("Encoding images", "Encoding captions", "Recognising images")
 _LOADING = "Loading the model"
 # for a first guess: what towers reach of the pace of a matrix product, seconds to read a pair, seconds of all that is
 # done with its features, and how often a pair goes through the towers where their own parameters are in scope

@@ -16,6 +16,8 @@ from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.option import Settings
 
 S = TypeVar("S", bound=Settings)
+OWN_EMBEDDINGS = "own_embeddings"
+_EMBEDDINGS_OF = ("image_embeddings", "caption_embeddings")
 MISSING = [name for name in ("torch", "open_clip", "h5py") if importlib.util.find_spec(name) is None]
 
 
@@ -124,6 +126,44 @@ def ask_target(inputs: Any, ctx: Any, samples: Any) -> Any:
     return target_pairs
 
 
+def embedding_fields(dataset: Any) -> list[str]:
+    """The fields of a dataset that can hold embeddings."""
+    import fiftyone.core.fields as fof
+
+    return [
+        name
+        for name, field in dataset.get_field_schema(flat=True).items()
+        if isinstance(field, fof.VectorField | fof.ArrayField)
+        or (isinstance(field, fof.ListField) and isinstance(field.field, fof.FloatField))
+    ]
+
+
+def ask_embeddings(inputs: Any, ctx: Any, table: type[Settings]) -> bool:
+    """Asks whether two fields of embeddings take the place of a model, where there are such, and which; whether so."""
+    fields = embedding_fields(ctx.dataset)
+    if len(fields) < 2:
+        return False
+    inputs.bool(
+        OWN_EMBEDDINGS,
+        default=False,
+        label="Use embeddings instead of a model",
+        description="Of images and captions, in fields, made by any model that can compare the two",
+        view=types.SwitchView(),
+    )
+    if not ctx.params.get(OWN_EMBEDDINGS):
+        return False
+    for name, what in zip(_EMBEDDINGS_OF, ("images", "captions"), strict=True):
+        dropdown(inputs, name, fields, label=f"Embeddings of {what}")
+    if len(_fields_of(ctx.params)) == 1:
+        warning(inputs, "one_field", "Both embeddings are in one field. Those of images and of captions are in two")
+    ask_option(inputs, ctx, table, "scale")
+    return True
+
+
+def _fields_of(params: Mapping[str, Any]) -> set[str]:
+    return {params[name] for name in _EMBEDDINGS_OF if params.get(name)}
+
+
 def ask_model(inputs: Any, ctx: Any, default: str) -> None:
     """Asks for a model and its weights."""
     view = types.AutocompleteView(allow_user_input=True)
@@ -154,10 +194,10 @@ def ask_model(inputs: Any, ctx: Any, default: str) -> None:
     )
     weights = ctx.params.get("pretrained") or ""
     if looks_like_a_path(weights):
-        if not Path(weights).is_file():
+        if not Path(weights).exists():
             where = "" if Path(weights).is_absolute() else f" in {Path.cwd()}. Give its whole path"
             refuse(pretrained, f"There is no file {weights}{where}")
-    elif weights and known is not None and weights not in known and not Path(weights).is_file():
+    elif weights and known is not None and weights not in known and not Path(weights).exists():
         offer = f"one of {', '.join(known)}, or a checkpoint" if known else "a checkpoint"
         refuse(pretrained, f"{weights!r} is neither a file nor a tag of {name}. Give {offer}")
 
@@ -287,6 +327,10 @@ def chosen(ctx: Any, params: Mapping[str, Any], table: type[S]) -> tuple[S, JobS
         table: of its options.
     """
     given = {**params, "pretrained": params["pretrained"] or None, "device": params["device"] or None}
+    if params.get(OWN_EMBEDDINGS):
+        given |= {"embeddings": tuple(params[name] for name in _EMBEDDINGS_OF), "pretrained": None}
+    elif is_from_form(params):
+        given["embeddings"] = ()
     if not ctx.delegated:
         given["num_workers"] = 0  # the App's server must not fork
     return table.take(given), JobSettings.take(given)

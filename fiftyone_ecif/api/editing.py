@@ -158,6 +158,7 @@ def edit_steps(
     out = new_checkpoint(path, overwrite)
     rows = _rows(results, removed)
     prepared, objective, theta = yield from reopen(results, device)
+    prepared.encoder.check_saves(prepared.choice)
     gradient, before = _target_gradient(prepared, theta)
 
     start = time.perf_counter()

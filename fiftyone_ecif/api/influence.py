@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fiftyone_ecif.api.embeddings import Arrays, take_arrays
 from fiftyone_ecif.api.preparation import PreparedRun, describe, prepare
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.distributed import ProcessGroup
@@ -92,17 +93,19 @@ def compute_influence(
         normalisation), ``training_loss`` and ``target_loss`` (means over pairs),
         ``cached_correlation`` (Pearson, of influence from the stored gradients
         with the scores), ``pairs``, ``target_pairs``, ``shared_pairs``,
-        ``parameters`` (how many are in scope), ``attributed`` (their names) and
-        ``held_fixed`` (the names of all others).
+        ``parameters`` (how many are in scope), ``attributed`` (their names),
+        ``held_fixed`` (the names of all others) and ``model_notes`` (what is to be
+        known of the model, a sentence each).
 
     Raises:
         EcifError: if an argument or the data is not usable, or the result
             could not be trusted; nothing on the samples is changed then
     """
     options |= {"caption_field": caption_field, "model": model, "pretrained": pretrained}
+    arrays = take_arrays(options)
     settings, job = InfluenceSettings.take(options), JobSettings.take(options)
     check_known(options, InfluenceSettings, JobSettings)
-    return follow(influence_steps(samples, target, settings, job, brain_key), progress)
+    return follow(influence_steps(samples, target, settings, job, brain_key, arrays), progress)
 
 
 def influence_steps(
@@ -111,6 +114,7 @@ def influence_steps(
     settings: InfluenceSettings,
     job: JobSettings,
     brain_key: str = "ecif",
+    arrays: Arrays | None = None,
 ) -> Generator[Progress, None, InfluenceResults]:
     """:func:`compute_influence` as a generator of its progress, for a caller that shows it or stops it."""
     if target is None or target == {}:
@@ -126,6 +130,7 @@ def influence_steps(
         target,
         settings,
         job,
+        arrays=arrays,
         check=lambda: check_key(samples._dataset, brain_key, overwrite, InfluenceConfig(settings, record)),
         processes=processes,
     )
@@ -148,6 +153,8 @@ def influence_steps(
         settings,
         replace(record, target=describe(target, prepared), encoder=prepared.encoder.fingerprint, store=home.names),
     )
+    for note in prepared.encoder.notes:
+        logger.warning(note)
     for scores in found:
         for remark in diagnose(config, scores.diagnostics):
             if not remark.fine:
@@ -159,6 +166,7 @@ def influence_steps(
         "pairs": len(prepared.pairs.ids),
         "target_pairs": sum(len(target_pairs.ids) for target_pairs in prepared.target_pairs.values()),
         "shared_pairs": prepared.shared,
+        "model_notes": list(prepared.encoder.notes),
         "attributed": attributed,
         "held_fixed": [name for name in prepared.encoder.parameter_names() if name not in set(attributed)],
     }

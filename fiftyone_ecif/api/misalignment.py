@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
 
+from fiftyone_ecif.api.embeddings import Arrays, take_arrays
 from fiftyone_ecif.api.preparation import PreparedRun, prepare
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.errors import EcifError
@@ -26,6 +27,7 @@ from fiftyone_ecif.misalignment.judgement import TRUSTED
 from fiftyone_ecif.misalignment.ranks import ranked
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.base import check_key, check_view
+from fiftyone_ecif.runs.diagnostics import judge_fit
 from fiftyone_ecif.runs.misalignment import MisalignmentConfig, MisalignmentRecord, MisalignmentResults
 from fiftyone_ecif.runs.writing import finish_writing, write_run
 from fiftyone_ecif.samples.pairs import check_collection, every_sample
@@ -94,17 +96,19 @@ def compute_misalignment(
         know these pairs), ``signals`` (all that were measured), ``weights`` (of
         those that were used), ``detectors`` (those that
         ran), ``duplicates`` (pairs that share their image, their caption or both
-        with another), ``tagged``, ``pairs`` and ``relative_gradient_norm``.
+        with another), ``tagged``, ``pairs``, ``relative_gradient_norm``
+        and ``model_notes`` (what is to be known of the model, a sentence each).
 
     Raises:
         EcifError: if an argument or the data is not usable; nothing on the
             samples is changed then
     """
     options |= {"caption_field": caption_field, "model": model, "pretrained": pretrained}
+    arrays = take_arrays(options)
     settings, job = MisalignmentSettings.take(options), JobSettings.take(options)
     check_known(options, MisalignmentSettings, JobSettings)
     work = misalignment_steps(
-        samples, settings, job, brain_key, target=target, tag=tag, share=share, threshold=threshold
+        samples, settings, job, brain_key, target=target, tag=tag, share=share, threshold=threshold, arrays=arrays
     )
     return follow(work, progress)
 
@@ -119,6 +123,7 @@ def misalignment_steps(
     tag: str | None = None,
     share: float | None = None,
     threshold: float | None = None,
+    arrays: Arrays | None = None,
 ) -> Generator[Progress, None, MisalignmentResults]:
     """:func:`compute_misalignment` as a generator of its progress, for a caller that shows it or stops it."""
     _check_tag(tag, share, threshold)
@@ -134,6 +139,7 @@ def misalignment_steps(
         {} if target is None else target,
         settings.influence,
         job,
+        arrays=arrays,
         check=lambda: check_key(samples._dataset, brain_key, overwrite, MisalignmentConfig(settings)),
     )
     store = prepared.store.inside(prepared.run_name(settings.seed))
@@ -156,6 +162,7 @@ def misalignment_steps(
         "detectors": sorted(findings.scores),
         "duplicates": inputs.duplicates.summary(),
         "relative_gradient_norm": norm,
+        "model_notes": list(prepared.encoder.notes),
     }
     default = settings.detector == Calibrated.name
     columns: dict[str, Any] = {
@@ -181,6 +188,10 @@ def misalignment_steps(
         diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold) if limited else 0
         results.save()
     yield Progress("Writing fields", 1, 1)
+    fitted = judge_fit(results.config, diagnostics)
+    poor = settings.fit and DETECTORS[settings.detector].needs_training and not fitted.fine
+    for remark in [*prepared.encoder.notes, *([fitted.text] if poor else [])]:
+        logger.warning(remark)
     logger.info(
         "Misalignment of %d pairs written to %s_misalignment. %s", len(prepared.pairs.ids), brain_key, judgement.rate
     )
@@ -245,11 +256,11 @@ def _open_inputs(
     objective = ContrastiveLoss(prepared.scope, batches, len(prepared.pairs.ids), settings.proximal)
     kept = GradientStore(store, objective.pairs)
     fit = settings.fit and DETECTORS[settings.detector].needs_training
-    theta, norm = yield from stationary_point(kept, objective, fit)
+    theta, norm = yield from stationary_point(kept, objective, fit, must_converge=False)
     duplicates = find_duplicates(prepared.features[0][:], prepared.pairs.captions, prepared.encoder.device)
     gradients = influence = None
     if DETECTORS[settings.detector].needs_training:
-        method = ScoringOptions(fit=settings.fit, proximal=settings.proximal)
+        method = ScoringOptions(fit=settings.fit, proximal=settings.proximal, must_converge=False)
         if prepared.targets:
             scores = yield from score_pairs(
                 store, prepared.scope, prepared.batches(settings.seed), prepared.targets, method

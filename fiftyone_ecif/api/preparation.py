@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -15,32 +17,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fiftyone_ecif.api.embeddings import Arrays, check_failures, given_embeddings, on_disk
+from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
+from fiftyone_ecif.influence.heads import resident
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projections import PROJECTIONS
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import ScopeChoice, parse_scope
 from fiftyone_ecif.influence.target_losses import Classes, find_target_loss
 from fiftyone_ecif.influence.targets import Target, fill_prompts
-from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
+from fiftyone_ecif.models.given_embeddings import GivenEmbeddings
 from fiftyone_ecif.models.libraries import library_of, load_encoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
 from fiftyone_ecif.runs.influence import InfluenceResults
-from fiftyone_ecif.samples.pairs import Pairs, check_collection, every_sample, read_pairs, warn_skipped
+from fiftyone_ecif.samples.pairs import (
+    Pairs,
+    check_collection,
+    deleted_of,
+    every_sample,
+    read_pairs,
+    warn_skipped,
+)
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
-from fiftyone_ecif.store.keys import PairKey, digest, pair_key
+from fiftyone_ecif.store.keys import PairKey, content_digest, digest, equal_files, pair_key
+from fiftyone_ecif.store.known_files import KnownFiles
 from fiftyone_ecif.store.tables import Store
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 256
+_READ_AT_ONCE = 512  # files between two steps of progress
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class PreparedRun:
     pairs: Pairs
     keys: list[PairKey]
     target_pairs: dict[str, Pairs]
-    features: tuple[DiskMatrix, DiskMatrix]
+    features: tuple[Tensor | DiskMatrix, Tensor | DiskMatrix]
     targets: dict[str, Target]
     settings: InfluenceSettings
     shared: int
@@ -82,14 +96,20 @@ class PreparedRun:
     def batches(self, seed: int) -> Batches:
         """The training pairs in random batches."""
         partition = random_partition(len(self.pairs.ids), self.batch_size, seed)
-        return self.encoder.batches(self.choice, self.pairs.paths, self.pairs.captions, partition, self.features)
+        order = torch.cat(partition)
+        features = [side if isinstance(side, Tensor) else side.in_order(order) for side in self.features]
+        return self.encoder.batches(
+            self.choice, self.pairs.paths, self.pairs.captions, partition, (features[0], features[1])
+        )
 
     def run_name(self, seed: int) -> str:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
         chosen = self.settings
-        made_of = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
+        made_of: list[Any] = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
         if chosen.keep_gradients and PROJECTIONS[self.scope.projection].suits_target:
             made_of += list(self.targets)
+        if chosen.embeddings:  # the keys of pairs say nothing of those
+            made_of.append(self.encoder.fingerprint)
         start = self.scope.start.cpu().numpy().tobytes()  # adapters are not part of the encoder
         return "run-" + digest(chain([json.dumps(made_of)], map("".join, self.keys), [start]))
 
@@ -100,8 +120,10 @@ def prepare(
     settings: InfluenceSettings,
     job: JobSettings,
     *,
+    arrays: Arrays | None = None,
     check: Callable[[], None] = lambda: None,
     processes: ProcessGroup = ALONE,
+    known_in: Sequence[Store] = (),
 ) -> Generator[Progress, None, PreparedRun]:
     """Reads pairs, loads the model and encodes what is not cached.
 
@@ -110,14 +132,17 @@ def prepare(
         target: the target pairs, or a dict of slices, which may be empty.
         settings: of the run.
         job: how it is run.
+        arrays (None): embeddings of the samples, in place of a model and of fields.
         check: called when the collections are known to be usable.
         processes (ALONE): the processes that share the encoding and the target's batches.
+        known_in (()): further encoders' stores in which images are known.
 
     Raises:
         EcifError: for bad input, before the model is loaded where that is possible
     """
     choose_device(job.device)
-    library_of(settings.model).check(settings.model, settings.pretrained)
+    if not settings.embeddings:
+        library_of(settings.model).check(settings.model, settings.pretrained)
     choice = parse_scope(settings.scope)
     if settings.is_function and settings.function is None:
         raise EcifError(
@@ -134,26 +159,39 @@ def prepare(
     _check_sizes(pairs, target_pairs, settings.batch_size)
     _classes(target_pairs, settings)
     shared = _warn_shared(pairs, target_pairs)
+    _warn_twins(pairs)
     home = Store(str(samples._dataset._doc.id))
     home.ensure_writable()
     home.claim(database_id())
     yield Progress("Reading pairs", 1, 1)
 
     yield Progress("Loading the model", 0, 1)
-    encoder = load_encoder(settings.model, settings.pretrained, job.device)
+    groups = [pairs, *target_pairs.values()]
+    encoder: DualEncoder
+    if settings.embeddings:
+        views = [samples, *slices.values()]
+        encoder, failures = given_embeddings(samples, groups, views, settings, arrays, job.device)
+    else:
+        encoder = load_encoder(settings.model, settings.pretrained, job.device)
     encoder.loss.check_role(settings.role)
     scope = encoder.scope(choice, settings.seed)
     store = home.inside(encoder.fingerprint)
     yield Progress("Loading the model", 1, 1)
 
-    groups = [pairs, *target_pairs.values()]
     paths = [path for group in groups for path in group.paths]
     captions = [caption for group in groups for caption in group.captions]
-    keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
     workers = fout.recommend_num_workers() if job.num_workers is None else job.num_workers
-    images, texts, failures = yield from cached_features(
-        store, encoder, keys, paths, captions, workers, job.skip_failures, processes
-    )
+    if isinstance(encoder, GivenEmbeddings):
+        keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
+        images, texts = (on_disk(store, side) for side in encoder.rows)
+        check_failures(groups, failures, job.skip_failures)
+    else:
+        known = KnownFiles(store, *known_in)
+        yield from _recognise(known, paths, workers, processes)
+        keys = [PairKey(known.key(path), digest(caption)) for path, caption in zip(paths, captions, strict=True)]
+        images, texts, failures = yield from cached_features(
+            store, encoder, keys, paths, captions, workers, job.skip_failures, processes
+        )
     kept, rows = _drop_failures(groups, failures)
     pairs, target_pairs = kept[0], dict(zip(target_pairs, kept[1:], strict=True))
     warn_skipped(pairs.skipped, "training")
@@ -166,11 +204,13 @@ def prepare(
     classes = _classes(target_pairs, settings)
     for (label, group), chosen in zip(target_pairs.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, settings.seed)
-        features = images.select(chosen), texts.select(chosen)
-        batches = encoder.batches(choice, group.paths, group.captions, partition, features)
+        features = [resident(side.select(chosen), encoder.placement) for side in (images, texts)]
+        batches = encoder.batches(choice, group.paths, group.captions, partition, (features[0], features[1]))
         measured = settings.target_loss_name + settings.function_token, list(settings.templates), classes, settings.seed
-        name = _target_name(label, [keys[row] for row in chosen], measured)
+        twins = None if find_target_loss(settings.target_loss).needs_labels else _twins(group)
+        name = _target_name(label, [keys[row] for row in chosen], measured + ("twins",) * (twins is not None))
         targets[name] = _make_target(encoder, choice, scope, batches, group, settings, classes)
+        targets[name].twins = twins
         targets[name].processes = processes
     return PreparedRun(
         encoder,
@@ -180,11 +220,36 @@ def prepare(
         pairs,
         [keys[row] for row in rows[0]],
         target_pairs,
-        (images.select(rows[0]), texts.select(rows[0])),
+        (
+            resident(images.select(rows[0]), encoder.placement),
+            resident(texts.select(rows[0]), encoder.placement),
+        ),
         targets,
         replace(settings, batch_size=batch_size),
         shared,
     )
+
+
+def _recognise(
+    known: KnownFiles, paths: Sequence[str], workers: int, processes: ProcessGroup
+) -> Generator[Progress, None, None]:
+    """Reads the image files that were not seen before, to know them again when they are moved."""
+    own = processes.share(known.unknown(paths))
+    contents: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(max(1, workers)) as readers:
+        for start in range(0, len(own), _READ_AT_ONCE):
+            part = own[start : start + _READ_AT_ONCE]
+            found = zip(part, readers.map(_content, part), strict=True)
+            contents += [(path, content) for path, content in found if content is not None]
+            yield Progress("Recognising images", start + len(part), len(own))
+    known.learn(dict(sorted(processes.gather(contents))))
+
+
+def _content(path: str) -> str | None:
+    try:
+        return content_digest(path)
+    except OSError:  # which is said where the image is decoded
+        return None
 
 
 def _target_name(label: str, keys: list[PairKey], measured: tuple[Any, ...]) -> str:
@@ -193,15 +258,22 @@ def _target_name(label: str, keys: list[PairKey], measured: tuple[Any, ...]) -> 
 
 
 def reopen(
-    results: InfluenceResults, device: str | None = None
+    results: InfluenceResults, device: str | None = None, whole_target: bool = False
 ) -> Generator[Progress, None, tuple[PreparedRun, ContrastiveLoss, Tensor]]:
     """A run prepared once more, from its samples as they are now.
+
+    Args:
+        results: of the run.
+        device (None): where the model runs.
+        whole_target (False): whether all pairs of the target are needed, in
+            the batches that they were in. Otherwise those that are left stand
+            for it, with a warning.
 
     Returns:
         the prepared run, its objective and the parameters that were scored at
 
     Raises:
-        EcifError: if pairs were deleted or changed since, or the target was a
+        EcifError: if pairs were deleted or changed since, the target is gone, or it was a
             function that is not at hand any more
     """
     config = results.config
@@ -210,13 +282,38 @@ def reopen(
     if source is None:
         home = config.target["dataset"]
         raise EcifError(f"The target of run {results.key!r} is in dataset {home!r}, which is gone")
+    gone = deleted_of(dataset, results.ids)
+    if gone:
+        raise EcifError(
+            f"{len(gone)} of the {len(results.ids)} pairs of run {results.key!r} were deleted since, such as "
+            f"{gone[0]}. Score again: compute_influence with overwrite=True"
+        )
     slices = {name: every_sample(source).select(ids) for name, ids in results.target_ids.items()}
+    target = [sample for ids in results.target_ids.values() for sample in ids]
+    lost = deleted_of(source, target)
+    left = {name: len(set(ids).difference(lost)) for name, ids in results.target_ids.items()}
+    if lost and (whole_target or min(left.values()) < 2):
+        raise EcifError(
+            f"{len(lost)} of the {len(target)} target pairs of run {results.key!r} were deleted since, such as "
+            f"{lost[0]}. Score again: compute_influence with overwrite=True"
+        )
+    if lost:
+        logger.warning(
+            "%d of the %d target pairs of run %r were deleted since: losses are those of the others",
+            len(lost),
+            len(target),
+            results.key,
+        )
     prepared = yield from prepare(
         every_sample(dataset).select(results.ids),
         slices if config.slices else slices[""],
         config.settings,
         JobSettings(device=device, num_workers=0, skip_failures=False),
+        known_in=[Store(*config.store[:-1])],
     )
+    if lost:
+        known = [config.target["tables"][name] for name in prepared.target_pairs]
+        prepared = replace(prepared, targets=dict(zip(known, prepared.targets.values(), strict=True)))
     tables = dict(zip(prepared.target_pairs, prepared.targets, strict=True))
     if prepared.run_name(config.seed) != config.store[-1] or tables != config.target["tables"]:
         raise EcifError(
@@ -234,7 +331,7 @@ def describe(target: Any, prepared: PreparedRun) -> dict[str, Any]:
     return {
         "dataset": views[0]._dataset.name,
         "dataset_id": str(views[0]._dataset._doc.id),
-        "samples": sum(len(view) for view in views),
+        "samples": sum(len(pairs.ids) + len(pairs.skipped) for pairs in prepared.target_pairs.values()),
         "view": views[0].view().name,
         "stages": "; ".join(str(view.view()) for view in views)[:2000],
         "tables": dict(zip(prepared.target_pairs, prepared.targets, strict=True)),
@@ -283,6 +380,13 @@ def _make_target(
     return loss.make(scope, batches, Classes(labels, prompts, len(settings.templates)))
 
 
+def _twins(pairs: Pairs) -> Tensor | None:
+    """Numbers of the image and the caption of each pair, the same for equal ones; None if no two pairs share any."""
+    words: dict[str, int] = {}
+    found = [equal_files(pairs.paths), [words.setdefault(caption, len(words)) for caption in pairs.captions]]
+    return torch.tensor(found).T if any(len(set(side)) < len(side) for side in found) else None
+
+
 def _check_sizes(pairs: Pairs, target_pairs: Mapping[str, Pairs], batch_size: int | None) -> None:
     if len(pairs.ids) < 2:
         raise EcifError(f"Influence needs at least 2 training pairs, there are {len(pairs.ids)}")
@@ -305,6 +409,20 @@ def _drop_failures(groups: list[Pairs], failures: Mapping[int, str]) -> tuple[li
         rows.append(np.array([place for place in places if place not in failures], dtype=int))
         start = places.stop
     return kept, rows
+
+
+def _warn_twins(pairs: Pairs) -> None:
+    images, captions = Counter(pairs.paths), Counter(pairs.captions)
+    twins = sum(
+        images[path] > 1 or captions[caption] > 1 for path, caption in zip(pairs.paths, pairs.captions, strict=True)
+    )
+    if twins:
+        logger.warning(
+            "%d of the %d training pairs share their image or their caption with another: where they meet in a batch, "
+            "each is a negative of the other, as in training",
+            twins,
+            len(pairs.ids),
+        )
 
 
 def _warn_shared(pairs: Pairs, target_pairs: Mapping[str, Pairs]) -> int:

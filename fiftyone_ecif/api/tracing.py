@@ -253,7 +253,7 @@ def _exact_influence(
     from fiftyone_ecif.influence.linear_solve import solve, solving
 
     config = results.config
-    prepared, objective, theta = yield from reopen(results, device)
+    prepared, objective, theta = yield from reopen(results, device, whole_target=True)
     target = dict(zip(prepared.target_pairs, prepared.targets.values(), strict=True))[name]
     solver = SOLVERS[config.solver]
     product = solver.product(objective, theta) if solver.solves else None

@@ -108,17 +108,54 @@ def bench_misalignment(
 @bench.command("speed")
 @click.option("--quick", is_flag=True, help="Fewer pairs and smaller models: minutes instead of an hour.")
 @click.option("--peers", is_flag=True, help="Install other libraries, apart from this software, and run them too.")
+@click.option("--device", help="Measure the stages of a job on this device only, cuda or cpu, and no other software.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md and result.json.")
 @AS_JSON
-def bench_speed(quick: bool, peers: bool, out: Path | None, as_json: bool) -> None:
+def bench_speed(quick: bool, peers: bool, device: str | None, out: Path | None, as_json: bool) -> None:
     """Hold seconds and memory of scoring against embeddings, forward passes, hooks and the disk.
 
     Example: fiftyone-ecif bench speed --quick --out speed
     """
+    if device:
+        _bench_device(quick, device, out, as_json)
+        return
     with job():
         from fiftyone_ecif.bench.speed.experiments import QUICK, Sizes, markdown, run
 
         result = run(QUICK if quick else Sizes(), peers, lambda text: click.echo(text, err=True), partial(_keep, out))
+        if out:
+            (out / "report.md").write_text(markdown(result))
+    print_result(result, as_json, markdown)
+
+
+def _bench_device(quick: bool, device: str, out: Path | None, as_json: bool) -> None:
+    """Measures the stages of a job on one device."""
+    with job():
+        from fiftyone_ecif.bench.speed import stages
+        from fiftyone_ecif.devices import choose_device
+
+        pairs = [10_000] if quick else [10_000, 100_000, 1_000_000]
+        models = ["ViT-B-32"] if quick else ["ViT-B-32", "ViT-L-14"]
+        photographs = 512 if quick else 4096
+        result = stages.run(choose_device(device), pairs, models, photographs, partial(_keep, out))
+        if out:
+            (out / "report.md").write_text(stages.markdown(result))
+    print_result(result, as_json, stages.markdown)
+
+
+@bench.command("models")
+@click.option("--model", "names", multiple=True, help="Only this model of open_clip, repeatable. Default: all.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md and result.json.")
+@AS_JSON
+def bench_models(names: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Do everything with each of open_clip's models, shrunken, and hold it against open_clip's own code.
+
+    Example: fiftyone-ecif bench models --out models
+    """
+    with job():
+        from fiftyone_ecif.bench.models.report import markdown, run
+
+        result = run(names, lambda text: click.echo(text, err=True), partial(_keep, out))
         if out:
             (out / "report.md").write_text(markdown(result))
     print_result(result, as_json, markdown)

@@ -20,7 +20,7 @@ from fiftyone_ecif.demo import scenes, training
 from fiftyone_ecif.demo.training import MODEL, train
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.install.plugin import install_plugin
-from fiftyone_ecif.store.files import cache_folder
+from fiftyone_ecif.store.files import atomic_path, cache_folder
 from fiftyone_ecif.store.keys import digest
 from fiftyone_ecif.store.tables import Store
 
@@ -37,7 +37,7 @@ def training_steps(pairs: int) -> int:
 
 
 def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, name: str = DATASET) -> fo.Dataset:
-    """The demo set as a FiftyOne dataset; made on the first call, then kept.
+    """The demo set as a FiftyOne dataset; made on the first call, then kept. No file of it is ever written again.
 
     Each sample has a ``caption``, the ``true_caption``, how it was ``spoiled``
     (``"swapped"``, ``"attribute"``, ``"relation"``, or nothing) and the tag
@@ -54,21 +54,20 @@ def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, nam
         the dataset, persistent
     """
     made_of = {"pairs": pairs, "noise": noise, "seed": seed}
-    folder = demo_folder(pairs, noise, seed)
-    if fo.dataset_exists(name):
-        dataset = fo.load_dataset(name)
-        if dataset.info.get("ecif_demo") == made_of and all(
-            Path(path).is_file() for path in dataset.values("filepath")
-        ):
-            return dataset
-        if "ecif_demo" not in dataset.info:
-            raise EcifError(f"There is a dataset {name!r} that is not the demo's. Rename it, or choose another name")
+    folder = demo_folder(pairs, noise, seed) / "images"
+    there = fo.load_dataset(name) if fo.dataset_exists(name) else None
+    if there is not None and "ecif_demo" not in there.info:
+        raise EcifError(f"There is a dataset {name!r} that is not the demo's. Rename it, or choose another name")
+    known = [] if there is None or there.info["ecif_demo"] != made_of else there.values("filepath")
+    if known and all(Path(path).is_file() for path in known):
+        return there
 
     samples = []
-    (folder / "images").mkdir(parents=True, exist_ok=True)
     for number, pair in enumerate(scenes.make_pairs(pairs, noise, seed)):
-        path = folder / "images" / f"{number:05d}.png"
-        Image.fromarray(pair.image).save(path)
+        path = folder / f"{number:05d}.png"
+        if not path.is_file():  # another dataset may use it, and would take one that is written again for changed
+            with atomic_path(path, shared=True) as temporary:
+                Image.fromarray(pair.image).save(temporary, "PNG")
         samples.append(
             fo.Sample(
                 filepath=str(path),
@@ -78,8 +77,10 @@ def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, nam
                 spoiled=pair.spoiled,
             )
         )
-    if fo.dataset_exists(name):
-        Store(str(fo.load_dataset(name)._doc.id)).delete()
+    if known and {sample.filepath for sample in samples}.issuperset(known):
+        return there  # with its runs: what was missing is there again
+    if there is not None:
+        Store(str(there._doc.id)).delete()
     dataset = fo.Dataset(name, persistent=True, overwrite=True)
     for field in ("caption", "true_caption", "spoiled"):
         dataset.add_sample_field(field, fo.StringField)

@@ -8,7 +8,7 @@ targets. Arrays in, arrays out, without torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -46,6 +46,12 @@ class CachedGradients:
     curvature: np.ndarray
     pairs: int
 
+    def of_others(self, positive: np.ndarray, negative: np.ndarray) -> CachedGradients:
+        """Other pairs with the same curvature, which is factorised once for all."""
+        others = replace(self, positive=positive, negative=negative)
+        others.__dict__["_inverse_half"] = self._inverse_half
+        return others
+
     def influence(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The positive and the negative part of the influence of every pair on many targets.
 
@@ -71,7 +77,7 @@ class CachedGradients:
     @property
     def lengths(self) -> np.ndarray:
         """What each pair does to the model, ``|H^-1/2 g_n|``, shape ``(n,)``."""
-        lengths: np.ndarray = np.linalg.norm(self._whitened, axis=0)
+        lengths: np.ndarray = np.linalg.norm(self._whitened, axis=1)
         return lengths.clip(min=np.finfo(float).tiny)
 
     def self_influence(self) -> np.ndarray:
@@ -79,7 +85,7 @@ class CachedGradients:
 
         Large for pairs that the model can only fit by learning them by heart.
         """
-        scores: np.ndarray = (self._half_solve(self.positive) * self._whitened).sum(0) / self.pairs
+        scores: np.ndarray = np.einsum("nr,nr->n", self._half_solve(self.positive), self._whitened) / self.pairs
         return scores
 
     @cached_property
@@ -87,10 +93,12 @@ class CachedGradients:
         return self._half_solve(self.positive + self.negative)
 
     @cached_property
-    def _factor(self) -> np.ndarray:
-        factor: np.ndarray = cholesky(self.curvature, lower=True)
-        return factor
+    def _inverse_half(self) -> np.ndarray:
+        """``L^-T`` with ``L L^T = H``: one product with it is faster than solving for each pair."""
+        factor = cholesky(self.curvature, lower=True)
+        inverse: np.ndarray = solve_triangular(factor, np.eye(len(factor)), lower=True).T
+        return inverse
 
     def _half_solve(self, gradients: np.ndarray) -> np.ndarray:
-        solved: np.ndarray = solve_triangular(self._factor, gradients.T, lower=True)
+        solved: np.ndarray = gradients.astype(np.float64) @ self._inverse_half
         return solved

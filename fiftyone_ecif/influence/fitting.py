@@ -6,90 +6,186 @@ defined where the gradient is zero.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import math
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.collapse import COLLAPSED, smallest_norm
+from fiftyone_ecif.influence.curvature import Product, hessian_at
 from fiftyone_ecif.influence.gradient_store import GradientStore
+from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.linear_solve import percent_of_the_way
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.progress import Progress
 
-_MAGNIFY = 1e8  # torch's L-BFGS forgets steps whose curvature product is below 1e-10
+# relative gradient norm, by whether it is in float64 and of the heads: looser ones would change the order of pairs
+_TOLERANCES = {(True, True): 1e-5, (True, False): 1e-5, (False, True): 1e-4, (False, False): 1e-3}
+_FORCING = 0.5  # how exact a step is: the residual over the gradient, at most
+_FIRST = 0.3  # the region at first, of the length of the weights
+_POOR, _GOOD = 0.25, 0.75  # of what a step promised: the region shrinks below, grows above
+_ACCEPTED = 1e-4  # of what a step promised
+_PATIENCE = 25  # steps in which the value must fall, or the gradient
+_LEAST_FALL = 1e-5  # of the value
+_USABLE = 10 * COLLAPSED
 
 
 def minimise(
-    objective: ContrastiveLoss, tolerance: float = 1e-5, max_iterations: int = 1000, start: Tensor | None = None
+    objective: ContrastiveLoss, tolerance: float = 1e-5, max_passes: int = 3000, start: Tensor | None = None
 ) -> Iterator[tuple[Tensor, float]]:
-    """Minimises the objective by L-BFGS.
+    """Minimises the objective by Newton steps within a trust region.
+
+    A step goes along conjugate gradients of the exact Hessian until it is exact
+    enough, meets negative curvature, which it follows, or leaves the region in
+    which the quadratic model has held so far (Steihaug, SIAM J. Numer. Anal. 20,
+    1983). So it also gets through regions where the Hessian is not positive, and
+    where embeddings are short, which makes it ill-conditioned.
 
     Args:
         objective: what to minimise.
         tolerance (1e-5): the gradient norm to reach, relative to
             :meth:`ContrastiveLoss.gradient_scale` at the start.
-        max_iterations (1000): L-BFGS steps to spend at most.
+        max_passes (3000): gradients and curvature products to spend at most.
         start (None): where to begin; by default at the scope's starting weights.
 
     Yields:
-        the parameters, shape ``(p,)``, and the relative gradient norm after
-        each step; the last one meets the tolerance
+        the parameters, shape ``(p,)``, and the relative gradient norm, after
+        each pass; the last one meets the tolerance
 
     Raises:
         EcifError: if it is not reached
     """
     theta = (objective.scope.start if start is None else start).clone()
-    scale = objective.gradient_scale(objective.scope.start)
-    optimiser = torch.optim.LBFGS(
-        [theta],
-        max_iter=1,  # a step at a time, so that the caller can show progress or stop
-        max_eval=25,
-        history_size=20,
-        tolerance_grad=0,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
-    seen: list[Tensor] = []  # the last parameters evaluated, their gradient and value
-
-    def evaluate() -> Tensor:
-        if not seen or not torch.equal(seen[0], theta):
-            seen[:] = theta.clone(), *objective.gradient_and_value(theta)
-        theta.grad = _MAGNIFY * seen[1]
-        return _MAGNIFY * seen[2]
-
-    before = theta.clone()
-    for _ in range(max_iterations):
-        optimiser.step(evaluate)  # type: ignore[no-untyped-call]
-        evaluate()
-        relative = (seen[1].norm() / scale).item()
-        yield theta.clone(), relative
+    scale = objective.gradient_scale(objective.scope.start).item()
+    gradient, value = objective.gradient_and_value(theta)
+    noise = 100 * torch.finfo(theta.dtype).eps
+    radius, passes, seen = _FIRST * theta.norm().item(), 1, list[tuple[float, float]]()
+    while True:
+        norm = gradient.norm().item()
+        relative = norm / scale
+        yield theta, relative
         if relative <= tolerance:
             return
-        if torch.equal(theta, before):  # the line search finds no better point
+        seen.append((value.item(), norm))
+        if passes >= max_passes or _stagnates(seen):
             break
-        before = theta.clone()
-    raise EcifError(
-        f"fit did not reach a stationary point in {max_iterations} steps or can find no better one: the relative "
-        f"gradient norm is {relative:.1e}, wanted {tolerance:.0e}. Raise proximal"
+        product = hessian_at(objective, theta)
+        exactness = norm * min(_FORCING, math.sqrt(relative))
+        for way in _steihaug(product, gradient, radius, exactness):  # noqa: B007  # the last one counts
+            passes += 1
+            yield theta, relative
+            if passes >= max_passes:
+                break
+        step, curved, bounded = way
+        promised = -(gradient.dot(step) + step.dot(curved) / 2).item()
+        new_gradient, new_value = objective.gradient_and_value(theta + step)
+        passes += 1
+        fallen = (value - new_value).item()
+        if promised > noise * abs(value.item()):
+            ratio = fallen / promised if math.isfinite(fallen) else -1.0
+        else:  # the values cannot tell any more; the gradients can
+            ratio = 1.0 if new_gradient.norm() < norm else 0.0
+        if ratio < _POOR:
+            radius = step.norm().item() / 4
+        elif ratio > _GOOD and bounded:
+            radius = 2 * step.norm().item()
+        if ratio > _ACCEPTED:
+            theta, gradient, value = theta + step, new_gradient, new_value
+    raise _no_minimum(relative)
+
+
+def _no_minimum(relative: float) -> EcifError:
+    return EcifError(
+        "fit did not reach a stationary point of the pairs' loss, or can find no better one: the relative gradient "
+        f"norm is {relative:.1e}, and some embedding may shrink to nothing. Raise proximal"
     )
+
+
+def _stagnates(seen: Sequence[tuple[float, float]]) -> bool:
+    """Whether neither the value nor the gradient norm, which are given after each step, fell noticeably of late."""
+    if len(seen) <= _PATIENCE:
+        return False
+    (value, norm), (now, _) = seen[-1 - _PATIENCE], seen[-1]
+    return value - now < _LEAST_FALL * abs(value) and min(each for _, each in seen[-_PATIENCE:]) > norm / 2
+
+
+def _steihaug(
+    product: Product, gradient: Tensor, radius: float, exactness: float
+) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """A minimiser of the quadratic model within a region, better from one product to the next.
+
+    Yields:
+        the step so far, the Hessian times it, both of shape ``(p,)``, and whether it ends at the region's bound
+    """
+    step, curved = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    residual, direction = gradient, -gradient
+    squared = residual.dot(residual).item()
+    while True:
+        moved = product(direction)
+        curvature = direction.dot(moved).item()
+        size = math.inf if curvature <= 0 else squared / curvature
+        reach = _to_bound(step, direction, radius)
+        if size >= reach or curvature <= 0:
+            if not math.isfinite(reach):  # no region yet: as far as a curvature of the same size would go
+                reach = squared / max(abs(curvature), torch.finfo(gradient.dtype).tiny)
+            yield step + reach * direction, curved + reach * moved, True
+            return
+        step, curved = step + size * direction, curved + size * moved
+        yield step, curved, False
+        residual = residual + size * moved
+        before, squared = squared, residual.dot(residual).item()
+        if math.sqrt(squared) <= exactness:
+            return
+        direction = -residual + squared / before * direction
+
+
+def _to_bound(step: Tensor, direction: Tensor, radius: float) -> float:
+    """How many times a direction fits between a step and the bound of the region."""
+    if math.isinf(radius):
+        return math.inf
+    a, b, c = direction.dot(direction).item(), step.dot(direction).item(), step.dot(step).item() - radius**2
+    return (-b + math.sqrt(max(b * b - a * c, 0.0))) / a
 
 
 def stationary_point(
-    store: GradientStore, objective: ContrastiveLoss, fit: bool
+    store: GradientStore, objective: ContrastiveLoss, fit: bool, must_converge: bool = True
 ) -> Generator[Progress, None, tuple[Tensor, float]]:
-    """The parameters to score at and their relative gradient norm, from the store where they are."""
+    """The parameters to score at and their relative gradient norm, from the store where they are.
+
+    Args:
+        store: of this partition of the pairs.
+        objective: over them.
+        fit: whether to minimise it.
+        must_converge (True): whether a fit that reaches no minimum is an error;
+            otherwise the best parameters are taken at which no embedding has
+            come near to nothing.
+
+    Raises:
+        EcifError: if a fit does not converge that must
+    """
     start = objective.scope.start
+    tolerance = _TOLERANCES[start.dtype == torch.float64, isinstance(objective.scope, HeadScope)]
     known = store.parameters()
     objective.processes.wait()  # before one writes what another looks for
     if known is not None:
+        if fit and must_converge and known[1] > tolerance:
+            raise _no_minimum(known[1])
         return torch.from_numpy(known[0]).to(start), known[1]
     theta = start
     if fit:
-        tolerance = 1e-5 if start.dtype == torch.float64 else 1e-3
-        for fitted, relative in minimise(objective, tolerance):
-            theta = fitted
-            yield Progress("Fitting", percent_of_the_way(relative, tolerance), 100)
+        best = theta, math.inf
+        try:
+            for there, relative in minimise(objective, tolerance):
+                if not must_converge and there is not theta and smallest_norm(objective, there) >= _USABLE:
+                    best = there, relative
+                theta = there
+                yield Progress("Fitting", percent_of_the_way(relative, tolerance), 100)
+        except EcifError:
+            if must_converge:
+                raise
+            theta, relative = best
     else:
         relative = (objective.gradient_and_value(theta)[0].norm() / objective.gradient_scale(theta)).item()
     if objective.processes.first:

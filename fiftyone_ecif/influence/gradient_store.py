@@ -173,8 +173,10 @@ class GradientStore:
         if part not in table.parts():
             curvature = self.curvature()
             effects = Effects(np.empty(self.pairs), np.empty(self.pairs))
+            none = np.empty((0, len(curvature)), dtype=np.float32)
+            whole = CachedGradients(none, none, curvature, self.pairs)
             for rows, found in self._each("positive", "negative"):
-                cached = CachedGradients(found["positive"], found["negative"], curvature, self.pairs)
+                cached = whole.of_others(found["positive"], found["negative"])
                 effects.length[rows], effects.own[rows] = cached.lengths, cached.self_influence()
             self.write_effects(effects)
         return Effects(**table.read(part, *Effects._fields))

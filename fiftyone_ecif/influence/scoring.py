@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.collapse import COLLAPSED, smallest_norm
 from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.fitting import stationary_point
 from fiftyone_ecif.influence.gradient_store import GradientStore
@@ -30,8 +30,6 @@ from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.targets import Target
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.store.tables import Store
-
-_COLLAPSED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def score_pairs(
     kept = GradientStore(store, pairs, options.solver, options.damping)
     solver = kept.solver
     objective = ContrastiveLoss(scope, batches, pairs, options.proximal, processes)
-    theta, relative_gradient_norm = yield from stationary_point(kept, objective, options.fit)
+    theta, relative_gradient_norm = yield from stationary_point(kept, objective, options.fit, options.must_converge)
     smallest_norm = _smallest_norm(objective, theta)
     product = solver.product(objective, theta) if solver.solves else None
 
@@ -126,15 +124,9 @@ def score_pairs(
 
 
 def _smallest_norm(objective: ContrastiveLoss, theta: Tensor) -> float:
-    """The shortest embedding over the median, before normalisation; the smaller of both towers."""
-    with torch.no_grad():
-        own = [
-            torch.stack([part.norm(dim=1) for part in objective.scope.embed(theta, objective.batches[index])], dim=1)
-            for index in objective.processes.share(range(len(objective.batches)))
-        ]
-    norms = torch.cat(objective.processes.gather([part.cpu() for part in own]))
-    smallest = (norms.min(0).values / norms.median(0).values).min().item()
-    if not smallest >= _COLLAPSED:
+    """See :func:`smallest_norm`; refused where an embedding has collapsed."""
+    smallest = smallest_norm(objective, theta)
+    if not smallest >= COLLAPSED:
         raise EcifError(
             f"An embedding has collapsed: its length before normalisation is {smallest:.1e} of the median, and no "
             "score can be trusted then. Raise proximal, or use weights that are not overfitted"

@@ -16,6 +16,7 @@ class ScoringOptions:
         solver: one of :data:`fiftyone_ecif.influence.solvers.SOLVERS`.
         damping: relative to the mean eigenvalue of the curvature.
         keep_gradients: whether projected gradients are computed and stored.
+        must_converge: whether a fit that reaches no minimum is an error.
     """
 
     fit: bool = False
@@ -24,3 +25,4 @@ class ScoringOptions:
     solver: str = "hessian"
     damping: float = 0.0
     keep_gradients: bool = True
+    must_converge: bool = True

@@ -122,18 +122,18 @@ class ZeroShot(TargetLoss):
 
 
 @TARGET_LOSSES.register
-class RetrievalMargin(PairLoss):
-    """Logit of the strongest wrong match minus that of the right one, averaged over images and captions."""
+class RetrievalMargin(TargetLoss):
+    """Logit of the strongest wrong match minus that of the strongest right one, averaged over images and captions."""
 
     name = "retrieval_margin"
     says = "how far the own caption is ahead of the others"
     unit = "units of the target loss"
 
     @override
-    def pair_losses(self, scope: Scope, images: Tensor, captions: Tensor, logits: Tensor) -> Tensor:
-        from fiftyone_ecif.influence.targets import retrieval_margin
+    def make(self, scope: Scope, batches: Batches, classes: Classes | None = None) -> Target:
+        from fiftyone_ecif.influence.targets import RetrievalTarget
 
-        return retrieval_margin(logits)
+        return RetrievalTarget(scope, batches)
 
 
 class OwnLoss(PairLoss):

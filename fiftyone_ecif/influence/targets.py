@@ -31,9 +31,12 @@ class Target(ABC):
 
     Attributes:
         processes: the processes that share the batches.
+        twins: a number for the image and one for the caption of each row, shape ``(M, 2)``, equal where those are;
+            None if no two are.
     """
 
     processes: ProcessGroup = ALONE
+    twins: Tensor | None = None
 
     def __init__(self, scope: Scope, batches: Batches) -> None:
         self.scope, self.batches = scope, batches
@@ -53,6 +56,16 @@ class Target(ABC):
         other.batches = self.batches.regrouped(partition)
         other.pairs = sum(len(rows) for rows in partition)
         return other
+
+    def right_matches(self, rows: Tensor) -> Tensor:
+        """Which captions belong to which images of a batch, bool, shape ``(n, n)``.
+
+        Of one image all captions do, and of one caption all images.
+        """
+        if self.twins is None:
+            return torch.eye(len(rows), dtype=torch.bool)
+        found = self.twins[rows.to(self.twins.device)]
+        return (found[:, None] == found).any(-1)
 
     def losses(self, theta: Tensor) -> Tensor:
         """The loss of each target pair, in the order of the rows, shape ``(M,)``."""
@@ -109,24 +122,54 @@ class PairTarget(Target):
         return losses
 
     def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
-        """Retrieval within the batch fails: another caption, or another image, is closer."""
-        return retrieval_margin(self.scope.similarity(theta, batch), reduce=torch.maximum) > 0
+        """Retrieval within the batch fails: a caption that is not the image's, or an image that is not, is closer."""
+        similarity = self.scope.similarity(theta, batch)
+        return retrieval_margin(similarity, self.right_matches(rows), reduce=torch.maximum) > 0
 
 
-def retrieval_margin(logits: Tensor, reduce: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a + b) / 2) -> Tensor:
-    """How far the strongest wrong match is above the right one, both directions reduced to one, shape ``(n,)``.
+class RetrievalTarget(PairTarget):
+    """The mean of :func:`retrieval_margin` in both directions.
+
+    Args:
+        scope: what varies.
+        batches: the target pairs.
+    """
+
+    def __init__(self, scope: Scope, batches: Batches) -> None:
+        super().__init__(scope, batches, lambda images, captions, logits: retrieval_margin(logits))
+
+    @override
+    def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        return retrieval_margin(self.scope.similarity(theta, batch), self.right_matches(rows))
+
+
+def retrieval_margin(
+    logits: Tensor,
+    right_matches: Tensor | None = None,
+    reduce: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a + b) / 2,
+) -> Tensor:
+    """How far the strongest wrong match is above the strongest right one, both directions reduced to one, ``(n,)``.
 
     Positive where retrieval fails:
 
     >>> retrieval_margin(torch.tensor([[5.0, 1.0], [3.0, 2.0]])).tolist()
     [-3.0, 0.0]
+
+    Args:
+        logits: the similarity matrix, shape ``(n, n)``.
+        right_matches (None): which captions belong to which images, bool, shape ``(n, n)``; by default each to its own.
+        reduce: of both directions; by default their mean.
     """
-    if len(logits) == 1:  # nothing to mistake it for
-        return 0 * logits[0]
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    wrong = logits.masked_fill(own, -torch.inf)
-    right = logits.diagonal()
-    return reduce(wrong.amax(1) - right, wrong.amax(0) - right)
+    right = torch.eye(len(logits), dtype=torch.bool) if right_matches is None else right_matches
+    right = right.to(logits.device)
+
+    def margin(rows: Tensor, right: Tensor) -> Tensor:
+        best = rows.masked_fill(~right, -torch.inf).amax(1)
+        alone = right.all(1)  # nothing to mistake it for
+        wrong = torch.where(alone, best, rows.masked_fill(right, -torch.inf).amax(1))
+        return wrong - best
+
+    return reduce(margin(logits, right), margin(logits.T, right.T))
 
 
 class ZeroShotTarget(Target):

@@ -56,6 +56,9 @@ def _packages() -> list[Check]:
     for module, package in (("open_clip", "open_clip_torch"), ("h5py", "h5py")):
         found = importlib.util.find_spec(module) is not None
         checks.append(Check(package, found, "installed" if found else f"pip install {package}", True))
+    found = importlib.util.find_spec("transformers") is not None
+    remedy = "SigLIP, CLIPA and text towers of the hub need it: pip install 'fiftyone-ecif[transformers]'"
+    checks.append(Check("transformers", found, "installed" if found else remedy, False))
     return checks
 
 

@@ -16,7 +16,7 @@ from fiftyone_ecif.progress import Progress
 
 _FOLDS = 5
 _TOLERANCE = 1e-3  # relative gradient norm at which the embeddings of a fit have long stopped changing
-_STEPS = 200  # of a fit, at most
+_PASSES = 1000  # of a fit, at most
 
 
 def refit_held_out(inputs: DetectorInputs) -> Generator[Progress, None, np.ndarray]:
@@ -41,7 +41,7 @@ def refit_held_out(inputs: DetectorInputs) -> Generator[Progress, None, np.ndarr
         )
         theta = part.scope.start
         with suppress(EcifError):  # one that is not there yet: its embeddings are all that is wanted
-            for theta, _ in minimise(part, _TOLERANCE, _STEPS):  # noqa: B007
+            for theta, _ in minimise(part, _TOLERANCE, _PASSES):  # noqa: B007
                 yield Progress("Refitting", number, _FOLDS)
         space = EmbeddingSpace(*inputs.embeddings(theta), copies)
         distance[torch.nonzero(held).flatten()] = standardised(space.distance[held])

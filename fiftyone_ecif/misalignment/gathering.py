@@ -35,7 +35,7 @@ _FOLDS = 5
 _REFERENCES = 1024
 _DECOYED = 10_000  # pairs that get decoys, at most
 _FITTED = 20_000  # pairs that heads are made from, at most
-_TOLERANCE, _STEPS = 1e-3, 100  # relative gradient norm of a fit, and its length at most
+_TOLERANCE, _PASSES = 1e-3, 500  # relative gradient norm of a fit, and its gradients and products at most
 _RIDGE = 0.3  # of canonical heads
 _TRUSTED = 0.6  # share of the pairs, the least suspicious, that canonical heads are made of once there is a first score
 _ENOUGH = 10  # how many of these there must be for each feature
@@ -144,7 +144,7 @@ def _canonical(
 
 def _scale(inputs: DetectorInputs, theta: Tensor) -> float:
     """What the model multiplies cosines with."""
-    zero, one = inputs.objective.scope.logits(theta, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    zero, one = inputs.objective.scope.logits(theta, torch.tensor([0.0, 1.0]).to(theta))
     return float(one - zero)
 
 
@@ -156,6 +156,6 @@ def _fit(inputs: DetectorInputs, rows: Tensor, number: int, folds: int) -> Gener
     part = ContrastiveLoss(objective.scope, batches.regrouped(parts), len(rows), objective.proximal)
     theta = objective.scope.start
     with suppress(EcifError):
-        for theta, _ in minimise(part, _TOLERANCE, _STEPS):  # noqa: B007
+        for theta, _ in minimise(part, _TOLERANCE, _PASSES):  # noqa: B007
             yield Progress("Refitting", number, folds)
     return theta

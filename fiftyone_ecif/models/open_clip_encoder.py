@@ -1,9 +1,8 @@
 """A dual encoder made with open_clip: its frozen features and the heads behind them.
 
-The features of a tower are what enters its final projection. They are computed
-by running the tower with that projection replaced by the identity, which works
-alike for a bare parameter (``visual.proj``), a linear layer and the output
-projection of an attention pool.
+The features of a tower are what enters its last linear map, wherever that is:
+a bare parameter (``visual.proj``), a linear layer, the output projection of an
+attention pool, the second layer of an MLP. See ``projection_heads``.
 """
 
 from __future__ import annotations
@@ -11,32 +10,40 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import CenterCropOrPad, MaybeConvertMode, PreprocessCfg
+from PIL import Image
 from torch import Tensor
-from torch.func import functional_call
+from torchvision.transforms import CenterCrop, Compose, Normalize, Resize
+from torchvision.transforms.functional import pil_to_tensor
+from typing_extensions import override
 
+from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.checkpoint import PREPROCESSING, load_adapters, load_preprocessing, save_checkpoint
-from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
-from fiftyone_ecif.models.open_clip_names import brings_weights, check_names
-from fiftyone_ecif.models.projection_heads import HEAD_PATHS, Head, named_head
+from fiftyone_ecif.models.inputs import resize_pixels
+from fiftyone_ecif.models.open_clip_names import brings_weights, check_names, needs_transformers
+from fiftyone_ecif.models.projection_heads import Head, find_head
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
 from fiftyone_ecif.models.towers import Tower, causal_mask
+from fiftyone_ecif.models.weights import in_short, open_clip_weights
 from fiftyone_ecif.store.keys import digest
 
 logger = logging.getLogger(__name__)
+_TAKES_TENSORS = Resize, CenterCrop, CenterCropOrPad, MaybeConvertMode  # of what open_clip does to images
 
 
 class OpenClipEncoder(DualEncoder):
@@ -56,8 +63,7 @@ class OpenClipEncoder(DualEncoder):
         model: of open_clip, in evaluation mode.
         tokenizer: of open_clip; :meth:`tokens` leaves out padding that changes nothing.
         loss: the sigmoid loss for a model that has a ``logit_bias``, else the softmax loss.
-        heads: of the image and the text tower; None for a tower that does not
-            end in a linear projection, whose features are its embeddings.
+        heads: of the image and the text tower.
         adapters: low-rank adapters that ``fiftyone-ecif fit`` wrote beside the
             checkpoint; they are part of the loaded weights.
         fingerprint: hex digest of architecture, weights, preprocessing,
@@ -72,18 +78,32 @@ class OpenClipEncoder(DualEncoder):
         self.device = choose_device(device)
         check_names(model, pretrained)
         try:
-            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
-                model,
-                pretrained=pretrained,
-                device=self.device,
-                **(load_preprocessing(pretrained) or {}),
-            )
+            with open_clip_weights(pretrained) as weights, warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", UserWarning)
+                self.model, _, transform = open_clip.create_model_and_transforms(
+                    model,
+                    pretrained=weights,
+                    device=self.device,
+                    require_pretrained=True,
+                    **(load_preprocessing(pretrained) or {}),
+                )
             self.tokenizer = open_clip.get_tokenizer(model)
+        except EcifError:
+            raise
+        except ImportError as error:
+            lacking = needs_transformers({"text_cfg": {"hf_tokenizer_name": model}})
+            raise EcifError(f"{model} {lacking or f'cannot be made ({error})'}") from error
         except Exception as error:  # open_clip, the hub and torch raise many kinds here
             raise EcifError(
-                f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {error}"
+                f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {in_short(error)}"
             ) from error
         self.model.eval().requires_grad_(False)
+        self._geometry, self._normalise = _split(transform)
+        steps = self._geometry.transforms
+        if all(isinstance(step, _TAKES_TENSORS) for step in steps):
+            self.preprocess_jpeg = Compose(
+                [partial(resize_pixels, step) if isinstance(step, Resize) else step for step in steps]
+            )
         self.loss = SoftmaxLoss() if getattr(self.model, "logit_bias", None) is None else SigmoidLoss()
         self.name = model
         unusable = [name for name, value in self.model.named_parameters() if not value.sum().isfinite()]
@@ -93,15 +113,17 @@ class OpenClipEncoder(DualEncoder):
         self._at_once = sys.maxsize  # inputs, until memory runs out
         self._ignores_padding = False
         self._ignores_padding = self._try_without_padding()
-        self.heads = {tower: self._find_head(tower) for tower in HEAD_PATHS}
+        self.heads = {tower: self._find_head(tower) for tower in ("image", "text")}
         self.adapters = load_adapters(pretrained)
+        self._known_parameters: dict[ScopeChoice, list[str]] = {}
+        self.notes = [*_mismatches(said, model), *self._notes_on_heads()]
         self.fingerprint = self._fingerprint(model)
 
     def scope(self, choice: ScopeChoice, seed: int = 0) -> Scope:
         """The parameters that a choice means, as they were loaded.
 
-        The heads are float64 on the CPU; every other scope is in the model's
-        own precision on its device.
+        The heads are in float64, or in float32 on a device where that is slow;
+        every other scope is in the model's own precision.
 
         Args:
             choice: which.
@@ -115,11 +137,11 @@ class OpenClipEncoder(DualEncoder):
             if choice.rank is None:
                 return TowerScope(self.model, names, self.loss)
             return TowerScope(self.model, names, self.loss, choice.rank, self.adapters, seed)
-        image, text = (head.matrix(self.model) for head in self.heads.values() if head)
+        image, text = (head.matrix(self.model) for head in self.heads.values())
         scale = self.model.logit_scale.detach().double().exp().item()
         bias = getattr(self.model, "logit_bias", None)
         shift = 0.0 if bias is None else bias.detach().double().item()
-        return HeadScope(image, text, scale, shift, self.loss, choice.with_scale)
+        return HeadScope(image, text, scale, shift, self.loss, choice.with_scale, self.placement)
 
     def scope_names(self, choice: ScopeChoice) -> list[str]:
         """Names of the model's parameters in a scope, or of those that have an adapter in it.
@@ -130,18 +152,12 @@ class OpenClipEncoder(DualEncoder):
             EcifError: if the model has no such parameters, or the checkpoint's adapters are others
         """
         if choice.heads:
-            names = [name for head in self.heads.values() if head for name in (head.weight, head.bias) if name]
-            lacking = [tower for tower, head in self.heads.items() if head is None]
-            if lacking:
-                raise EcifError(
-                    f"The {lacking[0]} tower of {self.name} does not end in a linear projection, so "
-                    f"scope={choice.text!r} does not fit it. Use scope='blocks:1'"
-                )
+            names = [name for head in self.heads.values() for name in (head.weight, head.bias) if name]
             return [*names, "logit_scale"] if choice.with_scale else names
         if choice.rank is None or self.adapters is None:
-            return scope_parameters(self.model, choice)
+            return self._parameters(choice)
         rank = len(next(iter(self.adapters.values()))[0])
-        same = choice.rank == rank and set(scope_parameters(self.model, choice)) == set(self.adapters)
+        same = choice.rank == rank and set(self._parameters(choice)) == set(self.adapters)
         if not same and choice.text != "lora":
             raise EcifError(
                 f"scope={choice.text!r} does not fit the checkpoint, whose adapters have rank {rank}. Use 'lora:{rank}'"
@@ -185,11 +201,32 @@ class OpenClipEncoder(DualEncoder):
         else:
             assert isinstance(scope, HeadScope)
             matrices = zip(self.heads.values(), scope.split(theta), strict=True)
-            changed = {name: value for head, matrix in matrices if head for name, value in head.tensors(matrix).items()}
+            changed = {name: value for head, matrix in matrices for name, value in head.tensors(matrix).items()}
             if scope.with_scale:
                 changed["logit_scale"] = theta[-1]
         state = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         return state | {name: value.detach().to(state[name]).contiguous() for name, value in changed.items()}
+
+    def check_saves(self, choice: ScopeChoice) -> None:
+        """Checks that a checkpoint has a place for changed parameters of a scope.
+
+        Raises:
+            EcifError: for the heads, if one of them is an identity map that was appended
+        """
+        lacking = [tower for tower, head in self.heads.items() if head.weight is None]
+        if choice.heads and lacking:
+            raise EcifError(
+                f"The {lacking[0]} tower of {self.name} ends in no linear map, so a checkpoint has no place for a "
+                "changed one. Use a run with scope='blocks:1'"
+            )
+
+    def _notes_on_heads(self) -> list[str]:
+        return [
+            f"The {tower} tower of {self.name} ends in no linear map, so scope='heads' attributes an identity map that "
+            "is appended to it. scope='blocks:1' attributes the model's own weights"
+            for tower, head in self.heads.items()
+            if head.weight is None
+        ]
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -198,6 +235,17 @@ class OpenClipEncoder(DualEncoder):
         return {
             name: made[name.removeprefix("image_")] for name in PREPROCESSING if name.removeprefix("image_") in made
         }
+
+    @override
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Resizes and crops as open_clip does, to uint8 of shape ``(3, h, w)``."""
+        pixels: Tensor = pil_to_tensor(self._geometry(image))
+        return pixels
+
+    @override
+    def finish(self, images: Tensor) -> Tensor:
+        finished: Tensor = self._normalise(images.float().div(255))
+        return finished
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """What the text tower takes, on the device, shape ``(n, t)``.
@@ -230,7 +278,8 @@ class OpenClipEncoder(DualEncoder):
         while start < len(inputs):
             part = inputs[start : start + self._at_once]
             try:
-                features = self._run_half(tower, part.to(self.device, non_blocking=True))
+                part = part.to(self.device, non_blocking=True)
+                features = self._run_half(tower, self.finish(part) if tower == "image" else part)
             except torch.OutOfMemoryError as error:
                 if len(part) == 1:
                     raise EcifError(
@@ -252,27 +301,28 @@ class OpenClipEncoder(DualEncoder):
         return features
 
     def _run(self, tower: str, inputs: Tensor, head: Head | None) -> Tensor:
-        """A tower's output with its head, if one is given, passing its input through."""
-        replaced = {f"model.{name}": value for name, value in head.identity(self.model).items()} if head else {}
-        features: Tensor = functional_call(Tower(self.model, tower), replaced, (inputs,))
-        if head and head.bias:
-            features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+        """A tower's embeddings or, if a head is given, what that takes."""
+        run = Tower(self.model, tower)
+        features: Tensor = head.features(run, inputs) if head else run(inputs)
         return features
 
-    @torch.no_grad()
-    def _find_head(self, tower: str) -> Head | None:
-        """The linear projection that a tower ends in, tried on noise, or None."""
-        head = named_head(self.model, tower)
-        if head is None:
-            return None
+    def _find_head(self, tower: str) -> Head:
+        """The last linear map of a tower, tried on noise and on two captions."""
+        images, tokens = self._probe()
+        return find_head(Tower(self.model, tower), images if tower == "image" else tokens)
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Noise and two captions, as the towers take them."""
         size = self.model.visual.image_size
         height, width = size if isinstance(size, tuple | list) else (size, size)
         noise = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-        inputs = noise.to(self.device) if tower == "image" else self.tokens(["a photo", "of two things"])
-        expected = self._run(tower, inputs, None).cpu().double()
-        found = self._run(tower, inputs, head).cpu().double() @ head.matrix(self.model)
-        close = torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
-        return head if close else None
+        return noise.to(self.device), self.tokens(["a photo", "of two things"])
+
+    def _parameters(self, choice: ScopeChoice) -> list[str]:
+        """Those that a scope inside the towers means."""
+        if choice not in self._known_parameters:
+            self._known_parameters[choice] = scope_parameters(self.model, choice, self._probe())
+        return self._known_parameters[choice]
 
     @torch.no_grad()
     def _try_without_padding(self) -> bool:
@@ -307,6 +357,7 @@ class OpenClipEncoder(DualEncoder):
             type(self.tokenizer).__name__,
             getattr(self.tokenizer, "context_length", None),
             *["float16"] * self._half,
+            [astuple(head) for head in self.heads.values()],
         ]
 
         def parts() -> Iterator[str | memoryview]:
@@ -316,6 +367,21 @@ class OpenClipEncoder(DualEncoder):
                 yield value.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
         return digest(parts())
+
+
+def _mismatches(said: Sequence[warnings.WarningMessage], model: str) -> Iterator[str]:
+    """What open_clip only warns of: that weights were trained with another model than they are loaded into."""
+    for text in dict.fromkeys(str(each.message) for each in said if "open_clip" in Path(each.filename).parts):
+        other = model.removesuffix("-quickgelu") if model.endswith("-quickgelu") else f"{model}-quickgelu"
+        remedy = f". Use model={other!r}" if "QuickGELU" in text and other in open_clip.list_models() else ""
+        yield f"open_clip warns: {text.rstrip('.')}{remedy}"
+
+
+def _split(transform: Compose) -> tuple[Compose, Normalize]:
+    """What open_clip does to an image before it is a tensor of floats, and after."""
+    *geometry, _, normalise = transform.transforms  # between them is the step to floats in [0, 1]
+    assert isinstance(normalise, Normalize)
+    return Compose(geometry), normalise
 
 
 def _without_padding(tokens: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ from fiftyone_ecif.influence.losses import BatchLoss
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.towers import Tower, differentiable_attention
+from fiftyone_ecif.models.used_parameters import Probe, used_parameters
+
+_INPUTS_OF_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class TowerScope(Scope):
@@ -60,7 +63,7 @@ class TowerScope(Scope):
             pieces = [part.to(weights[name]) for name in names for part in adapters[name]]
             # what the adapters are added to: the weights without them
             weights = {
-                name: weight - adapters[name][1].to(weight) @ adapters[name][0].to(weight)
+                name: weight - (adapters[name][1].to(weight) @ adapters[name][0].to(weight)).view_as(weight)
                 for name, weight in weights.items()
             }
         self._base = weights
@@ -78,7 +81,8 @@ class TowerScope(Scope):
         if self.rank is None:
             return dict(zip(self.names, pieces, strict=True))
         return {
-            name: self._base[name] + b @ a for name, a, b in zip(self.names, pieces[::2], pieces[1::2], strict=True)
+            name: self._base[name] + (b @ a).view_as(self._base[name])
+            for name, a, b in zip(self.names, pieces[::2], pieces[1::2], strict=True)
         }
 
     def adapters(self, theta: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -128,7 +132,7 @@ def new_adapters(weights: Mapping[str, Tensor], rank: int, seed: int) -> dict[st
     """Adapters that change nothing yet: random ``A`` of unit output variance, ``B = 0``.
 
     Args:
-        weights: matrices of shape ``(m, n)``, by name.
+        weights: matrices of shape ``(m, n)``, or ``(m, n, 1, 1)``, by name.
         rank: of the adapters.
         seed: of the random numbers, which are drawn on the CPU: the same on every device.
 
@@ -138,23 +142,31 @@ def new_adapters(weights: Mapping[str, Tensor], rank: int, seed: int) -> dict[st
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, weight in weights.items():
-        rows, columns = weight.shape
+        rows, columns = weight.flatten(1).shape
         random = torch.randn(rank, columns, generator=generator, dtype=torch.float64) / columns**0.5
         made[name] = random.to(weight), weight.new_zeros(rows, rank)
     return made
 
 
-def scope_parameters(model: nn.Module, choice: ScopeChoice) -> list[str]:
-    """Names of the parameters that a choice of scope means in this model.
+def scope_parameters(model: nn.Module, choice: ScopeChoice, probe: Probe) -> list[str]:
+    """Names of the parameters that a choice of scope means in this model, of those that embeddings depend on.
+
+    A block is what the towers repeat: a residual block of a transformer (also
+    one of Swin's or ConvNeXt's in their stages), a bottleneck of a ResNet, an
+    encoder layer of transformers' text towers. Adapters are on the matrices of
+    attention and MLP in them, 1 x 1 convolutions of an MLP included, and on
+    those of pools by attention.
 
     Args:
         model: an open_clip model.
         choice: any but the heads.
+        probe: images and tokens that the towers can take.
 
     Raises:
         EcifError: if there are none, or a tower has fewer blocks than are asked for
     """
     names = [name for name, _ in model.named_parameters()]
+    used = used_parameters(model, probe)
     if choice.pattern:
         chosen = [name for name in names if re.search(choice.pattern, name)]
         if not chosen:
@@ -162,8 +174,14 @@ def scope_parameters(model: nn.Module, choice: ScopeChoice) -> list[str]:
                 f"scope={choice.text!r} is no scope, and as a regular expression it matches none of the model's "
                 f"parameters ({', '.join(names[:3])}, ..., {names[-1]}). Use heads, lora, blocks:1, or another pattern"
             )
-        return chosen
-    last = {tower: found[-choice.blocks :] if choice.blocks else found for tower, found in _blocks(model).items()}
+        if not used.intersection(chosen):
+            raise EcifError(
+                f"scope={choice.text!r} matches only parameters that the loss does not depend on, such as {chosen[0]}. "
+                "Use heads, lora, blocks:1, or another pattern"
+            )
+        return [name for name in chosen if name in used]
+    blocks = _blocks(model, used)
+    last = {tower: found[-choice.blocks :] if choice.blocks else found for tower, found in blocks.items()}
     for tower, found in last.items():
         if len(found) < (choice.blocks or 1):
             raise EcifError(
@@ -172,24 +190,36 @@ def scope_parameters(model: nn.Module, choice: ScopeChoice) -> list[str]:
             )
     within = tuple(f"{module}." for found in last.values() for module in found)
     if choice.rank is None:
-        return [name for name in names if name.startswith(within)]
+        return [name for name in names if name.startswith(within) and name in used]
     pools = tuple(f"{name}." for name, _ in model.named_modules() if re.search(r"attn_?pool$", name))
-    return [
-        name
-        for name, value in model.named_parameters()
-        if value.ndim == 2 and name.startswith(within + pools) and not name.endswith("embedding")
-    ]
+    return [name for name in names if name.startswith(within + pools) and name in used and _is_matrix(model, name)]
 
 
-def _blocks(model: nn.Module) -> dict[str, list[str]]:
-    """The blocks of both towers, first to last: numbered modules that are not inside another one.
+def _is_matrix(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is what a layer of attention or of an MLP multiplies with."""
+    home, _, end = name.rpartition(".")
+    layer, weight = model.get_submodule(home), model.get_parameter(name)
+    if end == "weight":
+        of_mlp = isinstance(layer, nn.Conv2d) and weight.shape[2:] == (1, 1) and "mlp" in home.split(".")
+        return (isinstance(layer, nn.Linear) or of_mlp) and "rel_pos" not in home
+    return weight.ndim == 2 and end in _INPUTS_OF_ATTENTION
 
-    Those are the residual blocks of a transformer and the bottlenecks of a ResNet.
+
+def _blocks(model: nn.Module, used: set[str]) -> dict[str, list[str]]:
+    """The blocks of both towers, first to last, of those with parameters that are used.
+
+    They are numbered modules that are not inside another one; what is called a
+    layer is one where nothing in its tower is called a block.
     """
     found: dict[str, list[str]] = {"image": [], "text": []}
-    for name, _ in model.named_modules():
-        tower = found["image" if name.startswith("visual.") else "text"]
-        nested = any(name.startswith(f"{other}.") for other in tower)
-        if re.search(r"(blocks|layers?\d*)\.\d+$", name) and not nested:
-            tower.append(name)
+    in_use = {name.rpartition(".")[0] for name in used}
+    for kind in (r"blocks?\.\d+$", r"layers?\d*\.\d+$"):
+        known = {tower: bool(blocks) for tower, blocks in found.items()}
+        for name, _ in model.named_modules():
+            tower = "image" if name.startswith("visual.") else "text"
+            nested = any(name.startswith(f"{other}.") for other in found[tower])
+            if known[tower] or nested or not re.search(kind, name):
+                continue
+            if any(f"{module}.".startswith(f"{name}.") for module in in_use):
+                found[tower].append(name)
     return found

@@ -42,10 +42,10 @@ class Tower(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Embeddings before normalisation, shape ``(n, d)``, of images ``(n, 3, h, w)`` or tokens ``(n, t)``."""
         if self.tower == "image":
-            return cast(Tensor, self.model.encode_image(inputs))
+            return cast(Tensor, self.model.encode_image(inputs, normalize=False))
         mask, length = causal_mask(self.model), inputs.shape[1]
         if mask is None or length == len(mask):
-            return cast(Tensor, self.model.encode_text(inputs))
+            return cast(Tensor, self.model.encode_text(inputs, normalize=False))
         text = "model.text." if hasattr(self.model, "text") else "model."
         cut = {
             f"{text}positional_embedding": _text_tower(self.model).positional_embedding[:length],
@@ -63,7 +63,7 @@ class _TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings before normalisation, shape ``(n, d)``, of tokens ``(n, t)``."""
-        return cast(Tensor, self.model.encode_text(tokens))
+        return cast(Tensor, self.model.encode_text(tokens, normalize=False))
 
 
 def causal_mask(model: Any) -> Tensor | None:

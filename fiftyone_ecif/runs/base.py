@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -159,7 +160,7 @@ def check_key(dataset: Any, brain_key: str, overwrite: bool, config: Any) -> Non
 
     Raises:
         EcifError: if the key is no identifier, is taken, or one of the fields
-            that it names is there and belongs to no run
+            that it names is there and belongs to no run or cannot be written
     """
     if not isinstance(brain_key, str) or not brain_key.isidentifier() or brain_key.startswith("_"):
         raise EcifError(f"brain_key={brain_key!r} is not a name. Use letters, digits and _, such as 'ecif'")
@@ -173,9 +174,46 @@ def check_key(dataset: Any, brain_key: str, overwrite: bool, config: Any) -> Non
                 f"The brain key {brain_key!r} is taken. Choose another one, or set overwrite=True to replace that run"
             )
         ours = set(old.fields(brain_key))
-    for field in config.fields(brain_key):
-        if field not in ours and dataset.has_sample_field(field):
-            raise EcifError(f"There is a field {field!r} already, which no run wrote. Choose another brain_key")
+    others = [name for name in config.fields(brain_key) if name not in ours and dataset.has_sample_field(name)]
+    left = _left_over(dataset, brain_key, others, config)
+    for field in others:
+        if field not in left:
+            raise EcifError(
+                f"There is a field {field!r} already, which no run wrote. Choose another brain_key, or drop the field: "
+                f"dataset.delete_sample_field({field!r})"
+            )
+    if left and not overwrite:
+        raise EcifError(
+            f"The fields {', '.join(left)} are left over from a run that this dataset has not, as after a merge or in "
+            "the clone of a view. Set overwrite=True to take them over, or drop them: "
+            f"dataset.delete_sample_fields({left})"
+        )
+    check_writable(dataset, {*config.fields(brain_key), *ours})
+
+
+def _left_over(dataset: Any, key: str, fields: Iterable[str], config: Any) -> list[str]:
+    """Which fields say that a run like this one wrote them."""
+    known = [config.fields(key), type(config)().fields(key)]
+    return [
+        name
+        for name in fields
+        if _description(dataset, name) in [each[name].description for each in known if name in each]
+    ]
+
+
+def check_writable(dataset: Any, fields: Iterable[str]) -> None:
+    """Checks that no field is read-only.
+
+    Raises:
+        EcifError: for the first that is
+    """
+    for field in fields:
+        found = dataset.get_field(field)
+        if found is not None and found.read_only:
+            raise EcifError(
+                f"The field {field!r} is read-only. Allow writing: field = dataset.get_field({field!r}); "
+                "field.read_only = False; field.save()"
+            )
 
 
 def check_view(samples: Any) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fiftyone_ecif.misalignment.detectors import DETECTORS
 from fiftyone_ecif.misalignment.judgement import TRUSTED
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 
 _FAR_FROM_STATIONARY = 0.01  # relative gradient norm
+_REACHED = 1e-3  # likewise, of a fit
 _POORLY_CACHED = 0.5  # correlation of scores and stored gradients
 _SHARED = 0.01  # of the target pairs
 
@@ -36,7 +38,8 @@ def diagnose(config: Any, found: dict[str, Any]) -> list[Remark]:
         what speaks against the numbers first
     """
     remarks = [
-        *_fit(found),
+        *_model(found),
+        *([judge_fit(config, found)] if _needs_minimum(config) else []),
         *_curvature(config, found),
         *_target(found),
         *_stored(found),
@@ -45,19 +48,38 @@ def diagnose(config: Any, found: dict[str, Any]) -> list[Remark]:
     return sorted(remarks, key=lambda remark: remark.fine)
 
 
-def _fit(found: dict[str, Any]) -> list[Remark]:
-    if "noise_rate" in found:
-        return []  # detection fits heads of its own
+def _needs_minimum(config: Any) -> bool:
+    """Whether the run's scores are about a model at a minimum: not those of most detectors."""
+    detector: str = getattr(config, "detector", "")
+    return detector not in DETECTORS or DETECTORS[detector].needs_training
+
+
+def _model(found: dict[str, Any]) -> list[Remark]:
+    return [Remark(False, note) for note in found.get("model_notes", ())]
+
+
+def judge_fit(config: Any, found: dict[str, Any]) -> Remark:
+    """Judges how far the model is from a minimum of the pairs' loss.
+
+    Args:
+        config: of the run.
+        found: its diagnostics.
+    """
     norm = found["relative_gradient_norm"]
+    if config.fit and norm > _REACHED:
+        return Remark(
+            False,
+            f"The fit reached no minimum of these pairs' loss (relative gradient norm {norm:.2g}, 0 is ideal) and "
+            "stopped before an embedding shrank to nothing. The curvature is damped where it is negative: influence "
+            "is a rougher estimate. A larger proximal helps",
+        )
     if norm > _FAR_FROM_STATIONARY:
-        return [
-            Remark(
-                False,
-                "The model is not at a stationary point of these pairs' loss (relative gradient norm "
-                f"{norm:.2g}, 0 is ideal), so influence is a rougher estimate. fit=True brings it there",
-            )
-        ]
-    return [Remark(True, f"The model is at a minimum of these pairs' loss (relative gradient norm {norm:.1g})")]
+        return Remark(
+            False,
+            "The model is not at a stationary point of these pairs' loss (relative gradient norm "
+            f"{norm:.2g}, 0 is ideal), so influence is a rougher estimate. fit=True brings it there",
+        )
+    return Remark(True, f"The model is at a minimum of these pairs' loss (relative gradient norm {norm:.1g})")
 
 
 def _curvature(config: Any, found: dict[str, Any]) -> list[Remark]:

@@ -9,7 +9,8 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.runs.base import check_key
 from fiftyone_ecif.runs.cache import METHOD, size_text, unshared_store
 from fiftyone_ecif.runs.writing import finish_writing
-from fiftyone_ecif.samples.pairs import digest_now, pairs_now
+from fiftyone_ecif.samples.pairs import is_as_it_was, pairs_now
+from fiftyone_ecif.store.known_files import KnownFiles
 from fiftyone_ecif.store.tables import Store
 
 
@@ -129,8 +130,8 @@ def load_run(dataset: Any, key: str, kind: str = "influence") -> Any:
 def staleness(dataset: Any, key: str) -> Stale:
     """Which of a run's pairs are not what they were when it was made.
 
-    An image counts as changed if its file has another place, size or time of
-    change, or is gone: the cache tells by the same.
+    An image counts as changed if its file holds other bytes, or is gone; one
+    that was moved does not.
 
     Args:
         dataset: a FiftyOne dataset.
@@ -148,7 +149,8 @@ def staleness(dataset: Any, key: str) -> Stale:
     changed = None
     if results.digests is not None:
         before = zip(results.ids, results.digests, strict=True)
-        changed = sum(digest_now(*pairs[sample]) != digest for sample, digest in before if sample in pairs)
+        known = KnownFiles(Store(*config.store[:-1]))
+        changed = sum(not is_as_it_was(*pairs[sample], digest, known) for sample, digest in before if sample in pairs)
     try:
         unscored = len(set(dataset.load_brain_view(key).values("id")) - set(results.ids) - set(results.skipped))
     except ValueError:

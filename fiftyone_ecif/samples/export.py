@@ -35,7 +35,7 @@ def export_pairs(
     JSON holds it as it is.
 
     Args:
-        samples: a FiftyOne dataset or view; the order is kept.
+        samples: a FiftyOne dataset or view; the order is kept, and repeats are left out.
         path: a file that ends in ``.csv`` or ``.json``.
         caption_field ("caption"): the field of the captions.
         fields (None): further fields; by default all float fields.
@@ -58,7 +58,8 @@ def export_pairs(
         if samples.get_field(field) is None:
             raise EcifError(f"There is no field {field!r} to export")
     columns = ["id", "filepath", "caption", "tags", *fields]
-    rows = zip(*samples.values(["id", "filepath", caption_field, "tags", *fields]), strict=True)
+    found = zip(*samples.values(["id", "filepath", caption_field, "tags", *fields]), strict=True)
+    rows = list({row[0]: row for row in found}.values())  # a view can repeat samples, as after concat()
     try:
         with atomic_path(path, shared=True) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             if path.suffix == ".csv":
@@ -71,7 +72,7 @@ def export_pairs(
                 )
     except (OSError, ValueError) as error:  # the latter of a text that is no Unicode, or a path with a NUL
         raise EcifError(f"{path} cannot be written ({error})") from error
-    return len(samples)
+    return len(rows)
 
 
 def _plain(value: Any) -> Any:

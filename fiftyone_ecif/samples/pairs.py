@@ -14,7 +14,8 @@ import fiftyone.core.validation as fov
 from PIL import Image
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.store.keys import pair_key
+from fiftyone_ecif.store.keys import PairKey, digest, pair_key
+from fiftyone_ecif.store.known_files import KnownFiles
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,26 @@ def every_sample(dataset: Any) -> Any:
     return dataset.select_group_slices(media_type="image") if dataset.media_type == "group" else dataset
 
 
+def deleted_of(dataset: Any, ids: Sequence[str]) -> list[str]:
+    """Which samples are no longer in a dataset, in the order given."""
+    there = set(every_sample(dataset).select(list(dict.fromkeys(ids))).values("id"))
+    return [sample for sample in ids if sample not in there]
+
+
+def each_once(samples: Any) -> Any:
+    """A collection without repeats, which a view can have, as after ``concat``; then in no order.
+
+    Args:
+        samples: a FiftyOne dataset or view.
+    """
+    ids = [] if isinstance(samples, fo.Dataset) else samples.values("id")
+    if len(set(ids)) == len(ids):
+        return samples
+    return samples.mongo(
+        [{"$group": {"_id": "$_id", "first": {"$first": "$$ROOT"}}}, {"$replaceRoot": {"newRoot": "$first"}}]
+    )
+
+
 def check_collection(samples: Any, caption_field: str | None) -> None:
     """Checks that a collection can hold image-caption pairs.
 
@@ -93,7 +114,7 @@ def check_collection(samples: Any, caption_field: str | None) -> None:
 
 
 def read_pairs(samples: Any, caption_field: str, skip_failures: bool = True) -> Pairs:
-    """Reads image-caption pairs, sorted by sample id. No image is decoded yet.
+    """Reads image-caption pairs, sorted by sample id, each sample once. No image is decoded yet.
 
     Args:
         samples: a FiftyOne dataset or view of images.
@@ -106,6 +127,7 @@ def read_pairs(samples: Any, caption_field: str, skip_failures: bool = True) -> 
             if no sample is a pair
     """
     check_collection(samples, caption_field)
+    samples = each_once(samples)
     pairs = Pairs([], [], [], {})
     for sample_id, path, caption in sorted(
         zip(*samples.values(["id", "filepath", caption_field]), strict=True), key=lambda row: row[0]
@@ -171,3 +193,18 @@ def digest_now(path: str, caption: Any) -> str | None:
         return pair_key(path, caption).digest
     except EcifError:
         return None
+
+
+def is_as_it_was(path: str, caption: Any, before: str, known: KnownFiles) -> bool:
+    """Whether a pair has the caption that it had and an image of the same bytes, wherever that lies now.
+
+    Args:
+        path: of the image.
+        caption: its caption.
+        before: the pair's digest then.
+        known: the files of the dataset.
+    """
+    now = digest_now(path, caption)
+    if now is None or now == before:
+        return now is not None
+    return PairKey(known.key(path), digest(caption)).digest == before

@@ -9,7 +9,7 @@ import fiftyone.core.fields as fof
 from fiftyone import ViewField
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.samples.pairs import every_sample
+from fiftyone_ecif.samples.pairs import each_once, every_sample
 from fiftyone_ecif.samples.review_tags import check_score_tag
 
 #: Which end of a score each direction means: of influence, then of misalignment.
@@ -30,7 +30,7 @@ def select_by_influence(
     share: float | None = None,
     threshold: float | None = None,
 ) -> Any:
-    """The most harmful or most valuable pairs, the extreme ones first.
+    """The most harmful or most valuable pairs, the extreme ones first, each sample once.
 
     Args:
         samples: a FiftyOne dataset or view.
@@ -59,7 +59,8 @@ def select_by_influence(
     given = {name: value for name, value in limits.items() if value is not None}
     if len(given) != 1:
         raise EcifError(f"Give one of count, share and threshold, got {', '.join(given) or 'none'}")
-    scored = samples.exists(field).match(ViewField(field) > -math.inf)  # NaN exists, and sorts below all numbers
+    # NaN exists, and sorts below all numbers
+    scored = each_once(samples).exists(field).match(ViewField(field) > -math.inf)
     lowest = DIRECTIONS[direction] == "lowest"
     ordered = scored.sort_by(field, reverse=not lowest)
     if threshold is not None:
@@ -74,7 +75,7 @@ def select_by_influence(
             raise EcifError(f"None of these samples has a score in {field!r}")
     if count is None or count < 1:
         raise EcifError(f"count={count} must be at least 1")
-    return ordered.limit(min(count, len(samples)))
+    return ordered.limit(min(count, len(scored)))
 
 
 def tag_by_influence(

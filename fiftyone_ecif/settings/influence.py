@@ -18,6 +18,8 @@ from fiftyone_ecif.settings.option import Settings, option
 #: Scores that a run can write beside influence, from the projected gradients.
 EXTRA_SCORES = ("relative_influence", "self_influence", "leave_one_out_loss")
 PairFunction = Callable[..., Any]
+#: Stands for embeddings that were given as arrays.
+ARRAYS = ("an array of the user's own", "an array of the user's own")
 _FUNCTION = "function "  # what the record of a function of the user's own starts with
 
 
@@ -39,6 +41,20 @@ class InfluenceSettings(Settings):
         "a pretrained tag of the model, or the path of a checkpoint; needed unless the model name brings its own "
         "weights (local-dir:..., hf-hub:...)",
         label="Pretrained",
+    )
+    embeddings: tuple[str, ...] = option(
+        (),
+        "in place of a model: the names of two fields that hold the embeddings of images and of captions, or in Python "
+        "two arrays (n, d) in the order of the samples, or of their whole dataset; any model can have made them. What "
+        "is attributed is a linear map behind each",
+        label="Embeddings",
+        flag="--embedding",
+    )
+    scale: float = option(
+        100.0,
+        "with embeddings: what cosines are multiplied with in the loss, the inverse temperature",
+        label="Scale of cosines",
+        above=0.0,
     )
     target_loss: str | PairFunction = option(
         "contrastive",
@@ -128,10 +144,19 @@ class InfluenceSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice = parse_scope(self.scope)
+        if self.embeddings:
+            self._set("model", check_embeddings(self.embeddings, self.pretrained))
+            if not choice.heads:
+                raise EcifError(f"scope={self.scope!r} needs a model, not embeddings. Use scope='heads'")
         self._set("solver", self.solver or default_solver(choice))
         if self.function is not None:
             self._set("function_token", self.function_token or uuid4().hex)
         labelled = not self.is_function and find_target_loss(self.target_loss).needs_labels
+        if labelled and self.embeddings:
+            raise EcifError(
+                f"target_loss={self.target_loss!r} encodes prompts, which needs a model, not embeddings. Use "
+                "target_loss='contrastive'"
+            )
         if labelled != (self.label_field is not None):
             names = " or ".join(repr(name) for name, loss in TARGET_LOSSES.items() if loss.needs_labels)
             raise EcifError(f"target_loss={names} and label_field, the classes of the target, belong together")
@@ -173,3 +198,25 @@ class InfluenceSettings(Settings):
         if callable(self.target_loss):
             return _FUNCTION + getattr(self.target_loss, "__name__", "")
         return self.target_loss
+
+
+def check_embeddings(fields: tuple[str, ...], pretrained: str | None) -> str:
+    """Checks what is said of embeddings, which take the place of a model.
+
+    Args:
+        fields: the names of the fields that they are in.
+        pretrained: the weights of a model.
+
+    Returns:
+        what runs are recorded with as their model
+
+    Raises:
+        EcifError: if they are not two, or there are weights too
+    """
+    if len(fields) != 2:
+        raise EcifError(
+            f"embeddings={list(fields)!r} must be two: where the embeddings of images are, and those of captions"
+        )
+    if pretrained:
+        raise EcifError("embeddings take the place of a model. Leave pretrained out")
+    return "embeddings"

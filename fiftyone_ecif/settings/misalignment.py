@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.misalignment.detectors import DETECTORS
-from fiftyone_ecif.settings.influence import InfluenceSettings
+from fiftyone_ecif.settings.influence import InfluenceSettings, check_embeddings
 from fiftyone_ecif.settings.option import Settings, option, same
 
 #: Detectors of old runs: these can be read, but not be made again.
@@ -20,6 +20,8 @@ class MisalignmentSettings(Settings):
     caption_field: str = same(InfluenceSettings, "caption_field")
     model: str = same(InfluenceSettings, "model")
     pretrained: str | None = same(InfluenceSettings, "pretrained")
+    embeddings: tuple[str, ...] = same(InfluenceSettings, "embeddings")
+    scale: float = same(InfluenceSettings, "scale")
     detector: str = option("calibrated", "what the score is", label="Detector", choices=lambda: DETECTORS)
     fit: bool = same(
         InfluenceSettings,
@@ -43,6 +45,8 @@ class MisalignmentSettings(Settings):
         if old:
             self._set("detector", type(self).detector)
         super().__post_init__()
+        if self.embeddings:
+            self._set("model", check_embeddings(self.embeddings, self.pretrained))
         if old:
             self._set("detector", old)
         elif DETECTORS[self.detector].needs_training and not (self.fit or self.trained):
@@ -58,6 +62,8 @@ class MisalignmentSettings(Settings):
             caption_field=self.caption_field,
             model=self.model,
             pretrained=self.pretrained,
+            embeddings=self.embeddings,
+            scale=self.scale,
             fit=self.fit,
             proximal=self.proximal,
             batch_size=self.batch_size,

@@ -1,10 +1,15 @@
-"""What pairs are known by: an image by its path, size and time of change, a caption by its text."""
+"""What pairs are known by: an image by its path, size and time of change, a caption by its text.
+
+Images that were moved are known again by their bytes; see :mod:`fiftyone_ecif.store.known_files`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fiftyone_ecif.errors import EcifError
@@ -28,11 +33,45 @@ def pair_key(path: str, caption: str) -> PairKey:
     Raises:
         EcifError: if there is no such file
     """
+    return PairKey(image_key(path), digest(caption))
+
+
+def image_key(path: str) -> str:
+    """The key of an image file as it is now, by its path, size and time of change.
+
+    Raises:
+        EcifError: if there is no such file
+    """
     try:
         stat = os.stat(path)
     except OSError as error:
         raise EcifError(f"The image {path} went away while it was read ({error.strerror}). Run again") from error
-    return PairKey(digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}"), digest(caption))
+    return digest(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}")
+
+
+def content_digest(path: str) -> str:
+    """Of the bytes of a file.
+
+    Raises:
+        OSError: if it cannot be read
+    """
+    with open(path, "rb") as file:
+        return digest(iter(lambda: file.read(1 << 20), b""))
+
+
+def equal_files(paths: Sequence[str]) -> list[int]:
+    """A number for each file, the same for the same bytes. Only files of one size are read."""
+    sizes = {path: os.path.getsize(path) if os.path.exists(path) else -1 for path in paths}
+    alike = Counter(sizes.values())
+    numbers: dict[str, int] = {}
+    found = []
+    for path in paths:
+        name = path
+        if alike[sizes[path]] > 1:
+            with contextlib.suppress(OSError):  # what cannot be read is like no other
+                name = content_digest(path)
+        found.append(numbers.setdefault(name, len(numbers)))
+    return found
 
 
 def digest(parts: str | Iterable[str | bytes | memoryview], size: int = 16) -> str:

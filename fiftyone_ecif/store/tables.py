@@ -13,6 +13,7 @@ The folders below :func:`cache_folder`::
                          /writing/                          what is being written to samples
                          /<encoder fingerprint>/images      key, features of every image
                                                 /captions    key, features of every caption
+                                                /files       key, digest of the bytes, first key of every image file
                                                 /run-<key>/  what depends on a partition
 
 Nothing in the store is needed for its own sake: deleting it costs time only.

@@ -65,7 +65,7 @@ BASELINES = (
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
 _WIDTH, _EMBEDDING, _SCALE, _PROXIMAL = 64, 32, 10.0, 0.1  # of the heads on frozen towers
 _BATCH_SIZE = 256
-_TOLERANCE, _STEPS = 1e-3, 200  # relative gradient norm of fits, where detection has stopped changing, and their length
+_TOLERANCE, _PASSES = 1e-3, 1000  # of fits: relative gradient norm where detection has stopped changing, length
 _HELD_OUT = 0.15  # share of the groups that is kept clean, half to validate on, half to test
 
 
@@ -404,7 +404,7 @@ def _fit(
 def _minimum(objective: ContrastiveLoss) -> Tensor:
     theta = objective.scope.start
     with suppress(EcifError):  # one that is not there yet
-        for theta, _ in minimise(objective, _TOLERANCE, _STEPS):  # noqa: B007
+        for theta, _ in minimise(objective, _TOLERANCE, _PASSES):  # noqa: B007
             pass
     return theta
 

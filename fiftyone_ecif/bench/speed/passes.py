@@ -60,9 +60,10 @@ def problem(text: str, pairs: int, width: int, layers: int) -> tuple[Scope, Any,
         return scope, batch, lambda: scope.similarity(scope.start, batch)
     model: Any = network(width, layers)
     choice = parse_scope(text)
-    tower = TowerScope(model, scope_parameters(model, choice), SoftmaxLoss(), choice.rank)
     pixels = torch.randn(pairs, 3, _SIDE, _SIDE, generator=generator)
     tokens = torch.randint(1, 1000, (pairs, _CONTEXT), generator=generator)
+    names = scope_parameters(model, choice, (pixels[:2], tokens[:2]))
+    tower = TowerScope(model, names, SoftmaxLoss(), choice.rank)
 
     @torch.no_grad()
     def forward() -> None:

@@ -220,6 +220,18 @@ def test_deleting_a_run_leaves_a_field_of_the_users(dataset, score):
     assert not dataset.has_sample_field("ecif_influence")
 
 
+def test_a_sample_that_a_view_repeats_is_one_pair(dataset, score):
+    train, val = split(dataset)
+    score(train, val, brain_key="plain")
+    repeated = train.limit(50).concat(train.skip(20))
+    assert len(repeated) == 102
+    results = score(repeated, val.concat(val.limit(5)))
+    assert results.ids == sorted(train.values("id"))
+    assert results.diagnostics["target_pairs"] == results.config.target["samples"] == len(val)
+    assert train.values("ecif_influence") == train.values("plain_influence")
+    assert train.values("ecif_rank") == train.values("plain_rank")
+
+
 def test_a_view_run_and_overwriting(dataset, score):
     train, val = split(dataset)
     score(train.limit(30), val)
@@ -402,11 +414,12 @@ def test_collections_that_are_not_of_images(score, made):
         samples.delete()
 
 
-def test_a_run_that_is_stopped_resumes(dataset, made, encoded):
+def test_a_run_that_is_stopped_resumes(dataset, made, encoded, monkeypatch):
     """Closing the job in the middle of encoding loses nothing that was written."""
     from fiftyone_ecif.api.influence import influence_steps
     from fiftyone_ecif.api.progress_bar import follow
     from fiftyone_ecif.models import features
+    from fiftyone_ecif.models.dual_encoder import DualEncoder
     from fiftyone_ecif.settings.influence import InfluenceSettings
     from fiftyone_ecif.settings.job import JobSettings
 
@@ -414,17 +427,14 @@ def test_a_run_that_is_stopped_resumes(dataset, made, encoded):
         settings = InfluenceSettings(model="ecif-digits", pretrained=made[1], batch_size=24)
         return influence_steps(*split(dataset), settings, JobSettings(num_workers=0))
 
-    old = features._PART, features._BATCH
-    features._PART = features._BATCH = 16
-    try:
-        work = job()
-        for step in work:
-            if step.stage == "Encoding images" and step.done == 48:
-                break
-        work.close()
-        assert dataset.list_brain_runs() == []
-        results = follow(job(), progress=False)
-    finally:
-        features._PART, features._BATCH = old
+    monkeypatch.setattr(features, "_PART", 16)
+    monkeypatch.setattr(DualEncoder, "batch_size", 16)
+    work = job()
+    for step in work:
+        if step.stage == "Encoding images" and step.done == 48:
+            break
+    work.close()
+    assert dataset.list_brain_runs() == []
+    results = follow(job(), progress=False)
     assert len(results.ids) == 72
     assert encoded["image"] == len(dataset)  # what was encoded before it was stopped is not encoded again

@@ -5,7 +5,7 @@ import open_clip
 import pytest
 import torch
 
-from fiftyone_ecif import EcifError, compute_influence, edit_model, group_influence
+from fiftyone_ecif import EcifError, compute_influence, edit_model, group_influence, trace
 from fiftyone_ecif.api.preparation import reopen
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.influence.fitting import minimise
@@ -164,8 +164,40 @@ def test_a_target_that_is_gone_is_said(dataset, score, tmp_path):
         edit_model(results, results.ids[:2], str(tmp_path / "other.pt"))
 
 
-def test_a_deleted_pair_is_noticed(dataset, score, tmp_path):
-    results = score(dataset.match_tags("train"), dataset.match_tags("val"), fit=True)
-    dataset.delete_samples([results.ids[0]])
-    with pytest.raises(EcifError, match="changed since"):
-        edit_model(results, results.ids[1:3], str(tmp_path / "out.pt"))
+def test_deleted_pairs_are_said(dataset, score, tmp_path):
+    results = score(dataset.match_tags("train"), dataset.match_tags("val"), fit=True, batch_size=72)
+    dataset.delete_samples(results.ids[:3])
+    for work in (
+        lambda: edit_model(results, results.ids[:4], str(tmp_path / "out.pt")),
+        lambda: group_influence(results, results.ids[5:6]),
+        lambda: trace(results, limit=1, exact=True),
+    ):
+        with pytest.raises(EcifError, match=f"3 of the 72 pairs of run 'ecif' were deleted .*{results.ids[0]}. Score"):
+            work()
+    dataset.delete_samples(results.ids)
+    with pytest.raises(EcifError, match="72 of the 72 pairs of run 'ecif' were deleted"):
+        group_influence(results, results.ids[5:6])
+    assert not (tmp_path / "out.pt").exists()
+    assert trace(results, limit=1)  # stored gradients need no samples
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "ln_final.*", "fit": False, "keep_gradients": True}])
+def test_what_is_left_of_a_target_stands_for_it(options, dataset, score, tmp_path, caplog):
+    """The step is that of the training pairs; only the losses are the target's."""
+    val = dataset.match_tags("val")
+    results = score(dataset.match_tags("train"), val, **({"fit": True} | options))
+    whole = edit_model(results, results.ids[:2], str(tmp_path / "whole.pt"))
+    queries = results.target_ids[""]
+    dataset.delete_samples(queries[:3])
+    part = edit_model(results, results.ids[:2], str(tmp_path / "part.pt"))
+    assert "3 of the 24 target pairs of run 'ecif' were deleted since: losses are those of the others" in caplog.text
+    assert part.relative_change == pytest.approx(whole.relative_change, rel=1e-6)
+    assert part.target_loss_before != whole.target_loss_before
+    weights = [torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "part.pt")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert np.isfinite(group_influence(results, results.ids[:2])).all()
+    with pytest.raises(EcifError, match="3 of the 24 target pairs of run 'ecif' were deleted"):
+        trace(results, queries[4:5], exact=True)
+    dataset.delete_samples(queries[:23])
+    with pytest.raises(EcifError, match="23 of the 24 target pairs of run 'ecif' were deleted"):
+        group_influence(results, results.ids[:2])

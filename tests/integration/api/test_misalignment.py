@@ -1,6 +1,7 @@
 """Finding misaligned pairs on a real FiftyOne dataset: fields, runs, tags, cache and bad input."""
 
 import logging
+from functools import partial
 
 import fiftyone as fo
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from fiftyone_ecif import EcifError
 from fiftyone_ecif.api.misalignment import compute_misalignment, tag_misaligned
 from fiftyone_ecif.demo import training
+from fiftyone_ecif.influence import fitting
 from fiftyone_ecif.misalignment.detectors import DETECTORS
 from fiftyone_ecif.misalignment.evidence import KINDS, SIGNALS
 from fiftyone_ecif.misalignment.judgement import judge
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
+from fiftyone_ecif.runs.diagnostics import diagnose
 from fiftyone_ecif.runs.misalignment import Misalignment, MisalignmentResults
 from fiftyone_ecif.store.tables import Store
 
@@ -97,7 +100,7 @@ def test_everything_with_the_defaults(dataset, audit):
 
     assert set(results.diagnostics) == {
         *("pairs", "noise_rate", "power", "seen", "signals", "weights", "detectors", "duplicates"),
-        *("relative_gradient_norm", "tagged"),
+        *("relative_gradient_norm", "tagged", "model_notes"),
     }
     assert results.diagnostics["detectors"] == ["calibrated"]
     assert set(results.diagnostics["power"]) == set(KINDS)
@@ -331,3 +334,18 @@ def test_tables_that_two_runs_share_go_with_the_last_of_them(first, dataset, aud
     assert stored(results)[0].exists()
     dataset.delete_brain_run("ecif" if first == "audit" else "audit")
     assert not stored(results)[0].exists()
+
+
+def test_a_fit_that_reaches_no_minimum_does_not_stop_detection(dataset, audit, caplog, monkeypatch):
+    monkeypatch.setattr(fitting, "minimise", partial(fitting.minimise, max_passes=4))
+    with caplog.at_level(logging.WARNING):
+        results = audit(train_of(dataset), detector="self_influence", fit=True)
+    assert "The fit reached no minimum of these pairs' loss" in caplog.text
+    assert results.diagnostics["relative_gradient_norm"] > 1e-3
+    assert np.isfinite(train_of(dataset).values("audit_misalignment")).all()
+    assert any("reached no minimum" in remark.text for remark in diagnose(results.config, results.diagnostics))
+    monkeypatch.undo()
+    caplog.clear()
+    better = audit(train_of(dataset), detector="self_influence", fit=True, proximal=10.0, overwrite=True)
+    assert "The fit reached" not in caplog.text
+    assert better.diagnostics["relative_gradient_norm"] <= 1e-5

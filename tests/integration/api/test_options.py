@@ -169,7 +169,7 @@ def test_roles(train, val, score):
 
 
 ALWAYS = {"relative_gradient_norm", "smallest_norm", "training_loss", "target_loss", "pairs", "target_pairs"}
-ALWAYS |= {"shared_pairs", "parameters", "attributed", "held_fixed"}
+ALWAYS |= {"shared_pairs", "parameters", "attributed", "held_fixed", "model_notes"}
 OF_A_SOLVE = {"damping", "solve_residual", "solve_iterations", "condition_number"}
 
 

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import fiftyone as fo
 import numpy as np
 import pytest
 import torch
@@ -236,3 +237,35 @@ def test_zero_shot_mistakes_and_slices(run, score):
     found = trace(results)
     assert {one.id for one in found} == wrong
     assert all(culprit.relative_influence < 0 for one in found for culprit in one.culprits)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_captions_of_one_image_are_not_held_against_each_other(copied, dataset, score, tmp_path):
+    """As in COCO: the image counts as found by each of its captions."""
+    val = dataset.match_tags("val")
+    for number, sample in enumerate(list(val)):
+        for extra in range(2):
+            path = sample.filepath
+            if copied:
+                path = str(tmp_path / f"{number}-{extra}.png")
+                shutil.copy(sample.filepath, path)
+            caption = f"{sample.caption}, {'as seen' if extra else 'in a picture'}"
+            dataset.add_sample(fo.Sample(path, caption=caption, tags=["more"]))
+    target = dataset.match_tags(["val", "more"])
+    results = score(dataset.match_tags("train"), target, batch_size=72)
+    pairs = results.target_pairs()
+    captions = dict(zip(*target.values(["id", "caption"]), strict=True))
+    first = [captions[sample].split(",")[0] for sample in pairs.ids]  # the same for all captions of an image
+    assert len(set(first)) == 24
+    prepared, _, theta = follow(reopen(results), progress=False)
+    (made,) = prepared.targets.values()
+    (rows,), (batch,) = made.batches.partition, [made.batches[0]]
+    similarity = made.scope.similarity(theta, batch).tolist()
+    names = [first[row] for row in rows.tolist()]
+    for place, row in enumerate(rows.tolist()):
+        across = max(range(72), key=lambda k, place=place: similarity[place][k])
+        down = max(range(72), key=lambda k, place=place: similarity[k][place])
+        wrong = names[across] != names[place] or names[down] != names[place]
+        assert pairs.mistakes[row] == wrong
+    assert 0 < pairs.mistakes.sum() < 72
+    assert len(trace(results)) == pairs.mistakes.sum()

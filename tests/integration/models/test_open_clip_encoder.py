@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.demo import training
+from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.heads import FeatureBatches
@@ -18,7 +19,6 @@ from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.checkpoint import save_checkpoint
-from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -110,7 +110,7 @@ def run_features(encoder, paths):
 
 def run_model(model, encoder, paths):
     """The model's own embeddings before normalisation, and its similarity matrix."""
-    pixels = torch.stack([encoder.preprocess(Image.open(path)) for path in paths])
+    pixels = encoder.finish(torch.stack([encoder.preprocess(Image.open(path)) for path in paths]))
     tokens = encoder.tokenizer(CAPTIONS)
     with torch.no_grad():
         images, texts, scale, *bias = model(pixels, tokens)
@@ -181,7 +181,7 @@ def test_a_changed_tower_survives_a_checkpoint(load, paths, tmp_path):
     path = tmp_path / "adapted.pt"
     save_checkpoint(path, encoder.changed_state(scope, theta), scope.adapters(theta))
     written = open_clip.create_model("ecif-test-vit", pretrained=str(path)).eval()
-    pixels = torch.stack([encoder.preprocess(Image.open(path)) for path in paths])
+    pixels = encoder.finish(torch.stack([encoder.preprocess(Image.open(path)) for path in paths]))
     similarity = scope.similarity(theta, (pixels, encoder.tokens(CAPTIONS)))
     torch.testing.assert_close(similarity, run_model(written, encoder, paths)[2], rtol=1e-3, atol=1e-3)
 
@@ -206,18 +206,25 @@ def test_the_loss_is_the_one_that_the_model_is_made_for(load):
 
 
 @pytest.mark.parametrize("choice", ["heads", "heads+logit_scale"])
-def test_a_model_without_a_linear_head_is_refused_for_the_heads_only(choice, load, paths):
+def test_a_model_without_a_linear_head_gets_an_identity_map(choice, load, paths, tmp_path):
     encoder = load("ecif-test-no-head")
-    message = r"image tower of ecif-test-no-head does not end in a linear projection.*Use scope='blocks:1'"
-    for refused in (encoder.scope, encoder.scope_names):
-        with pytest.raises(EcifError, match=message):
-            refused(parse_scope(choice))
-    assert encoder.heads["image"] is None
-    images, _ = run_features(encoder, paths)
+    (note,) = encoder.notes
+    assert note.startswith("The image tower of ecif-test-no-head ends in no linear map, so scope='heads' attributes an")
+    images, captions = run_features(encoder, paths)
     expected_images, _, similarity = run_model(encoder.model, encoder, paths)
     torch.testing.assert_close(images, expected_images)
+    scope = encoder.scope(parse_scope(choice))
+    assert torch.equal(scope.split(scope.start)[0], torch.eye(64, dtype=torch.float64))
+    found = scope.similarity(scope.start, (images.double(), captions.double()))
+    torch.testing.assert_close(found.float(), similarity, rtol=1e-4, atol=1e-4)
+
+    with pytest.raises(
+        EcifError, match=r"a checkpoint has no place for a changed one\. Use a run with scope='blocks:1'"
+    ):
+        encoder.check_saves(parse_scope(choice))
+    encoder.check_saves(parse_scope("blocks:1"))
     scope = encoder.scope(parse_scope("blocks:1"))
-    pixels = torch.stack([encoder.preprocess(Image.open(path)) for path in paths])
+    pixels = encoder.finish(torch.stack([encoder.preprocess(Image.open(path)) for path in paths]))
     found = scope.similarity(scope.start, (pixels, encoder.tokens(CAPTIONS)))
     torch.testing.assert_close(found, similarity, rtol=1e-4, atol=1e-4)
 
@@ -231,10 +238,35 @@ def test_a_projection_with_something_after_it_is_no_head(after, load, paths, mon
     encode = open_clip.CLIP.encode_image
     monkeypatch.setattr(open_clip.CLIP, "encode_image", lambda self, *args, **kwargs: after(encode(self, *args)))
     encoder = load("ecif-test-vit")
-    assert encoder.heads["image"] is None
+    assert encoder.heads["image"].weight is None
     assert encoder.heads["text"].weight == "text_projection"
     images, _ = run_features(encoder, paths)
     torch.testing.assert_close(images, run_model(encoder.model, encoder, paths)[0])
+
+
+@pytest.mark.parametrize(("name", "weights_are_quick"), [("ecif-test-vit", True), ("ecif-test-vit-quickgelu", False)])
+def test_weights_of_another_activation_are_noted(name, weights_are_quick, load, tmp_path, monkeypatch):
+    """What open_clip only warns of while it loads: with the wrong activation every embedding is off."""
+    load(name)
+    path = str(tmp_path / f"{name}-0.pt")
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: path)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"other": {"url": "", "quick_gelu": weights_are_quick}})
+    (note,) = OpenClipEncoder(name, "other", "cpu").notes
+    assert note.startswith("open_clip warns: QuickGELU mismatch")
+    other = {"ecif-test-vit": "ecif-test-vit-quickgelu", "ecif-test-vit-quickgelu": "ecif-test-vit"}[name]
+    assert note.endswith(f". Use model={other!r}")
+    monkeypatch.setitem(
+        open_clip.pretrained._PRETRAINED, name, {"same": {"url": "", "quick_gelu": not weights_are_quick}}
+    )
+    assert OpenClipEncoder(name, "same", "cpu").notes == []
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": CONFIGS["ecif-test-vit"], "preprocess_cfg": {}})
+    )
+    with pytest.raises(EcifError, match=r"could not load model 'local-dir:.*could not be loaded"):
+        OpenClipEncoder(f"local-dir:{tmp_path}", None, "cpu")
 
 
 def test_the_fingerprint_knows_the_weights(load):
@@ -377,7 +409,7 @@ def test_names_are_checked_before_anything_is_loaded(model, pretrained, message)
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(EcifError, match="could not load model 'ecif-digits'"):
+    with pytest.raises(EcifError, match=r"model\.pt cannot be read"):
         OpenClipEncoder("ecif-digits", str(path))
 
 

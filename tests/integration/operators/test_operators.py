@@ -327,7 +327,8 @@ def test_a_run_that_finds_little_says_so(dataset, detect, monkeypatch, power):
     monkeypatch.setattr(judgement, "judge", weak)
     said = [r["params"] for r in detect().executor.to_json()["requests"] if r["operator_uri"] == "notify"]
     assert ("hardly found" in said[0]["message"]) == (power < 0.7)
-    remarks = [remark for remark in diagnose(None, dataset.load_brain_results("audit").diagnostics) if not remark.fine]
+    results = dataset.load_brain_results("audit")
+    remarks = [remark for remark in diagnose(results.config, results.diagnostics) if not remark.fine]
     assert any(f"found at AUROC {power:.2f}" in remark.text for remark in remarks) == (power < 0.7)
 
 

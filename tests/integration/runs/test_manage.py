@@ -410,3 +410,35 @@ def test_an_empty_cache(monkeypatch, tmp_path, dataset):
     monkeypatch.setenv("FIFTYONE_ECIF_CACHE_DIR", str(tmp_path / "none"))
     assert cache_size() == cache_size(dataset) == unused_size() == free_disk() == 0
     assert not Path(tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("how", ["cloned view", "merged"])
+def test_fields_that_a_run_elsewhere_left_are_taken_over_or_dropped(how, dataset, train, influence, score):
+    fields = [f"ecif_{name}" for name in ("influence", "positive", "negative", "rank")]
+    if how == "cloned view":
+        other = dataset.limit(96).clone()
+    else:
+        other = fo.Dataset()
+        other.merge_samples(dataset)
+    assert other.list_brain_runs() == []
+    assert all(other.has_sample_field(name) for name in fields)
+    pairs = other.match_tags("train").limit(50), other.match_tags("val")
+    with pytest.raises(EcifError, match=r"left over .*overwrite=True to take them over, or drop them") as said:
+        score(*pairs)
+    score(*pairs, overwrite=True)
+    assert [other.count(name) for name in fields] == [50] * 4  # nothing is left of the others
+    delete_run(other, "ecif")
+    assert not any(other.has_sample_field(name) for name in fields)
+    other.delete()
+    advice = str(said.value).split("drop them: ")[1]
+    copy = dataset.limit(96).clone()
+    eval(advice, {"dataset": copy})
+    score(copy.match_tags("train"), copy.match_tags("val"))
+    copy.delete()
+
+
+def test_a_field_of_the_users_is_never_taken_over(dataset, train, score):
+    dataset.add_sample_field("ecif_rank", fo.IntField)
+    for overwrite in (False, True):
+        with pytest.raises(EcifError, match=r"which no run wrote.*or drop the field: dataset.delete_sample_field"):
+            score(train, dataset.match_tags("val"), overwrite=overwrite)

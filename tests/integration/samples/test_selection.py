@@ -140,3 +140,27 @@ def test_bad_exports(scored, tmp_path):
             export_pairs(scored, path, **options)
     assert taken.read_text() == "mine"
     assert export_pairs(scored, taken, overwrite=True) == 6
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ({"count": 2}, [-2.0, -1.0]),
+        ({"count": 99}, [-2.0, -1.0, 0.0, 0.5, 3.0]),
+        ({"share": 0.4}, [-2.0, -1.0]),
+        ({"threshold": 0.0}, [-2.0, -1.0]),
+    ],
+)
+def test_a_sample_that_a_view_repeats_is_selected_once(limit, expected, scored):
+    view = scored.limit(4).concat(scored.skip(1))
+    assert len(view) == 9
+    assert select_by_influence(view, "ecif_influence", **limit).values("ecif_influence") == expected
+    assert tag_by_influence(view, **limit).values("ecif_influence") == expected
+    assert scored.count_sample_tags() == {"harmful": len(expected)}
+
+
+def test_a_sample_that_a_view_repeats_is_exported_once(scored, tmp_path):
+    view = scored.skip(3).concat(scored.limit(4))
+    assert export_pairs(view, tmp_path / "pairs.json") == 6
+    captions = [row["caption"] for row in json.loads((tmp_path / "pairs.json").read_text())]
+    assert captions == ["d", "e", "f", "=1+1", 'ünï, "code"', "c"]

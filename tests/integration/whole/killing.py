@@ -52,12 +52,13 @@ from fiftyone_ecif.api import influence as api  # noqa: E402
 from fiftyone_ecif.api import misalignment  # noqa: E402
 from fiftyone_ecif.api.fine_tuning import fit_steps  # noqa: E402
 from fiftyone_ecif.models import features, fine_tuning  # noqa: E402
+from fiftyone_ecif.models.dual_encoder import DualEncoder  # noqa: E402
 from fiftyone_ecif.settings.fine_tuning import FitSettings  # noqa: E402
 from fiftyone_ecif.settings.influence import InfluenceSettings  # noqa: E402
 from fiftyone_ecif.settings.job import JobSettings  # noqa: E402
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings  # noqa: E402
 
-features._PART = features._BATCH = 24  # several writes to the store
+features._PART = DualEncoder.batch_size = 24  # several writes to the store
 fine_tuning._SAVE_EVERY = 0.0
 replace = os.replace
 

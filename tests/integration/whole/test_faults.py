@@ -1,5 +1,6 @@
 """What goes wrong while a job runs ends in a clear error or a right result, never a wrong number on a sample."""
 
+import gc
 import json
 import os
 import shutil
@@ -14,13 +15,17 @@ import pytest
 import torch
 from bson.errors import InvalidStringData
 from click.testing import CliRunner
+from fiftyone.core.brain import BrainMethod
+from fiftyone.core.odm import RunDocument, get_db_conn
 from forking import forked_python
 from PIL import Image
 
 from fiftyone_ecif import EcifError, delete_run, export_pairs, list_runs, review_misalignment, staleness, trace
+from fiftyone_ecif.api import preparation
 from fiftyone_ecif.api.influence import influence_steps
 from fiftyone_ecif.api.misalignment import compute_misalignment
 from fiftyone_ecif.api.progress_bar import follow
+from fiftyone_ecif.api.tracing import mark_traces
 from fiftyone_ecif.cli.main import main
 from fiftyone_ecif.demo import training
 from fiftyone_ecif.install.database import mongod
@@ -69,6 +74,16 @@ def scores_of(dataset):
     return {name: dataset.sort_by("filepath").values(name) for name in FIELDS if dataset.has_sample_field(name)}
 
 
+def everything_in(dataset, key="ecif"):
+    """What a run is in the database, and its fields."""
+    dataset.reload()
+    results = dataset.load_brain_results(key, cache=False)
+    info = dataset.get_brain_info(key)
+    fields = {name: dataset.get_field(name).description for name in FIELDS if dataset.has_sample_field(name)}
+    run = info.timestamp, info.config.serialize(), results.serialize(), dataset.load_brain_view(key)._serialize(False)
+    return run, fields, scores_of(dataset)
+
+
 class Killed(BaseException):
     """Stands for the end of a process; test_kills.py kills real ones."""
 
@@ -84,6 +99,19 @@ def die_when(monkeypatch, name, number):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(fo.Dataset, name, dies)
+
+
+def fail_when(monkeypatch, name, number):
+    """Fails the ``number``-th call of a method that writes to the dataset."""
+    original, calls = getattr(fo.Dataset, name), []
+
+    def fails(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise ValueError("too large")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(fo.Dataset, name, fails)
 
 
 # Fields, all or none
@@ -132,6 +160,170 @@ def test_a_dataset_that_takes_no_more_indexes_is_scored(dataset, train, val, sco
     assert [run.scored for run in list_runs(dataset)] == [72]
     assert dataset.count("ecif_influence") == 72
     delete_run(dataset, "ecif")
+
+
+@pytest.fixture
+def read_only(dataset):
+    """Makes a field read-only."""
+
+    def make(name):
+        field = dataset.get_field(name)
+        field.read_only = True
+        field.save()
+
+    return make
+
+
+def test_a_read_only_field_is_refused_before_work(dataset, train, val, score, read_only, monkeypatch):
+    score(train, val, seed=1)
+    before = everything_in(dataset)
+    read_only("ecif_positive")
+    monkeypatch.setattr(preparation, "load_encoder", None)
+    with pytest.raises(EcifError, match=r"'ecif_positive' is read-only. Allow writing"):
+        score(train, val, overwrite=True)
+    assert everything_in(dataset) == before
+
+
+def test_a_field_that_turns_read_only_meanwhile_costs_nothing_that_is_there(
+    dataset, train, val, score, read_only, monkeypatch
+):
+    results = score(train, val, seed=1)
+    before = everything_in(dataset)
+    original = fo.Dataset.set_values
+
+    def late(self, *args, **kwargs):
+        if not dataset.get_field("ecif_negative").read_only:
+            read_only("ecif_negative")
+            self.reload()
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fo.Dataset, "set_values", late)
+        with pytest.raises(EcifError, match=r"Run 'ecif' cannot be written .*ecif_negative.* as it was"):
+            score(train, val, overwrite=True)
+    assert everything_in(dataset) == before
+    assert dataset.load_brain_results("ecif") is results
+    assert results.key == "ecif"
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_run_that_cannot_be_replaced_is_as_it_was(number, dataset, train, val, score, monkeypatch):
+    """The ``number``-th write of values fails, as where MongoDB refuses a document."""
+    score(train, val, seed=1, n_partitions=2)
+    before = everything_in(dataset)
+    with monkeypatch.context() as patch:
+        fail_when(patch, "set_values", number)
+        with pytest.raises(EcifError, match=r"Run 'ecif' cannot be written \(too large\). What was there before"):
+            score(train.limit(50), val, overwrite=True)
+    assert everything_in(dataset) == before
+    assert not list(Store(str(dataset._doc.id)).folder.glob("writing/*.json"))
+    score(train, val, overwrite=True)
+    assert [run.scored for run in list_runs(dataset)] == [72]
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_a_new_run_that_cannot_be_written_leaves_nothing(number, dataset, train, val, score, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_when(patch, "set_values", number)
+        with pytest.raises(EcifError, match="too large"):
+            score(train, val)
+    assert dataset.list_brain_runs() == []
+    assert scores_of(dataset) == {}
+    assert get_db_conn()["runs"].count_documents({"_dataset_id": dataset._doc.id}) == 0
+    score(train, val)
+
+
+def test_results_that_cannot_be_written_cost_nothing_that_is_there(dataset, train, val, score, monkeypatch):
+    score(train, val, seed=1)
+    before = everything_in(dataset)
+    save, calls = BrainMethod.save_run_results, []
+
+    def fails(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("too large")
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BrainMethod, "save_run_results", staticmethod(fails))
+        with pytest.raises(EcifError, match="too large"):
+            score(train.limit(50), val, overwrite=True)
+    assert everything_in(dataset) == before
+
+
+def test_traces_that_cannot_be_written_cost_nothing_that_is_there(dataset, train, val, score, monkeypatch):
+    results = score(train, val)
+    traces = trace(results, limit=1)
+    before = everything_in(dataset)
+    with monkeypatch.context() as patch:
+        fail_when(patch, "set_values", 1)
+        with pytest.raises(EcifError, match="too large"):
+            mark_traces(results, traces)
+    assert everything_in(dataset) == before
+    assert not dataset.has_sample_field("ecif_trace")
+
+
+def test_a_half_written_run_that_cannot_be_finished_is_taken_back(dataset, train, val, score, monkeypatch, caplog):
+    score(train, val, seed=1)
+    before = everything_in(dataset)
+    with monkeypatch.context() as patch:
+        die_when(patch, "set_values", 6)
+        with pytest.raises(Killed):
+            score(train, val, overwrite=True)
+    with monkeypatch.context() as patch:
+        fail_when(patch, "set_values", 6)
+        assert [run.scored for run in list_runs(dataset)] == [72]
+    assert "cannot be finished" in caplog.text
+    assert everything_in(dataset) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(RunDocument, "save"), (fo.Dataset, "save"), (fo.Dataset, "add_sample_field")]
+)
+def test_the_app_may_reload_the_dataset_while_a_run_is_written(
+    owner, name, overwrite, dataset, train, val, score, monkeypatch
+):
+    """It does so in another thread; here before and after each call of a method of FiftyOne's."""
+    if overwrite:
+        score(train, val, seed=1)
+    original, calls = getattr(owner, name), []
+
+    def reloads(*args, **kwargs):
+        calls.append(1)
+        dataset.reload()
+        gc.collect()
+        found = original(*args, **kwargs)
+        dataset.reload()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, reloads)
+        results = score(train, val, overwrite=overwrite, n_partitions=2)
+    assert calls
+    assert [run.scored for run in list_runs(dataset)] == [72]
+    assert dataset.load_brain_results("ecif") is results
+    assert dataset.count("ecif_influence") == 72
+    assert get_db_conn()["runs"].count_documents({"_dataset_id": dataset._doc.id}) == 1
+
+
+def test_a_job_that_was_killed_as_it_registered_leaves_no_second_record(dataset, train, val, score, monkeypatch):
+    """Else its tables would count as used for ever."""
+    with monkeypatch.context() as patch:
+        save = RunDocument.save
+
+        def dies(*args, **kwargs):
+            save(*args, **kwargs)
+            raise Killed
+
+        patch.setattr(RunDocument, "save", dies)
+        with pytest.raises(Killed):
+            score(train, val)
+    runs = get_db_conn()["runs"]
+    assert runs.count_documents({"_dataset_id": dataset._doc.id}) == 1
+    assert [run.scored for run in list_runs(dataset)] == [72]
+    (run,) = runs.find({"_dataset_id": dataset._doc.id})
+    assert run["_id"] == dataset._doc.brain_methods["ecif"].id
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), torch.OutOfMemoryError("CUDA out of memory")])

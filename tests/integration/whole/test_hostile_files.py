@@ -268,7 +268,7 @@ def evil(tmp_path):
 def test_a_malicious_checkpoint_runs_nothing(format, name, evil, tmp_path):
     path = tmp_path / name
     path.write_bytes(evil[format])
-    with pytest.raises(EcifError, match="could not load model"):
+    with pytest.raises(EcifError, match=r"could not load model|cannot be read|holds objects of Python"):
         OpenClipEncoder(training.MODEL, str(path), "cpu")
 
 

@@ -148,8 +148,8 @@ def test_minimise_ends_at_a_stationary_point(proximal):
 
 
 def test_minimise_says_when_it_does_not_get_there():
-    with pytest.raises(EcifError, match=r"stationary point in 2 steps.*Raise proximal"):
-        list(minimise(make_objective(pairs=60, batch_size=20), max_iterations=2))
+    with pytest.raises(EcifError, match=r"stationary point of.*Raise proximal"):
+        list(minimise(make_objective(pairs=60, batch_size=20), max_passes=3))
 
 
 @pytest.mark.parametrize(

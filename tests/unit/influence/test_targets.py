@@ -186,6 +186,50 @@ def test_class_embeddings_are_averages_of_unit_embeddings():
     assert not torch.allclose(single.losses(theta), before)
 
 
+#: Five images with two captions each, of which two are the same text.
+TWINS = torch.tensor([[n // 2, n if n != 7 else 0] for n in range(10)])
+
+
+def by_the_protocol(target, theta):
+    """Margins and mistakes where all captions of an image are right, from loops over Python numbers."""
+    scope, batches = target.scope, target.batches
+    image_head, text_head = (head.tolist() for head in scope.split(theta))
+    images = [unit(row, image_head) for row in batches.images.tolist()]
+    captions = [unit(row, text_head) for row in batches.texts.tolist()]
+    margins, mistakes = [None] * len(images), [None] * len(images)
+    for batch in batches.partition:
+        rows = batch.tolist()
+        for row in rows:
+            sides = [{k: float(scope.scale(theta)) * dot(images[row], captions[k]) for k in rows}]
+            sides.append({k: float(scope.scale(theta)) * dot(images[k], captions[row]) for k in rows})
+            right = {k for k in rows if TWINS[k][0] == TWINS[row][0] or TWINS[k][1] == TWINS[row][1]}
+            found = [max([s[k] for k in rows if k not in right], default=0) - max(s[k] for k in right) for s in sides]
+            if right == set(rows):
+                found = [0.0, 0.0]
+            margins[row] = sum(found) / 2
+            mistakes[row] = max(sides[0], key=sides[0].get) not in right or max(sides[1], key=sides[1].get) not in right
+    return margins, mistakes
+
+
+@pytest.mark.parametrize("batch_size", [10, 4, 2])
+def test_captions_of_one_image_are_not_held_against_each_other(batch_size):
+    target = make_target("retrieval_margin", "softmax", 10, batch_size)
+    theta = varied(target.scope)
+    apart, before = target.mistakes(theta), target.losses(theta)
+    target.twins = TWINS
+    margins, mistakes = by_the_protocol(target, theta)
+    torch.testing.assert_close(target.losses(theta), torch.tensor(margins, dtype=torch.float64))
+    assert target.mistakes(theta).tolist() == mistakes
+    assert (target.mistakes(theta) <= apart).all()
+    assert batch_size == 2 or not torch.equal(target.losses(theta), before)
+    gradient, value = target.gradient_and_value(theta)
+    assert gradient.isfinite().all()
+    step = 1e-6 * torch.randn(len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    change = target.loss(theta + step) - target.loss(theta - step)
+    torch.testing.assert_close(2 * gradient.dot(step), change, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(value, target.losses(theta).mean())
+
+
 def test_a_pair_alone_has_nothing_to_be_mistaken_for():
     target = make_target("retrieval_margin", pairs=3, batch_size=1)
     gradient, value = target.gradient_and_value(target.scope.start)

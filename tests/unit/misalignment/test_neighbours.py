@@ -31,8 +31,7 @@ def brute_force(embeddings, group):
 
 @pytest.fixture(params=[(1024, 16384), (5, 4), (7, 1), (1, 36)], ids=str)
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(neighbours, "_ROWS", request.param[0])
-    monkeypatch.setattr(neighbours, "_COLUMNS", request.param[1])
+    monkeypatch.setitem(neighbours._BLOCK, "cpu", request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
@@ -104,3 +103,43 @@ def test_a_row_of_zeros_is_like_nothing():
 def test_copies_only(pairs):
     with pytest.raises(EcifError, match=f"All {pairs} pairs are copies"):
         nearest(draw(pairs), 3, torch.zeros(pairs, dtype=torch.long))
+
+
+@pytest.mark.parametrize("columns", [64 * 30, 64 * 30 + 17])
+def test_the_best_of_chunks_are_the_best(columns):
+    similarity = draw(20, columns)
+    similarity[:, 100:164] += 3  # many of the best in one chunk
+    found, expected = neighbours._top(similarity, 9), similarity.topk(9, dim=1)
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.indices, expected.indices)
+
+
+@pytest.fixture
+def index_only(monkeypatch):
+    monkeypatch.setattr(neighbours, "EXACT_ON_CPU", 0)
+
+
+def test_an_index_finds_nearly_all_neighbours_with_their_exact_similarity(index_only):
+    centres = draw(60, 32, seed=1)
+    embeddings = centres[torch.arange(6000) % 60] + 0.7 * draw(6000, 32)
+    found = nearest(embeddings, 10)
+    units = torch.nn.functional.normalize(embeddings, dim=1)
+    dense = (units @ units.T).fill_diagonal_(-1)
+    expected = dense.topk(10, dim=1)
+    hits = (found.rows[:, :, None] == expected.indices[:, None]).any(2).float().mean()
+    assert hits > 0.98
+    torch.testing.assert_close(found.similarity, dense.gather(1, found.rows))
+    assert (found.similarity.diff(dim=1) <= 0).all()
+
+
+def test_an_index_leaves_copies_out_however_many(index_only):
+    embeddings = draw(500, 16)
+    embeddings[100:200] = embeddings[100] + 1e-3 * draw(100, 16)
+    group = torch.arange(500)
+    group[100:200] = 100
+    found = nearest(embeddings, 5, group)
+    assert (group[found.rows] != group[:, None]).all()
+    assert torch.isfinite(found.similarity).all()
+    exact = torch.nn.functional.normalize(embeddings, dim=1)
+    dense = (exact @ exact.T).masked_fill(group[:, None] == group, -torch.inf)
+    assert torch.equal(found.rows[100:200], dense.topk(5, dim=1).indices[100:200])

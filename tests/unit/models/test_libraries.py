@@ -1,7 +1,9 @@
 """Model libraries and the other registries: what a name means, and that names come without what takes seconds."""
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
@@ -58,3 +60,16 @@ def test_what_no_library_knows_is_said_with_what_is_like_it(name):
     for refused in (library_of(name).check, load_encoder):
         with pytest.raises(EcifError, match=rf"open_clip has no model '{name}'\. Did you mean .*ViT-B-32"):
             refused(name, "openai")
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("ViT-B-16-SigLIP", "tokenizer"), ("xlm-roberta-base-ViT-B-32", "text tower")]
+)
+def test_what_needs_transformers_says_so(name, part, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else find(name))
+    remedy = rf"{name} takes its {part} from transformers.*Run: pip install 'fiftyone-ecif\[transformers\]'"
+    with pytest.raises(EcifError, match=remedy):
+        library_of(name).check(name, "webli")
+    assert "\ntransformers = [" in (Path(__file__).parents[3] / "pyproject.toml").read_text()  # the extra that is named
+    library_of("ViT-B-32").check("ViT-B-32", "openai")

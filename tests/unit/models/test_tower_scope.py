@@ -10,7 +10,8 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.scope_choice import parse_scope
-from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
+from fiftyone_ecif.models import tower_scope
+from fiftyone_ecif.models.tower_scope import TowerScope
 
 VIT = {"layers": 2, "width": 32, "patch_size": 16, "head_width": 16}
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
@@ -60,6 +61,11 @@ def make_batch(pairs=PAIRS, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(pairs, 3, 32, 32, generator=generator, dtype=torch.float64)
     return pixels, torch.randint(1, 20, (pairs, 8), generator=generator)
+
+
+def scope_parameters(model, choice):
+    pixels, tokens = make_batch(2)
+    return tower_scope.scope_parameters(model, choice, (pixels.to(model.logit_scale.dtype), tokens))
 
 
 def choose(name, text):

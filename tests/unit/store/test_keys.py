@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from fiftyone_ecif.store.keys import digest
+from fiftyone_ecif.store.keys import digest, equal_files
 
 
 def test_a_digest_is_of_the_text():
@@ -30,3 +30,12 @@ def test_parts_are_taken_one_after_another():
     assert len(taken) == 3
     assert digest([]) == digest("")
     assert digest(["a", "b"]) != digest(["b", "a"])
+
+
+def test_files_of_the_same_bytes_are_equal(tmp_path):
+    contents = [b"one", b"two", b"one", b"three", b""]
+    paths = [str(tmp_path / f"{n}.png") for n in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        with open(path, "wb") as file:
+            file.write(content)
+    assert equal_files([*paths, paths[1], str(tmp_path / "gone")]) == [0, 1, 0, 2, 3, 1, 4]
