@@ -233,11 +233,10 @@ def test_a_run_is_described(dataset, train, influence, audit):
     assert "- Validation pairs: 24" in lines
     assert f"- Loss on the validation pairs: {influence.diagnostics['target_loss']:.3g}" in lines
     found = audit(train, fit=False)
-    rate, low, high = found.noise_rate
     lines = describe_run(dataset, "audit").splitlines()
-    assert f"- Captions estimated to be wrong: {rate:.0%} ({low:.0%} to {high:.0%})" in lines
+    assert f"- {found.noise_rate}" in lines
     assert "- Since then: nothing changed" in lines
-    assert "- Detector: fused" in lines
+    assert "- Detector: calibrated" in lines
 
 
 def test_renaming(dataset, train, influence):
