@@ -55,6 +55,34 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
+class OneByOne(Sequence[Any]):
+    """Batches that are given one at a time, without a dimension before the others.
+
+    Attributes:
+        partition: the row indices of each batch.
+    """
+
+    partition: Sequence[Tensor]
+
+    def stacks(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Each batch on its own."""
+        return [[number] for number in numbers]
+
+    def rows(self, stack: Sequence[int]) -> Tensor:
+        """The row indices of the batch in a stack, shape ``(n,)``."""
+        return self.partition[stack[0]]
+
+    def each(self, stacks: Sequence[Sequence[int]]) -> Iterator[Any]:
+        """The batch of each stack."""
+        return (self[number] for (number,) in stacks)
+
+    def __len__(self) -> int:
+        return len(self.partition)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[number] for number in range(len(self)))
+
+
 def random_partition(pairs: int, batch_size: int, seed: int) -> list[Tensor]:
     """Splits pairs at random into batches whose sizes differ by at most one.
 

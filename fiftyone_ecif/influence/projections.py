@@ -16,7 +16,7 @@ kept as its coordinates in a subspace of orthonormal directions:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,7 +29,7 @@ from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.influence.curvature import Product, gauss_newton_at, hessian_at
 from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradients
 from fiftyone_ecif.influence.heads import Batch, HeadScope, head_inputs, head_outputs
-from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
+from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, OneByOne
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.tower_gradients import truncated_gradients
 
@@ -323,7 +323,7 @@ class _MovedHeads:
                 )
             )
             made.append((embeddings[0] @ embeddings[1].T, images, captions))
-        return _MovedBatches(made)
+        return _MovedBatches(made, batches.partition)
 
     def similarity(self, theta: Tensor, batch: tuple[Tensor, _MovedSide, _MovedSide]) -> Tensor:
         """``S`` of a batch at these coordinates, shape ``(n, n)``."""
@@ -340,14 +340,14 @@ class _MovedHeads:
         return scope.logits(at, inner * (image_unit[:, None] * caption_unit))
 
 
-class _MovedBatches(list[tuple[Tensor, _MovedSide, _MovedSide]]):
-    """Batches of :class:`_MovedHeads`, each on its own."""
+class _MovedBatches(OneByOne):
+    """Batches of :class:`_MovedHeads`."""
 
-    def stacks(self, numbers: Sequence[int]) -> list[list[int]]:
-        return [[number] for number in numbers]
+    def __init__(self, made: list[tuple[Tensor, _MovedSide, _MovedSide]], partition: Sequence[Tensor]) -> None:
+        self._made, self.partition = made, partition
 
-    def each(self, stacks: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, _MovedSide, _MovedSide]]:
-        return (self[number] for (number,) in stacks)
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._made[index]
 
 
 def principal_projection(

@@ -72,7 +72,7 @@ def find_duplicates(images: Tensor, captions: Sequence[str], device: str = "cpu"
     """
     numbers: dict[str, int] = {}  # an array of text would be as wide as the longest caption
     words = [numbers.setdefault(_words(caption), len(numbers)) for caption in captions]
-    return Duplicates(_same_images(images, device), np.array(words))
+    return Duplicates(_same_images(images.cpu(), device), np.array(words))
 
 
 def _words(caption: str) -> str:

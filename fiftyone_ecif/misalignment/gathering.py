@@ -54,7 +54,7 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
     Raises:
         EcifError: if a pair has no possible neighbour, or there are not enough different captions to make decoys of
     """
-    images, texts = (side[:].float() for side in (inputs.batches.images, inputs.batches.texts))
+    images, texts = (side[:].float().cpu() for side in (inputs.batches.images, inputs.batches.texts))
     pairs, generator = len(images), torch.Generator().manual_seed(inputs.seed)
     copies = torch.from_numpy(inputs.duplicates.pair)
     groups = int(copies.max()) + 1

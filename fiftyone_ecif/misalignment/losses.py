@@ -20,12 +20,12 @@ def neg_clip_losses(inputs: DetectorInputs) -> Tensor:
     Args:
         inputs: the pairs and the model; batches are of the size of its largest.
     """
-    scope, space = inputs.objective.scope, inputs.model
+    scope, space, theta = inputs.objective.scope, inputs.model, inputs.theta.cpu()
     size = max(len(rows) for rows in inputs.batches.partition)
     total = torch.zeros(inputs.objective.pairs, dtype=torch.float64)
     for number in range(_PARTITIONS):
         for rows in random_partition(inputs.objective.pairs, size, inputs.seed + number):
-            similarity = scope.logits(inputs.theta, (space.images[rows] @ space.captions[rows].T).double())
+            similarity = scope.logits(theta, (space.images[rows] @ space.captions[rows].T).double())
             own = similarity.diagonal()
             for group in (inputs.duplicates.image, inputs.duplicates.caption):
                 of = torch.from_numpy(group)[rows]
@@ -37,9 +37,9 @@ def neg_clip_losses(inputs: DetectorInputs) -> Tensor:
 
 def own_losses(inputs: DetectorInputs) -> Tensor:
     """Each pair's own loss in the batch that it was trained in, in nats, shape ``(N,)``, float64."""
-    scope, space = inputs.objective.scope, inputs.model
+    scope, space, theta = inputs.objective.scope, inputs.model, inputs.theta.cpu()
     losses = torch.zeros(inputs.objective.pairs, dtype=torch.float64)
     for rows in inputs.batches.partition:
         cosine = (space.images[rows] @ space.captions[rows].T).double()
-        losses[rows] = scope.loss.own_losses(scope.logits(inputs.theta, cosine))
+        losses[rows] = scope.loss.own_losses(scope.logits(theta, cosine))
     return losses

@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import Resize
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.objective import OneByOne
 from fiftyone_ecif.models.images import UnreadableImageError, read_image, read_jpeg
 
 _AHEAD = 2  # batches that are read before they are asked for
@@ -138,7 +139,7 @@ def resize_pixels(step: Resize, image: Tensor) -> Tensor:
     return resized
 
 
-class ImageTextBatches(Sequence[tuple[Tensor, Tensor]]):
+class ImageTextBatches(OneByOne):
     """Batches of pixels and tokens, decoded when they are first asked for.
 
     Pixels stay in memory as long as all of them fit into a fixed budget. A file
@@ -172,28 +173,10 @@ class ImageTextBatches(Sequence[tuple[Tensor, Tensor]]):
         other.partition = partition
         return other
 
-    def stacks(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Each batch on its own."""
-        return [[number] for number in numbers]
-
-    def rows(self, stack: Sequence[int]) -> Tensor:
-        """The row indices of the batch in a stack, shape ``(n,)``."""
-        return self.partition[stack[0]]
-
-    def each(self, stacks: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels and tokens of each stack's batch."""
-        return (self[stack[0]] for stack in stacks)
-
-    def __len__(self) -> int:
-        return len(self.partition)
-
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         rows = self.partition[index]
         pixels = self._decode(rows.tolist())
         return pixels, self._tokens[rows.to(self._tokens.device)]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (self[index] for index in range(len(self)))
 
     def _decode(self, rows: list[int]) -> Tensor:
         missing = [row for row in rows if row not in self._pixels]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import open_clip
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from fiftyone_ecif.bench.speed.stopwatch import side_by_side
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.head_gradients import HeadProjection
-from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
+from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.losses import SoftmaxLoss
-from fiftyone_ecif.influence.objective import ContrastiveLoss
+from fiftyone_ecif.influence.objective import ContrastiveLoss, OneByOne
 from fiftyone_ecif.influence.projections import BasisProjection, Projection, gradient_basis, principal_projection
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import parse_scope
@@ -136,7 +136,7 @@ def cached(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
         hooks = _head_hooks(scope, projection.heads, batch)  # type: ignore[attr-defined]
     else:
         assert isinstance(scope, TowerScope)
-        whole = _AsTheyAre(batch[0], batch[1], [torch.arange(pairs)])
+        whole = _AsTheyAre(batch)
         projection = BasisProjection(
             scope, gradient_basis(theta, [(ContrastiveLoss(scope, whole, pairs), _DIRECTIONS)])
         )
@@ -146,11 +146,18 @@ def cached(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
     return {"scope": text, "batch": pairs, "rank": projection.rank, **found, "ratio": found["stored"] / found["hooks"]}
 
 
-class _AsTheyAre(FeatureBatches):
-    """Pixels and tokens."""
+class _AsTheyAre(OneByOne):
+    """Pixels and tokens in one batch."""
+
+    def __init__(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.partition, self._batch = [torch.arange(len(batch[0]))], batch
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return self.images[self.partition[index]], self.texts[self.partition[index]]
+        return self._batch
+
+    def regrouped(self, partition: Sequence[Tensor]) -> _AsTheyAre:
+        """The same batch."""
+        return self
 
 
 def _head_hooks(scope: HeadScope, projections: tuple[HeadProjection, ...], batch: Any) -> Callable[[], Any]:

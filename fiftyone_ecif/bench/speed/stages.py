@@ -37,6 +37,10 @@ from fiftyone_ecif.influence.linear_solve import solve
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.target_losses import Contrastive
+from fiftyone_ecif.misalignment.duplicates import find_duplicates
+from fiftyone_ecif.misalignment.embeddings import DetectorInputs
+from fiftyone_ecif.misalignment.gathering import gather_evidence
+from fiftyone_ecif.misalignment.judgement import judge
 from fiftyone_ecif.misalignment.neighbours import nearest
 from fiftyone_ecif.models.inputs import loaded
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
@@ -50,6 +54,7 @@ _SHOWN = 64  # what images and captions have in common
 _BATCH = 256
 _TARGET = 1024
 _NEIGHBOURS = 30
+_DETECTED = 100_000  # pairs at most, so that a report takes minutes
 _DIFFERENT = 256  # photographs; making them takes longer than encoding
 
 
@@ -178,6 +183,11 @@ def heads(pairs: int, device: str, dtype: torch.dtype | None = None) -> Iterator
         parts = torch.split(features[0], 2**16)
         images = torch.cat([scope.embed_images(theta, part.to(theta)).float() for part in parts])
         yield watch.row("neighbours, one search", lambda: nearest(images, _NEIGHBOURS, device=device))
+    if pairs <= _DETECTED:
+        captions = [str(number) for number in range(pairs)]
+        duplicates = find_duplicates(features[0], captions, device)
+        inputs = DetectorInputs(objective, theta, duplicates, device=device)
+        yield watch.row("detect misaligned pairs", lambda: judge(result_of(gather_evidence(inputs))))
 
 
 def encoder(model: str, pairs: int, device: str) -> Row:

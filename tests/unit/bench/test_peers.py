@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fiftyone_ecif.bench.fidelity import peers
-from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
+from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.losses import SoftmaxLoss
-from fiftyone_ecif.influence.objective import ContrastiveLoss
+from fiftyone_ecif.influence.objective import ContrastiveLoss, OneByOne
 from fiftyone_ecif.models.tower_scope import TowerScope
 
 PARAMETERS = ["logit_scale", "visual.transformer.resblocks.0.attn.in_proj_weight", "ln_final.bias", "text_projection"]
@@ -42,8 +42,14 @@ def towers(rank=None):
     return scope, (draws()(9, 3, 16, 16), captions)
 
 
-class Batches(FeatureBatches):
+class Batches(OneByOne):
     """As they are: tokens must stay integers."""
+
+    def __init__(self, images, texts, partition):
+        self.images, self.texts, self.partition = images, texts, partition
+
+    def regrouped(self, partition):
+        return Batches(self.images, self.texts, partition)
 
     def __getitem__(self, index):
         return self.images[self.partition[index]], self.texts[self.partition[index]]

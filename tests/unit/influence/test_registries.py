@@ -9,7 +9,7 @@ from fiftyone_ecif.influence.direct import direct_influence
 from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.newton_step import removal_step
-from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
+from fiftyone_ecif.influence.objective import ContrastiveLoss, OneByOne, random_partition
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.roles import parse_role
 from fiftyone_ecif.influence.scope import Scope
@@ -83,20 +83,18 @@ class Towers(Scope):
         return self.heads.logits(theta, cosine)
 
 
-class OneByOne(FeatureBatches):
-    """As the inputs of towers come: a batch at a time, without a dimension before the others."""
+class Inputs(OneByOne):
+    """Features as the inputs of towers come: a batch at a time."""
+
+    def __init__(self, images, texts, partition):
+        self.images, self.texts, self.partition = images, texts, partition
+
+    def __getitem__(self, index):
+        rows = self.partition[index]
+        return self.images[rows], self.texts[rows]
 
     def regrouped(self, partition):
-        return OneByOne(self.images, self.texts, partition)
-
-    def stacks(self, numbers):
-        return [[number] for number in numbers]
-
-    def rows(self, stack):
-        return self.partition[stack[0]]
-
-    def each(self, stacks):
-        return (self[number] for (number,) in stacks)
+        return Inputs(self.images, self.texts, partition)
 
 
 @pytest.fixture(params=["heads", "towers"])
@@ -105,7 +103,7 @@ def problem(request):
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     heads = HeadScope(draw(4, 3), draw(3, 3), 3.0)
     scope = heads if request.param == "heads" else Towers(heads)
-    kind = FeatureBatches if request.param == "heads" else OneByOne
+    kind = FeatureBatches if request.param == "heads" else Inputs
     batches = kind(draw(PAIRS, 4), draw(PAIRS, 3), random_partition(PAIRS, 7, 0))
     held_out = kind(draw(HELD_OUT, 4), draw(HELD_OUT, 3), random_partition(HELD_OUT, 5, 1))
     return scope, batches, held_out
