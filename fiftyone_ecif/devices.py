@@ -77,3 +77,12 @@ def wait_for(device: str) -> None:
     """Returns when a device has done what it was given: its clock is not that of the program."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def describe(device: str) -> str:
+    """What a device is and how heads are computed on it, in a few words."""
+    precision = str(Placement.of_heads(device).dtype).removeprefix("torch.")
+    if torch.device(device).type != "cuda":
+        return f"{device}, heads in {precision}"
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return f"{torch.cuda.get_device_name(device)} with {memory:.0f} GiB, towers in float16 and heads in {precision}"

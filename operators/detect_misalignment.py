@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector
+from fiftyone_ecif.misalignment.judgement import TRUSTED
 from fiftyone_ecif.samples.review_tags import check_score_tag
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings
@@ -31,7 +32,6 @@ from .forms import (
     refuse,
     target_names,
     target_view,
-    warning,
 )
 from .jobs import Job, call, report, show, with_progress
 
@@ -46,7 +46,7 @@ _TAGGING = {
     "none": "None",
     "estimated": "As many as the estimated noise rate says",
     "share": "A share of the pairs",
-    "threshold": "All above a score",
+    "threshold": "All above a probability",
 }
 
 
@@ -72,10 +72,11 @@ class DetectMisalignment(JobOperator):
             ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_misalignment, KEY_reason, KEY_duplicate"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, MisalignmentConfig())
-        _ask_trained(inputs, ctx)
         _ask_tag(inputs, ctx)
         if advanced(inputs, ctx):
             _ask_detector(inputs, ctx, samples)
+            for name in ("fit", "trained"):
+                ask_option(inputs, ctx, MisalignmentSettings, name)
             ask_fit_and_batches(inputs, ctx, MisalignmentSettings)
         ask_background(inputs)
 
@@ -123,18 +124,6 @@ def _kind(params: dict[str, Any]) -> str:
     return " ".join(map(str, ("misalignment", *(params.get(name) for name in ("model", "detector", "fit")))))
 
 
-def _ask_trained(inputs: Any, ctx: Any) -> None:
-    for name in ("fit", "trained"):
-        ask_option(inputs, ctx, MisalignmentSettings, name)
-    if not _knows_the_pairs(ctx):
-        warning(
-            inputs,
-            "no_influence",
-            "Influence will be left out: it misleads about pairs that the model was not trained on. "
-            "Tick one of these two to use it",
-        )
-
-
 def _knows_the_pairs(ctx: Any) -> bool:
     return any(ctx.params.get(name, _DEFAULTS[name]) for name in ("fit", "trained"))
 
@@ -160,9 +149,10 @@ def _ask_tag(inputs: Any, ctx: Any) -> None:
         limit = inputs.float(
             "threshold",
             required=True,
-            default=0.9,
-            label="Score, from 0 to 1",
-            description="Of a pair: the share of the pairs that are less suspicious",
+            default=0.5,
+            label="Probability, from 0 to 1",
+            description="That image and caption do not belong together; by another detector than the default, the "
+            "share of the pairs that are less suspicious",
         )
     if not 0 <= (ctx.params.get(tagging) or 0) <= 1:
         refuse(limit, "Must be from 0 to 1")
@@ -177,7 +167,7 @@ def _ask_detector(inputs: Any, ctx: Any, samples: Any) -> None:
     asked = ask_option(inputs, ctx, MisalignmentSettings, "detector", choices=offered, description=None)
     detector = _detector(ctx.params)
     if detector.needs_training and not _knows_the_pairs(ctx):
-        refuse(asked, "It needs a model that was trained on the pairs: tick one of the two boxes above")
+        refuse(asked, "It needs a model that was trained on the pairs: tick one of the two boxes below")
     if detector.needs_target:
         ask_target(inputs, ctx, samples)
 
@@ -201,15 +191,9 @@ def _entered(params: dict[str, Any]) -> dict[str, Any]:
 
 def _summary(results: Any, tag: str | None) -> str:
     """A run in a few sentences."""
-    rate = results.noise_rate
-    said = [
-        f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}",
-        f"About {rate.rate:.0%} of the captions are wrong ({rate.low:.0%} to {rate.high:.0%})",
-    ]
-    if rate.high < 0.01 and not results.config.trained:
-        said.append("If the model was trained on these pairs, that is too low: say so and run this again")
+    said = [f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}", str(results.noise_rate)]
+    if results.diagnostics["power"]["random"] < TRUSTED:
+        said.append("Known wrong captions are hardly found here, so do not rely on the score: use a stronger model")
     if tag:
         said.append(f"Tagged {results.diagnostics['tagged']:,} pairs {tag!r}")
-    if not results.diagnostics["trained"]:
-        said.append("Influence was left out: the model was not trained on these pairs")
     return ". ".join([*said, "The most suspicious come first"])

@@ -18,15 +18,15 @@ from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scoring import score_pairs
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
-from fiftyone_ecif.misalignment.detection import reasons, run_detectors
-from fiftyone_ecif.misalignment.detectors import DETECTORS, LemonZ
+from fiftyone_ecif.misalignment.detection import run_detectors
+from fiftyone_ecif.misalignment.detectors import DETECTORS, Calibrated
 from fiftyone_ecif.misalignment.duplicates import find_duplicates
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs
-from fiftyone_ecif.misalignment.findings import Findings
-from fiftyone_ecif.misalignment.fusion import ranked
-from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
+from fiftyone_ecif.misalignment.evidence import KINDS, Evidence
+from fiftyone_ecif.misalignment.judgement import TRUSTED
+from fiftyone_ecif.misalignment.ranks import ranked
 from fiftyone_ecif.progress import Progress
-from fiftyone_ecif.runs.base import check_key, check_view
+from fiftyone_ecif.runs.base import check_key, check_view, check_writable
 from fiftyone_ecif.runs.diagnostics import judge_fit
 from fiftyone_ecif.runs.misalignment import MisalignmentConfig, MisalignmentRecord, MisalignmentResults
 from fiftyone_ecif.runs.writing import finish_writing, write_run
@@ -59,17 +59,16 @@ def compute_misalignment(
 ) -> MisalignmentResults:
     """Finds image-caption pairs that do not belong together, without labels.
 
-    Three fields are written: ``{brain_key}_misalignment`` in [0, 1], the share of
-    the pairs that are less suspicious (a rank, not a probability: 0.9 says that
-    nine tenths of the pairs look better; :func:`review_misalignment` turns it
-    into a probability), ``{brain_key}_reason``, what speaks against the pair, and
-    ``{brain_key}_duplicate``, whether another sample has the same image. Samples
-    that could not be scored have no value.
+    Three fields are written: ``{brain_key}_misalignment``, the probability that
+    caption and image do not belong together, ``{brain_key}_reason``, what speaks
+    against the pair, and ``{brain_key}_duplicate``, whether another sample has
+    the same image. Samples that could not be scored have no value.
 
-    Detectors and their sources are in :mod:`fiftyone_ecif.misalignment.detectors`. Those that
-    use influence tell about pairs that the model was trained on, which ``fit``
-    sees to. Where neither ``fit`` nor ``trained`` is set they are left out, with a
-    warning.
+    The default detector learns what a wrong caption looks like from decoys, pairs
+    with the caption of another, and so tells how far it can be trusted on these
+    pairs: see :mod:`fiftyone_ecif.misalignment.judgement`. With any other detector
+    ``{brain_key}_misalignment`` is the share of the pairs that are less suspicious
+    by it, a rank.
 
     .. note::
 
@@ -84,7 +83,7 @@ def compute_misalignment(
             same caption field; for ``detector="global_influence"``.
         tag (None): tag to give the most suspicious pairs.
         share (None): which share of the pairs to tag: the expected noise rate;
-            by default the estimated one.
+            by default the estimated one, where it can be told.
         threshold (None): tag the pairs above this score instead.
         progress (None): whether to show progress bars, or a callback.
         {options}
@@ -92,11 +91,13 @@ def compute_misalignment(
     Returns:
         :class:`fiftyone_ecif.MisalignmentResults`. Its ``diagnostics``
         hold ``noise_rate`` (estimated share of misaligned pairs and its 95 %
-        interval, see :mod:`fiftyone_ecif.misalignment.noise_rate`), ``trained`` (whether
-        influence could be used), ``detectors`` (those that ran), ``duplicates``
-        (pairs that share their image, their caption or both with another),
-        ``tagged``, ``pairs``, ``relative_gradient_norm`` and ``model_notes``
-        (what is to be known of the model, a sentence each).
+        interval, see :mod:`fiftyone_ecif.misalignment.noise_rate`), ``power`` (AUROC
+        at which decoys are found, by kind), ``seen`` (whether the loaded weights
+        know these pairs), ``signals`` (all that were measured), ``weights`` (of
+        those that were used), ``detectors`` (those that
+        ran), ``duplicates`` (pairs that share their image, their caption or both
+        with another), ``tagged``, ``pairs``, ``relative_gradient_norm``
+        and ``model_notes`` (what is to be known of the model, a sentence each).
 
     Raises:
         EcifError: if an argument or the data is not usable; nothing on the
@@ -132,6 +133,7 @@ def misalignment_steps(
         raise EcifError(f"target, a view of validation pairs, and {needing} belong together")
     check_collection(samples, settings.caption_field)
     check_view(samples)
+    check_writable(samples._dataset, ["tags"] * bool(tag))
     overwrite = job.overwrite or brain_key in finish_writing(samples._dataset)  # its job was killed, and is run again
     prepared = yield from prepare(
         samples,
@@ -144,33 +146,29 @@ def misalignment_steps(
     store = prepared.store.inside(prepared.run_name(settings.seed))
     settings = replace(settings, batch_size=prepared.batch_size)
     inputs, norm = yield from _open_inputs(prepared, settings, store)
-    names = [
-        name
-        for name, one in DETECTORS.items()
-        if name == settings.detector or one.evidence or (detector.with_all and not one.needs_target)
-    ]
-    findings = yield from run_detectors(inputs, [*names, LemonZ.name])
-    table = _write_scores(store, settings, prepared, findings)
+    findings = yield from run_detectors(inputs, [Calibrated.name, settings.detector])
+    evidence, judgement = findings.evidence, findings.judgement
+    assert evidence is not None
+    assert judgement is not None
+    table = _write_evidence(store, settings, evidence)
 
     yield Progress("Writing fields", 0, 1)
-    if settings.trained:
-        rate = share_of_upper_mode(findings.scores[LemonZ.name], settings.seed)
-    else:
-        rate = share_that_fits_like_random(findings.share_below)
-    used = inputs.gradients is not None
     diagnostics = {
         "pairs": len(prepared.pairs.ids),
-        "noise_rate": list(rate),
-        "trained": used,
+        "noise_rate": list(judgement.rate),
+        "power": judgement.power,
+        "seen": judgement.seen,
+        "signals": list(evidence.names),
+        "weights": judgement.weights,
         "detectors": sorted(findings.scores),
         "duplicates": inputs.duplicates.summary(),
         "relative_gradient_norm": norm,
         "model_notes": list(prepared.encoder.notes),
     }
-    suspicion = findings.scores[settings.detector]
+    default = settings.detector == Calibrated.name
     columns: dict[str, Any] = {
-        "misalignment": ranked(suspicion),
-        "reason": reasons(findings.scores),
+        "misalignment": judgement.probability if default else ranked(findings.scores[settings.detector]),
+        "reason": judgement.reasons,
         "duplicate": inputs.duplicates.kinds(),
     }
     record = MisalignmentRecord(prepared.encoder.fingerprint, store.names, table=table)
@@ -185,23 +183,24 @@ def misalignment_steps(
     )
     write_run(results, columns, overwrite)
     if tag:
-        diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold)
+        limited = judgement.rate.told or share is not None or threshold is not None
+        if not limited:
+            logger.warning("Nothing was tagged. %s. Give share or threshold", judgement.rate)
+        diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold) if limited else 0
         results.save()
     yield Progress("Writing fields", 1, 1)
     fitted = judge_fit(results.config, diagnostics)
-    for remark in [*prepared.encoder.notes, *([fitted.text] if settings.fit and not fitted.fine else [])]:
+    poor = settings.fit and DETECTORS[settings.detector].needs_training and not fitted.fine
+    for remark in [*prepared.encoder.notes, *([fitted.text] if poor else [])]:
         logger.warning(remark)
-    if not used and any(DETECTORS[name].needs_training for name in detector.needs):
-        logger.warning(
-            "Influence was left out: the model was not trained on these pairs. Set fit=True, or trained=True if it was"
-        )
     logger.info(
-        "Misalignment of %d pairs written to %s_misalignment. About %.0f %% of the captions are wrong "
-        "(%.0f to %.0f %%)",
-        len(prepared.pairs.ids),
-        brain_key,
-        *(100 * value for value in rate),
+        "Misalignment of %d pairs written to %s_misalignment. %s", len(prepared.pairs.ids), brain_key, judgement.rate
     )
+    logger.info("Of known wrong captions: %s", ", ".join(f"{kind} {judgement.power[kind]:.2f}" for kind in KINDS))
+    if judgement.power["random"] < TRUSTED:
+        logger.warning(
+            "This model hardly tells wrong captions of these pairs from right ones: do not rely on the score"
+        )
     return results
 
 
@@ -209,6 +208,8 @@ def tag_misaligned(
     results: MisalignmentResults, tag: str, share: float | None = None, threshold: float | None = None
 ) -> int:
     """Tags the most suspicious pairs of a run, by default as many as its estimated noise rate says.
+
+    Where that cannot be told, ``share`` or ``threshold`` must be given.
 
     Args:
         results: of :func:`compute_misalignment`.
@@ -220,11 +221,14 @@ def tag_misaligned(
         how many were tagged
 
     Raises:
-        EcifError: if a limit is out of its range
+        EcifError: if a limit is out of its range, or none is given and the rate cannot be told
     """
     _check_tag(tag, share, threshold)
     if share is None and threshold is None:
-        share = results.noise_rate.rate
+        rate = results.noise_rate
+        if not rate.told:
+            raise EcifError(f"Nothing was tagged: {rate}. Give share or threshold")
+        share = rate.rate
         if share == 0:
             return 0
     scored = every_sample(results.samples._dataset).select(results.ids)
@@ -252,10 +256,11 @@ def _open_inputs(
     batches = prepared.batches(settings.seed)
     objective = ContrastiveLoss(prepared.scope, batches, len(prepared.pairs.ids), settings.proximal)
     kept = GradientStore(store, objective.pairs)
-    theta, norm = yield from stationary_point(kept, objective, settings.fit, must_converge=False)
+    fit = settings.fit and DETECTORS[settings.detector].needs_training
+    theta, norm = yield from stationary_point(kept, objective, fit, must_converge=False)
     duplicates = find_duplicates(prepared.features[0][:], prepared.pairs.captions, prepared.encoder.device)
     gradients = influence = None
-    if settings.fit or settings.trained:
+    if DETECTORS[settings.detector].needs_training:
         method = ScoringOptions(fit=settings.fit, proximal=settings.proximal, must_converge=False)
         if prepared.targets:
             scores = yield from score_pairs(
@@ -266,13 +271,20 @@ def _open_inputs(
             yield from keep_gradients(kept, objective, theta, {})
         gradients = kept.load()
     return DetectorInputs(
-        objective, theta, duplicates, gradients, influence, settings.seed, prepared.encoder.device
+        objective,
+        theta,
+        duplicates,
+        gradients,
+        influence,
+        settings.seed,
+        prepared.encoder.device,
+        settings.trained,
     ), norm
 
 
-def _write_scores(store: Store, settings: MisalignmentSettings, prepared: PreparedRun, findings: Findings) -> str:
-    """Keeps the detectors' scores for a review; returns the name of their table."""
-    made_of = [sorted(findings.scores), settings.trained, list(prepared.targets)]
-    name = "detectors-" + digest(json.dumps(made_of))
-    store.table(name).write("0", findings.scores)
+def _write_evidence(store: Store, settings: MisalignmentSettings, evidence: Evidence) -> str:
+    """Keeps what speaks for and against pairs, for a review to learn from; returns the name of its table."""
+    name = "evidence-" + digest(json.dumps([evidence.names, settings.trained]))
+    for part, columns in evidence.tables().items():
+        store.table(name).write(part, columns)
     return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,6 @@ from itertools import chain
 from typing import Any
 
 import fiftyone.core.labels as fol
-import fiftyone.utils.torch as fout
 import numpy as np
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ def prepare(
 
     paths = [path for group in groups for path in group.paths]
     captions = [caption for group in groups for caption in group.captions]
-    workers = fout.recommend_num_workers() if job.num_workers is None else job.num_workers
+    workers = (os.cpu_count() or 1) if job.num_workers is None else job.num_workers
     if isinstance(encoder, GivenEmbeddings):
         keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
         images, texts = (on_disk(store, side) for side in encoder.rows)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.misalignment.active_learning import first_guess, held_out_auroc, propose, refit
+from fiftyone_ecif.misalignment.active_learning import auroc_with_interval, propose
+from fiftyone_ecif.misalignment.judgement import judge
 from fiftyone_ecif.runs.misalignment import MisalignmentResults
 from fiftyone_ecif.runs.writing import write_scores
 from fiftyone_ecif.samples.pairs import every_sample
@@ -45,11 +46,10 @@ def review_misalignment(
 ) -> Review:
     """Refits a run's score to the pairs that a person has tagged, and proposes what to look at next.
 
-    A logistic regression on the scores of all detectors of the run starts from
-    the run's own score and learns from the pairs tagged ``aligned`` and
-    ``misaligned``. ``{brain_key}_misalignment`` of every pair becomes its
-    **probability** of being misaligned; that of a tagged pair is 0 or 1. Tag more
-    and do it again as often as you like: each time starts from the detectors.
+    The pairs tagged ``aligned`` and ``misaligned`` are further rows of the regression that weighs the run's
+    signals, and tell more of the share of wrong captions. ``{brain_key}_misalignment`` of every pair becomes its
+    **probability** of being misaligned by that, 0 or 1 for a tagged pair; reasons and noise rate follow. Tag more
+    and do it again as often as you like: each time starts from the run's own evidence.
 
     Args:
         results: of :func:`fiftyone_ecif.compute_misalignment`.
@@ -61,12 +61,9 @@ def review_misalignment(
             kind among those of the run
     """
     labels = read_labels(results)
-    signals = results.detector_scores()
-    guess = first_guess(signals[results.config.detector], results.noise_rate.rate)
-    probability = refit(signals, guess, labels)
-    known = labels >= 0
-    probability[known] = labels[known]
-    auroc, low, high = held_out_auroc(signals, guess, labels, seed)
+    judgement = judge(results.evidence(), labels, results.diagnostics["seen"])
+    probability, known = judgement.probability, labels >= 0
+    auroc, low, high = auroc_with_interval(judgement.score[known], labels[known] == 1, seed)
     gone = _gone(results)
     proposals = propose(probability, known | gone, count, seed)
     review = Review(
@@ -79,27 +76,32 @@ def review_misalignment(
         [results.ids[row] for row in proposals],
     )
     results.record(reviewed=datetime.now(timezone.utc).isoformat())
-    results.diagnostics["review"] = {**review._asdict(), "proposals": len(review.proposals)}
-    values = zip(results.ids, probability.tolist(), strict=True)
-    write_scores(results, {f"{results.key}_misalignment": dict(values)})
+    results.diagnostics |= {
+        "noise_rate": list(judgement.rate),
+        "power": judgement.power,
+        "weights": judgement.weights,
+        "review": {**review._asdict(), "proposals": len(review.proposals)},
+    }
+    columns = {"misalignment": probability.tolist(), "reason": judgement.reasons}
+    written = {f"{results.key}_{name}": dict(zip(results.ids, values, strict=True)) for name, values in columns.items()}
+    write_scores(results, written)
     return review
 
 
 def propose_pairs(results: MisalignmentResults, count: int = 20, seed: int = 0) -> list[str]:
     """Sample ids to look at while too few are tagged to learn from.
 
-    Most of them around the estimated noise rate, where the score says least, and
-    some from everywhere; none that is tagged already, or deleted.
+    Most of them where the probability says least, and some from everywhere; none that is tagged already, or deleted.
 
     Args:
         results: of :func:`fiftyone_ecif.compute_misalignment`.
         count (20): how many.
         seed (0): of those from everywhere.
     """
-    scores = results.detector_scores()[results.config.detector]
+    probability = judge(results.evidence(), None, results.diagnostics["seen"]).probability
     said = set(every_sample(results.samples._dataset).match_tags([ALIGNED, MISALIGNED]).values("id"))
     known = np.array([sample in said for sample in results.ids]) | _gone(results)
-    return [results.ids[row] for row in propose(first_guess(scores, results.noise_rate.rate), known, count, seed)]
+    return [results.ids[row] for row in propose(probability, known, count, seed)]
 
 
 def _gone(results: MisalignmentResults) -> np.ndarray:

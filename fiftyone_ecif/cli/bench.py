@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from fiftyone_ecif.cli.console import AS_JSON, job, print_result
+from fiftyone_ecif.errors import EcifError
 
 
 @click.group()
@@ -62,25 +64,40 @@ def soak(rounds: int, pairs: int, as_json: bool) -> None:
 @bench.command("misalignment")
 @click.option("--data", required=True, help="digits, shapes, emoji, emoji-twitter, or a folder with pairs.csv.")
 @click.option("--frozen", is_flag=True, help="Train heads on frozen pretrained towers instead of a small model.")
+@click.option("--pretrained", is_flag=True, help="Audit a stand-in for a pretrained model that never saw the pairs.")
 @click.option("--noise", "noises", multiple=True, help="Kind of noise, repeatable. Default: all that the pairs allow.")
+@click.option(
+    "--ratio", "ratios", type=click.FloatRange(0.01, 0.9), multiple=True, help="Share of wrong captions, repeatable."
+)
 @click.option("--quick", is_flag=True, help="One seed and one ratio on at most 600 pairs.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md, result.json and plots.")
 @AS_JSON
 def bench_misalignment(
-    data: str, frozen: bool, noises: tuple[str, ...], quick: bool, out: Path | None, as_json: bool
+    data: str,
+    frozen: bool,
+    pretrained: bool,
+    noises: tuple[str, ...],
+    ratios: tuple[float, ...],
+    quick: bool,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Hold detectors of misaligned pairs against each other on clean pairs whose captions are permuted.
 
     Example: fiftyone-ecif bench misalignment --data digits --quick --out misalignment
     """
     with job():
-        from fiftyone_ecif.bench.misalignment.experiments import QUICK, Sizes, run
+        from fiftyone_ecif.bench.misalignment.experiments import FROZEN, PRETRAINED, QUICK, SCRATCH, Sizes, run
         from fiftyone_ecif.bench.misalignment.pairs import load_pairs
         from fiftyone_ecif.bench.misalignment.report import markdown, plot
 
+        if frozen and pretrained:
+            raise EcifError("--frozen and --pretrained are two ways to get a model: give one of them")
+        regime = FROZEN if frozen else PRETRAINED if pretrained else SCRATCH
         sizes = QUICK if quick else Sizes()
+        sizes = replace(sizes, ratios=ratios or sizes.ratios)
         result = run(
-            load_pairs(data), sizes, frozen, noises, lambda text: click.echo(text, err=True), partial(_keep, out)
+            load_pairs(data), sizes, regime, noises, lambda text: click.echo(text, err=True), partial(_keep, out)
         )
         if out:
             plot(result, out)

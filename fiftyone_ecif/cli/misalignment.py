@@ -8,6 +8,8 @@ import click
 
 from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, narrow, print_result
 from fiftyone_ecif.cli.flags import flags
+from fiftyone_ecif.misalignment.judgement import TRUSTED
+from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.samples.review_tags import ALIGNED, LEAST, MISALIGNED
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings
@@ -24,7 +26,11 @@ from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 )
 @click.option("--target-view", help="Validation pairs of this saved view, for global_influence.")
 @click.option("--mark", metavar="TAG", help="Give the most suspicious pairs this tag, such as suspect.")
-@click.option("--share", type=float, help="Which share of the pairs to mark; by default the estimated noise rate.")
+@click.option(
+    "--share",
+    type=float,
+    help="Which share of the pairs to mark; by default the estimated rate.",
+)
 @click.option("--threshold", type=float, help="Mark all pairs above this score instead.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be scored.")
 @AS_JSON
@@ -69,12 +75,16 @@ def misalignment(
 
 
 def _misalignment_report(result: dict[str, Any], mark: str | None) -> str:
-    rate = result["noise_rate"]
+    power = result["diagnostics"]["power"]
     lines = [
         f"Scored {result['scored']} pairs of {result['dataset']!r}, skipped {len(result['skipped'])}. "
         f"Field: {result['key']}_misalignment",
-        f"About {rate['rate']:.0%} of the captions are wrong ({rate['low']:.0%} to {rate['high']:.0%}).",
+        f"{NoiseRate(**result['noise_rate'])}.",
+        f"Known wrong captions are found at AUROC {power['random']:.2f} where captions were swapped at random, "
+        f"{power['subtle']:.2f} where for a similar one.",
     ]
+    if power["random"] < TRUSTED:
+        lines.append("Warning: that is too little to rely on the score. Use a stronger model.")
     if mark:
         lines.append(f"Tagged {result['tagged']} pairs as {mark!r}.")
     return "\n".join(lines)

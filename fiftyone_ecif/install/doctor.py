@@ -47,8 +47,11 @@ def _torch() -> Check:
         return Check("torch", False, "pip install torch torchvision", True)
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, the CPU is used"
-    return Check("torch", True, f"{torch.__version__}, {gpu}", True)
+    from fiftyone_ecif.devices import describe
+
+    return Check(
+        "torch", True, f"{torch.__version__}; {describe('cuda' if torch.cuda.is_available() else 'cpu')}", True
+    )
 
 
 def _packages() -> list[Check]:

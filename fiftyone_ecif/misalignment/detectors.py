@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from fiftyone_ecif.misalignment.embeddings import DetectorInputs
     from fiftyone_ecif.misalignment.findings import Findings
 
-_TRUSTED = 0.6  # share of the pairs that trusted_fit fits
-
 
 class Detector(ABC):
     """What gives each pair a number, **higher = more suspicious**.
@@ -38,25 +36,21 @@ class Detector(ABC):
         name: what it is chosen by.
         says: when it finds a pair suspicious, in a few words.
         source: where it comes from.
-        evidence: what a high score says against a pair, for its reasons; None if it is not told.
         needs: names of detectors whose scores it reads. Those among them that presume training are not there
             where there was none.
         needs_training: whether it presumes that the model was trained on the pairs, so that their gradients are
             there.
         needs_target: whether it needs validation pairs, so that the influence on them is there.
         refits: whether it fits heads anew. Such detectors come after all that compare pairs with the model as it is.
-        with_all: whether a run of it keeps the scores of all others too, for a review to learn from.
     """
 
     name: str
     says: str
     source: str = ""
-    evidence: str | None = None
     needs: tuple[str, ...] = ()
     needs_training = False
     needs_target = False
     refits = False
-    with_all = False
 
     @abstractmethod
     def score(
@@ -77,20 +71,27 @@ DETECTORS: Registry[Detector] = Registry("detector")
 
 
 @DETECTORS.register
-class Fused(Detector):
-    """The mean of the ranks of the detectors that it needs; without the last where the model was not trained."""
+class Calibrated(Detector):
+    """Many signals, weighed by how well they find decoys: log odds that a pair looks like one.
 
-    name = "fused"
-    says = "several detectors together"
-    source = "ours"
-    needs = ("lemon_z", "neg_clip_loss", "trusted_fit", "neighbour_influence")
-    with_all = True
+    Signals of the weights as loaded and of heads made without the pair, from
+    :mod:`fiftyone_ecif.misalignment.gathering`; weighed in
+    :mod:`fiftyone_ecif.misalignment.judgement`.
+    """
+
+    name = "calibrated"
+    says = "what tells wrong captions from right ones here, learned from pairs that are known to be wrong"
+    source = "ours; decoys as in Percolator (doi 10.1038/nmeth1113)"
+    refits = True
 
     @override
-    def score(self, inputs: DetectorInputs, found: Findings) -> np.ndarray:
-        from fiftyone_ecif.misalignment.fusion import fuse
+    def score(self, inputs: DetectorInputs, found: Findings) -> Generator[Progress, None, np.ndarray]:
+        from fiftyone_ecif.misalignment.gathering import gather_evidence
+        from fiftyone_ecif.misalignment.judgement import judge
 
-        return fuse({name: found.scores[name] for name in self.needs if name in found.scores})
+        found.evidence = yield from gather_evidence(inputs)
+        found.judgement = judge(found.evidence, seen=True if inputs.trained else None)
+        return found.judgement.score
 
 
 @DETECTORS.register
@@ -100,7 +101,6 @@ class ClipScore(Detector):
     name = "clip_score"
     says = "image and caption are far apart"
     source = "CLIPScore, arXiv 2104.08718"
-    evidence = "low similarity"
 
     @override
     def score(self, inputs: DetectorInputs, found: Findings) -> Tensor:
@@ -166,7 +166,6 @@ class DeepKnn(Detector):
     name = "deep_knn"
     says = "similar images have other captions"
     source = "deep k-NN, arXiv 2004.12289, with the caption for the label"
-    evidence = "neighbours disagree"
 
     @override
     def score(self, inputs: DetectorInputs, found: Findings) -> Tensor:
@@ -178,10 +177,7 @@ class DeepKnn(Detector):
 
 @DETECTORS.register
 class CrossFit(Detector):
-    """``1 - s_ii`` where both heads were fitted without the pair, in five folds.
-
-    What the noise rate is estimated from comes with it: see :attr:`Findings.share_below`.
-    """
+    """``1 - s_ii`` where both heads were fitted without the pair, in five folds."""
 
     name = "cross_fit"
     says = "far apart for heads fitted without the pair"
@@ -192,33 +188,7 @@ class CrossFit(Detector):
     def score(self, inputs: DetectorInputs, found: Findings) -> Generator[Progress, None, np.ndarray]:
         from fiftyone_ecif.misalignment.cross_fitting import refit_held_out
 
-        held_out = yield from refit_held_out(inputs)
-        found.share_below = held_out.share_below
-        return held_out.distance
-
-
-@DETECTORS.register
-class TrustedFit(Detector):
-    """``lemon_z`` where both heads were fitted without the pair and without the 40 % most suspicious pairs.
-
-    Suspicious by what :class:`Fused` makes of the detectors that ran before it.
-    """
-
-    name = "trusted_fit"
-    says = "lemon_z for heads fitted without the pair and all suspects"
-    source = "ours"
-    needs = ("lemon_z", "neg_clip_loss")
-    refits = True
-
-    @override
-    def score(self, inputs: DetectorInputs, found: Findings) -> Generator[Progress, None, np.ndarray]:
-        import numpy as np
-
-        from fiftyone_ecif.misalignment.cross_fitting import refit_held_out
-
-        suspicion = Fused().score(inputs, found)
-        held_out = yield from refit_held_out(inputs, suspicion <= np.quantile(suspicion, _TRUSTED))
-        return held_out.lemon_z
+        return (yield from refit_held_out(inputs))
 
 
 @DETECTORS.register
@@ -291,7 +261,6 @@ class NeighbourInfluence(Detector):
     name = "neighbour_influence"
     says = "harms the loss of similar pairs"
     source = "ours"
-    evidence = "harms its neighbours"
     needs_training = True
 
     @override

@@ -33,6 +33,7 @@ class DetectorInputs:
         influence: of the pairs on a validation set, shape ``(N,)``, if there is one.
         seed: of partitions and folds.
         device: where neighbours are looked for.
+        trained: whether the weights as loaded are known to have been trained on the pairs.
     """
 
     objective: ContrastiveLoss
@@ -42,6 +43,7 @@ class DetectorInputs:
     influence: np.ndarray | None = None
     seed: int = 0
     device: str = "cpu"
+    trained: bool = False
 
     @property
     def batches(self) -> FeatureBatches:

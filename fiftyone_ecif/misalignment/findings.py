@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from fiftyone_ecif.misalignment.evidence import Evidence
+    from fiftyone_ecif.misalignment.judgement import Judgement
 
 
 @dataclass
@@ -13,10 +18,10 @@ class Findings:
 
     Attributes:
         scores: by detector, shape ``(N,)`` each, float64, higher = more suspicious.
-        share_below: what the noise rate is estimated from: the share of random other captions and images that fit
-            the pair's own no better, by a model that has not seen the pair; in [0, 1], 1 where nothing was
-            compared. Shape ``(N,)``.
+        evidence: what ``calibrated`` learned from, if it ran.
+        judgement: what it made of that.
     """
 
-    scores: dict[str, np.ndarray]
-    share_below: np.ndarray
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    evidence: Evidence | None = None
+    judgement: Judgement | None = None

@@ -1,23 +1,42 @@
-"""How many captions are wrong, estimated without labels."""
+"""How many captions are wrong, and how probably each: without labels, from decoys.
+
+A score is known for the pairs and for decoys, which are wrong. If a share ``r`` of the pairs is wrong and
+their scores are distributed as the decoys', then ``decoys / pairs``, as densities, is ``h / r``, where ``h``
+is the probability that a pair of that score is wrong; it cannot grow beyond ``1 / r``, and where it stops
+growing is what tells ``r`` (mixture proportion estimation: Blanchard, Lee and Scott 2010). With ``h`` a
+logistic function of the score this is a logistic regression of decoys against pairs with one more
+parameter (Ward et al. 2009).
+
+What decoys the wrong pairs resemble is not known, so each kind stands for a hypothesis.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
-from sklearn.mixture import GaussianMixture
+from scipy.optimize import minimize
+from scipy.special import expit, log_expit
 
-_LEVEL = 0.1
-_MIXTURE_DRAWS, _MIXTURE_PAIRS = 50, 5000
+#: Width of an interval from which on a rate is not told.
+TOO_WIDE = 0.4
+_RATES = np.concatenate([[0.002, 0.005], np.arange(1, 61) / 100])
+_DOUBT = 3.0  # how much less probable high rates are beforehand: (1 - r) to this power
+_LEAST = 0.01  # what is no more than this is 0
+_BINS = 40
+_TEMPER = 5.0  # what likelihoods are divided by, as the logistic form is not exact
+_SLOPE_PENALTY = 0.01
+_LEVEL = 0.025  # of each end of an interval
+_NEGLIGIBLE = 1e-4  # weight of a hypothesis that is left out
 
 
 class NoiseRate(NamedTuple):
     """An estimated share of misaligned pairs.
 
     Attributes:
-        rate: in [0, 1].
-        low: of its 95 % interval, which knows of chance only and not of the estimator's bias.
+        rate: its mean, in [0, 1].
+        low: of its 95 % interval, over what kinds of mistakes there may be too.
         high: likewise.
     """
 
@@ -25,48 +44,94 @@ class NoiseRate(NamedTuple):
     low: float
     high: float
 
+    @property
+    def told(self) -> bool:
+        """Whether the interval is narrow enough to say anything."""
+        return self.high - self.low < TOO_WIDE
 
-def share_that_fits_like_random(share_below: np.ndarray) -> NoiseRate:
-    """The share of captions that fit their image no better than a random one would.
-
-    A misaligned pair is as similar as a random image and caption, so the share of
-    random others that are less similar is uniform for it; for an aligned pair it
-    is near 1. The count below a low level therefore tells how many are misaligned
-    (Storey's estimator of the share of true nulls, 2002, at level 0.1). Swaps
-    between captions that resemble each other are not random, so the estimate is
-    then too low.
-
-    Args:
-        share_below: for each pair, the share of random others that fit no better,
-            by a model that was not trained on the pair; shape ``(N,)``.
-    """
-    below = int((share_below <= _LEVEL).sum())
-    interval = binomtest(below, len(share_below)).proportion_ci(method="wilson")
-    rates = (share / _LEVEL for share in (below / len(share_below), interval.low, interval.high))
-    return NoiseRate(*(float(min(rate, 1.0)) for rate in rates))
+    def __str__(self) -> str:
+        if self.told:
+            return f"About {self.rate:.0%} of the captions are wrong ({self.low:.0%} to {self.high:.0%})"
+        return f"How many captions are wrong cannot be told: {self.low:.0%} to {self.high:.0%} may be"
 
 
-def share_of_upper_mode(scores: np.ndarray, seed: int = 0) -> NoiseRate:
-    """The weight of the higher of two normal distributions that scores are a mixture of.
-
-    For models that were trained on the pairs as a whole: they know misaligned
-    pairs by heart, so nothing looks like random. Rough: two modes are found also
-    where there is one.
+class Mixture:
+    """What is known of the share of wrong pairs and of each pair, by the scores of pairs and of decoys.
 
     Args:
-        scores: higher = more suspicious, shape ``(N,)``.
-        seed (0): of the bootstrap.
+        scores: of the pairs, higher = more suspicious, shape ``(N,)``.
+        decoys: of each kind of decoys.
+        prior: of each kind.
     """
-    generator = np.random.default_rng(seed)
-    size = min(len(scores), _MIXTURE_PAIRS)
-    first = GaussianMixture(2, n_init=3, random_state=0).fit(generator.choice(scores, size, replace=False)[:, None])
-    weights = []
-    for _ in range(_MIXTURE_DRAWS):
-        again = GaussianMixture(2, means_init=first.means_, random_state=0)
-        weights.append(_upper_weight(again.fit(generator.choice(scores, size)[:, None])))
-    low, high = np.quantile(weights, [0.025, 0.975])
-    return NoiseRate(_upper_weight(first), float(low), float(high))
+
+    def __init__(self, scores: np.ndarray, decoys: Sequence[np.ndarray], prior: Sequence[float]) -> None:
+        self._spread = float(np.concatenate([scores, *decoys]).std()) or 1.0
+        fits = [_profile(scores / self._spread, kind / self._spread) for kind in decoys]
+        width = np.gradient(_RATES) * (1 - _RATES) ** _DOUBT
+        weights = []
+        for (likelihood, _), share in zip(fits, prior, strict=True):
+            weight = np.exp((likelihood - likelihood.max()) / _TEMPER) * width
+            weights.append(share * weight / weight.sum())
+        self._weights = np.concatenate(weights)
+        self._lines = np.concatenate([lines for _, lines in fits])
+        self._rates = np.tile(_RATES, len(fits))
+
+    def learn(self, scores: np.ndarray, wrong: np.ndarray) -> None:
+        """Takes in what a person said of some pairs, however they were chosen, by Bayes' rule.
+
+        Args:
+            scores: of these pairs.
+            wrong: whether they are misaligned, shape ``(n,)``.
+        """
+        likelihood = np.zeros(len(self._weights))
+        for score, bad in zip(scores, wrong, strict=True):
+            odds = self._lines @ np.array([1.0, score / self._spread])
+            likelihood += log_expit(odds if bad else -odds)
+        weights = self._weights * np.exp(likelihood - likelihood[self._weights > 0].max())
+        self._weights = weights / weights.sum()
+
+    @property
+    def rate(self) -> NoiseRate:
+        """The share of wrong pairs."""
+        order = np.argsort(self._rates, kind="stable")
+        below = np.cumsum(self._weights[order])
+        low, high = (float(self._rates[order][np.searchsorted(below, at)]) for at in (_LEVEL, 1 - _LEVEL))
+        return NoiseRate(float(self._weights @ self._rates), 0.0 if low <= _LEAST else low, high)
+
+    def probability(self, scores: np.ndarray) -> np.ndarray:
+        """That each pair is wrong, rising with its score, shape ``(n,)``."""
+        total = np.zeros(len(scores))
+        for weight, line in zip(self._weights, self._lines, strict=True):
+            if weight > _NEGLIGIBLE:
+                total += weight * expit(line[0] + line[1] * scores / self._spread)
+        probability: np.ndarray = total / self._weights[self._weights > _NEGLIGIBLE].sum()
+        return probability
 
 
-def _upper_weight(mixture: GaussianMixture) -> float:
-    return float(mixture.weights_[mixture.means_.ravel().argmax()])
+def _profile(scores: np.ndarray, decoys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The likelihood of each rate, and the line that ``logit h`` is of the score there, ``(62,)`` and ``(62, 2)``.
+
+    Scores are binned; the decoys count as many as the pairs.
+    """
+    both = np.concatenate([scores, decoys])
+    edges = np.unique(np.quantile(both, np.linspace(0, 1, _BINS + 1)[1:-1]))
+    places = np.searchsorted(edges, both)
+    count = np.bincount(places, minlength=len(edges) + 1)
+    middle = np.bincount(places, weights=both, minlength=len(count)) / count.clip(1)
+    of_pairs = np.bincount(places[: len(scores)], minlength=len(count)).astype(float)
+    of_decoys = (count - of_pairs) * len(scores) / len(decoys)
+    line, found, lines = np.array([-2.0, 2.0]), [], []
+    for rate in _RATES:
+
+        def loss(at: np.ndarray, rate: float = rate) -> tuple[float, np.ndarray]:
+            inner = at[0] + at[1] * middle
+            odds = log_expit(inner) - np.log(rate)  # that one of this score is a decoy
+            value = -(of_decoys * log_expit(odds) + of_pairs * log_expit(-odds)).sum() + _SLOPE_PENALTY * at[1] ** 2
+            slope = (of_pairs * expit(odds) - of_decoys * expit(-odds)) * expit(-inner)
+            return value, np.array([slope.sum(), slope @ middle + 2 * _SLOPE_PENALTY * at[1]])
+
+        best = minimize(loss, line, jac=True, method="L-BFGS-B", bounds=[(-30, 30), (0, 30)])
+        line = best.x
+        found.append(-best.fun)
+        lines.append(line)
+    return np.array(found), np.array(lines)

@@ -42,7 +42,7 @@ def cached_features(
         keys: of the pairs.
         paths: the image of each pair.
         captions: the caption of each pair.
-        num_workers: processes that load images.
+        num_workers: threads that read images.
         skip_failures (True): whether to go on after an image that cannot be read.
         processes (ALONE): the processes that share the encoding.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.runs.cache import size_text
 from fiftyone_ecif.runs.manage import find_config, read_entry, read_results, staleness
 
@@ -48,7 +49,7 @@ def describe_run(dataset: Any, key: str) -> str:
         f"- Cache: {size_text(run.cache_bytes)}",
     ]
     if "noise_rate" in found:
-        lines.append("- Captions estimated to be wrong: {:.0%} ({:.0%} to {:.0%})".format(*found["noise_rate"]))
+        lines.append(f"- {NoiseRate(*found['noise_rate'])}")
     settings = {option.label: getattr(config, name) for name, option in config.settings.options().items()}
     settings["Reviewed"] = getattr(config.record, "reviewed", None)
     diagnostics = {label: found.get(name) for name, label in _DIAGNOSTICS.items()}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fiftyone_ecif.misalignment.detectors import DETECTORS
+from fiftyone_ecif.misalignment.judgement import TRUSTED
+from fiftyone_ecif.misalignment.noise_rate import NoiseRate
+
 _FAR_FROM_STATIONARY = 0.01  # relative gradient norm
 _REACHED = 1e-3  # likewise, of a fit
 _POORLY_CACHED = 0.5  # correlation of scores and stored gradients
@@ -35,13 +39,19 @@ def diagnose(config: Any, found: dict[str, Any]) -> list[Remark]:
     """
     remarks = [
         *_model(found),
-        judge_fit(config, found),
+        *([judge_fit(config, found)] if _needs_minimum(config) else []),
         *_curvature(config, found),
         *_target(found),
         *_stored(found),
-        *_misalignment(config, found),
+        *_misalignment(found),
     ]
     return sorted(remarks, key=lambda remark: remark.fine)
+
+
+def _needs_minimum(config: Any) -> bool:
+    """Whether the run's scores are about a model at a minimum: not those of most detectors."""
+    detector: str = getattr(config, "detector", "")
+    return detector not in DETECTORS or DETECTORS[detector].needs_training
 
 
 def _model(found: dict[str, Any]) -> list[Remark]:
@@ -118,16 +128,31 @@ def _stored(found: dict[str, Any]) -> list[Remark]:
     ]
 
 
-def _misalignment(config: Any, found: dict[str, Any]) -> list[Remark]:
+def _power(found: dict[str, Any]) -> list[Remark]:
+    """How well wrong captions are found whose place is known."""
+    if "power" not in found:
+        return []  # an old run
+    random, subtle = found["power"]["random"], found["power"]["subtle"]
+    told = f"found at AUROC {random:.2f} where captions were swapped at random, {subtle:.2f} where for a similar one"
+    if random < TRUSTED:
+        return [Remark(False, f"This run hardly tells wrong captions from right ones: known ones are {told}")]
+    if subtle < TRUSTED:
+        return [Remark(False, f"Subtle mistakes are hardly found: known wrong captions are {told}")]
+    return [Remark(True, f"Known wrong captions are {told}")]
+
+
+def _misalignment(found: dict[str, Any]) -> list[Remark]:
     if "noise_rate" not in found:
         return []
-    rate, low, high = found["noise_rate"]
-    remarks = [Remark(True, f"About {rate:.0%} of the captions are wrong ({low:.0%} to {high:.0%})")]
-    if not found["trained"]:
-        remarks.append(Remark(False, "Influence was left out: the model was not trained on these pairs. Set fit=True"))
-    if high < 0.01 and not config.trained:
+    rate = NoiseRate(*found["noise_rate"])
+    remarks = [Remark(rate.told, str(rate)), *_power(found)]
+    if found.get("seen"):
         remarks.append(
-            Remark(False, "If the model was trained on these pairs, that share is too low: say trained=True")
+            Remark(
+                True,
+                "The loaded weights know these pairs by heart, so what they say was left out: heads were made without "
+                "each pair",
+            )
         )
     copies = {kind: count for kind, count in found["duplicates"].items() if count}
     if copies:

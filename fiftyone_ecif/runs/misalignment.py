@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import fiftyone.core.fields as fof
-import numpy as np
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.misalignment.detectors import Calibrated
+from fiftyone_ecif.misalignment.evidence import Evidence
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.runs.base import EcifRun, RunConfig, RunRecord, RunResults, ScoreField
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings
@@ -20,7 +21,7 @@ class MisalignmentRecord(RunRecord):
 
     Attributes:
         reviewed: when the score became the probability of a review, if it did.
-        table: the table of the detectors' scores in the store.
+        table: the table of the evidence in the store, from which a review learns.
     """
 
     reviewed: str | None = None
@@ -35,11 +36,13 @@ class MisalignmentConfig(RunConfig):
 
     def fields(self, key: str) -> dict[str, ScoreField]:
         """The fields that a run under ``key`` writes."""
-        what = (
-            "Probability that caption and image do not belong together, by your review"
-            if self.reviewed
-            else f"Share of the pairs that are less suspicious by detector {self.detector}: 1 = most likely misaligned"
-        )
+        what = "Probability that caption and image do not belong together"
+        if self.reviewed:
+            what += ", by your review"
+        elif self.detector != Calibrated.name:
+            what = (
+                f"Share of the pairs that are less suspicious by detector {self.detector}: 1 = most likely misaligned"
+            )
         return {
             f"{key}_misalignment": ScoreField(fof.FloatField, what),
             f"{key}_reason": ScoreField(fof.StringField, "What speaks against the pair, the strongest first"),
@@ -67,16 +70,17 @@ class MisalignmentResults(RunResults):
         """The estimated share of misaligned pairs, with its 95 % interval."""
         return NoiseRate(*self.diagnostics["noise_rate"])
 
-    def detector_scores(self) -> dict[str, np.ndarray]:
-        """The scores of every detector that ran, rows in the order of :attr:`ids`, higher = more suspicious.
+    def evidence(self) -> Evidence:
+        """What speaks for and against the pairs, in the order of :attr:`ids`, and against decoys.
 
         Raises:
-            EcifError: if the run's store was deleted
+            EcifError: if the run's store was deleted, or the run is of an older version
         """
         table = Store(*self.config.store).table(self.config.table)
-        if not table.parts():
+        if set(table.parts()) != {"pairs", "decoys"}:
             raise EcifError(
-                f"The store of run {self.key!r} is gone. Run compute_misalignment again with overwrite=True"
+                f"What run {self.key!r} learned from is gone. Run compute_misalignment again with overwrite=True"
             )
-        names = self.diagnostics["detectors"]
-        return table.read("0", *names)
+        names = self.diagnostics["signals"]
+        pairs, decoys = table.read("pairs", *names, "fold", "sampled"), table.read("decoys", *names, "fold", "kind")
+        return Evidence.from_tables(names, pairs, decoys)

@@ -16,7 +16,9 @@ class JobSettings(Settings):
         "where the model runs: cpu, cuda or another torch device; by default a GPU where there is one",
         label="Device",
     )
-    num_workers: int | None = option(None, "processes that load images", label="Workers", kind=int, least=0, flag="")
+    num_workers: int | None = option(
+        None, "threads that read images; by default one for each processor", label="Workers", kind=int, least=0, flag=""
+    )
     skip_failures: bool = option(
         True,
         "whether to skip samples without a caption or with an unreadable image, with a warning, rather than raise",

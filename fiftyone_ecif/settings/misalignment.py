@@ -9,6 +9,9 @@ from fiftyone_ecif.misalignment.detectors import DETECTORS
 from fiftyone_ecif.settings.influence import InfluenceSettings, check_embeddings
 from fiftyone_ecif.settings.option import Settings, option, same
 
+#: Detectors of old runs: these can be read, but not be made again.
+RETIRED = ("fused", "trusted_fit")
+
 
 @dataclass(frozen=True)
 class MisalignmentSettings(Settings):
@@ -19,18 +22,18 @@ class MisalignmentSettings(Settings):
     pretrained: str | None = same(InfluenceSettings, "pretrained")
     embeddings: tuple[str, ...] = same(InfluenceSettings, "embeddings")
     scale: float = same(InfluenceSettings, "scale")
-    detector: str = option("fused", "what the score is", label="Detector", choices=lambda: DETECTORS)
+    detector: str = option("calibrated", "what the score is", label="Detector", choices=lambda: DETECTORS)
     fit: bool = same(
         InfluenceSettings,
         "fit",
         default=True,
-        help="whether to fit both final projections to the pairs first, in memory, starting from the loaded weights: "
-        "influence tells about pairs that a model was fitted to",
+        help="for a detector of influence: whether to fit both final projections to the pairs first, in memory, "
+        "starting from the loaded weights; influence tells about pairs that a model was fitted to",
     )
     trained: bool = option(
         False,
-        "whether the loaded weights were trained on these pairs, and so know some of the wrong captions by heart; "
-        "their share is then estimated another way",
+        "if it is known that the loaded weights were trained on these pairs, and so know some of the wrong captions by "
+        "heart; otherwise the run finds out",
         label="The model was trained on these pairs",
     )
     proximal: float = same(InfluenceSettings, "proximal")
@@ -38,10 +41,15 @@ class MisalignmentSettings(Settings):
     seed: int = same(InfluenceSettings, "seed", help="fixes partitions and folds")
 
     def __post_init__(self) -> None:
+        old = self.detector if self.detector in RETIRED else None
+        if old:
+            self._set("detector", type(self).detector)
         super().__post_init__()
         if self.embeddings:
             self._set("model", check_embeddings(self.embeddings, self.pretrained))
-        if DETECTORS[self.detector].needs_training and not (self.fit or self.trained):
+        if old:
+            self._set("detector", old)
+        elif DETECTORS[self.detector].needs_training and not (self.fit or self.trained):
             raise EcifError(
                 f"detector={self.detector!r} tells about pairs that the model was trained on. Set fit=True, or "
                 "trained=True if the weights were trained on these pairs"

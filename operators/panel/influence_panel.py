@@ -20,6 +20,7 @@ from .state import (
     current_field,
     current_page,
     get,
+    is_misalignment,
     run_config,
     run_fields,
     run_keys,
@@ -276,20 +277,23 @@ def _choose_run(ctx: Any, key: str | None) -> None:
         _choose_field(ctx, fields[0])
 
 
+def _share(ctx: Any) -> float:
+    """What the slider starts at, in percent: the estimated noise rate, where it can be told."""
+    rate = run_results(ctx).noise_rate if is_misalignment(ctx) else None
+    return round(100 * min(0.5, rate.rate), 1) if rate is not None and rate.told else 5.0
+
+
 def _choose_field(ctx: Any, field: str) -> None:
     config = run_config(ctx)
     direction = "suspicious" if config.type == "misalignment" else "harmful"
     others = [name for name in score_table(ctx).columns if name != field]
     across = [name for name in others if name not in run_fields(ctx)]
-    share = 5.0
-    if config.type == "misalignment":
-        share = round(100 * min(0.5, run_results(ctx).noise_rate.rate), 1)
     ctx.panel.set_state(
         {
             "field": field,
             "head.field": field,
             "direction": direction,
-            "share": share,
+            "share": _share(ctx),
             "act.tag": "suspect" if direction == "suspicious" else direction,
             "other": (across or others or [None])[0],
             "first": 0,
@@ -418,8 +422,7 @@ def _learn(ctx: Any) -> None:
         f"{review.auroc_high:.2f}): how often a misaligned pair comes before an aligned one, each judged "
         "by the others.",
     )
-    ctx.panel.set_state("queue", review.proposals)
-    ctx.panel.set_state("place", 0)
+    ctx.panel.set_state({"queue": review.proposals, "place": 0, "share": _share(ctx)})
     field = f"{get(ctx, 'key')}_misalignment"
     ctx.ops.reload_dataset()
     ctx.ops.set_view(view=every_sample(ctx.dataset).exists(field).sort_by(field, reverse=True))

@@ -12,21 +12,20 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.bench.misalignment.frozen_towers import frozen_features
 from fiftyone_ecif.bench.misalignment.pairs import CleanPairs, swap_captions
+from fiftyone_ecif.bench.misalignment.pretrained import pretrained_heads
 from fiftyone_ecif.demo.training import train
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.curvature import hessian_at
@@ -39,24 +38,29 @@ from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.influence.target_losses import Contrastive
-from fiftyone_ecif.misalignment.active_learning import first_guess, propose, refit
+from fiftyone_ecif.misalignment.active_learning import propose
 from fiftyone_ecif.misalignment.detection import run_detectors
-from fiftyone_ecif.misalignment.detectors import DETECTORS, Fused
+from fiftyone_ecif.misalignment.detectors import DETECTORS, Calibrated
 from fiftyone_ecif.misalignment.duplicates import find_duplicates
-from fiftyone_ecif.misalignment.embeddings import DetectorInputs, EmbeddingSpace
-from fiftyone_ecif.misalignment.fusion import fuse, normal_scores, ranked
-from fiftyone_ecif.misalignment.neighbour_influence import neighbour_influence
-from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
+from fiftyone_ecif.misalignment.embeddings import DetectorInputs
+from fiftyone_ecif.misalignment.evidence import KINDS, Evidence
+from fiftyone_ecif.misalignment.findings import Findings
+from fiftyone_ecif.misalignment.judgement import Judgement, judge
+from fiftyone_ecif.misalignment.ranks import ranked
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.store.tables import Store
 
 Row = dict[str, Any]
 
 MODEL = "ecif-tiny"
+#: What is audited: a small model trained on the spoiled pairs, new heads on frozen towers trained on them, or a
+#: pretrained model that has never seen them.
+SCRATCH, FROZEN, PRETRAINED = "ecif-tiny from scratch", "frozen towers", "pretrained"
 #: Detectors of others, or as others would make them: what ours are held against.
 BASELINES = (
     *("clip_score", "neg_clip_loss", "lemon", "lemon_z", "deep_knn", "cross_fit"),
     *("loss", "self_influence", "loo_loss", "global_influence"),
+    *("loaded_clip_score", "loaded_neg_clip_loss"),
 )
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
 _WIDTH, _EMBEDDING, _SCALE, _PROXIMAL = 64, 32, 10.0, 0.1  # of the heads on frozen towers
@@ -76,7 +80,8 @@ class Sizes:
         steps: batches that a model is trained on, if it is trained from scratch.
         labels: numbers of reviewed pairs.
         drops: shares of the pairs that are dropped before retraining, at the highest ratio.
-        ablations: seeds in which settings of neighbour influence are varied, at the highest ratio.
+        retrained: seeds in which they are.
+        ablations: seeds in which parts of the default are left out.
         draws: of the bootstrap.
     """
 
@@ -86,12 +91,21 @@ class Sizes:
     steps: int = 400
     labels: tuple[int, ...] = (25, 50, 100, 200)
     drops: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-    ablations: int = 2
+    retrained: int = 1
+    ablations: int = 1
     draws: int = 1000
 
 
 QUICK = Sizes(
-    pairs=600, ratios=(0.2,), seeds=1, steps=150, labels=(25, 50, 100), drops=(0.0, 0.2), ablations=0, draws=200
+    pairs=600,
+    ratios=(0.2,),
+    seeds=1,
+    steps=150,
+    labels=(25, 50, 100),
+    drops=(0.0, 0.2),
+    retrained=1,
+    ablations=0,
+    draws=200,
 )
 
 
@@ -100,16 +114,16 @@ class Trained:
     """A model that was trained on spoiled pairs.
 
     Attributes:
-        inputs: the spoiled pairs and the model.
+        inputs: the spoiled pairs and the model, its heads brought to a minimum of their loss.
+        loaded: the same with the weights that are loaded.
         wrong: which are spoiled, bool, shape ``(N,)``.
-        whole: whether the towers were trained on them too, not the heads only.
         features: of the spoiled pairs, shape ``(N, w)`` each.
         test: features of clean pairs that nothing was trained on.
     """
 
     inputs: DetectorInputs
+    loaded: DetectorInputs
     wrong: np.ndarray
-    whole: bool
     features: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
@@ -117,7 +131,7 @@ class Trained:
 def run(
     data: CleanPairs,
     sizes: Sizes,
-    frozen: bool = False,
+    regime: str = SCRATCH,
     noises: Sequence[str] = (),
     report: Callable[[str], None] = lambda text: None,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
@@ -127,8 +141,7 @@ def run(
     Args:
         data: clean pairs.
         sizes: how much to measure.
-        frozen (False): whether to train heads on frozen pretrained towers, which
-            see each pair once for all noise, instead of a small model from scratch.
+        regime (SCRATCH): what is audited, or :data:`FROZEN` or :data:`PRETRAINED`.
         noises (()): kinds of noise; by default all that the pairs allow.
         report: told what is being measured.
         keep: given what is measured so far after each model, so that a run that is stopped leaves it; the
@@ -140,7 +153,8 @@ def run(
         ``recall_at_budget`` (share flagged -> share of the wrong ones found), all
         in [0, 1]; ``summary`` over seeds, with the paired bootstrap of the
         difference of each of our detectors to the best baseline; ``noise_rates``,
-        ``review``, ``review_ceiling``, ``downstream`` and ``ablation``; ``seconds``
+        with clean sets too (ratio 0), ``reliability``, ``review``, ``downstream``
+        and ``ablation``; ``seconds``
 
     Raises:
         EcifError: if the pairs do not allow a kind of noise
@@ -154,9 +168,9 @@ def run(
     if len(data.captions) > sizes.pairs:
         data = data.select(np.sort(np.random.default_rng(0).permutation(len(data.captions))[: sizes.pairs]))
     result: dict[str, Any] = {
-        name: [] for name in ("rows", "summary", "noise_rates", "review", "review_ceiling", "downstream", "ablation")
+        name: [] for name in ("rows", "summary", "noise_rates", "reliability", "review", "downstream", "ablation")
     }
-    result |= {"data": data.name, "pairs": len(data.captions), "model": "frozen towers" if frozen else MODEL}
+    result |= {"data": data.name, "pairs": len(data.captions), "model": regime}
     seen: dict[tuple[str, float], list[tuple[np.ndarray, dict[str, np.ndarray]]]] = {
         cell: [] for cell in itertools.product(noises or possible, sizes.ratios)
     }
@@ -164,31 +178,25 @@ def run(
         for (noise, ratio), found in seen.items():
             report(f"{data.name}: {noise} noise, {ratio:.0%}, seed {seed}")
             where = {"data": data.name, "noise": noise, "ratio": ratio, "seed": seed}
-            trained = _train(data, noise, ratio, seed, sizes, frozen)
-            findings = follow(run_detectors(trained.inputs, list(DETECTORS)), progress=False)
-            scores = findings.scores | {"lemon_tuned": _tuned_lemon(trained)}
+            trained = _train(data, noise, ratio, seed, sizes, regime)
+            scores, evidence, judgement = _all_scores(trained)
             wrong = trained.wrong
             found.append((wrong, scores))
             result["rows"] += [where | {"detector": name} | measure(wrong, score) for name, score in scores.items()]
-            rate = (
-                share_of_upper_mode(scores["lemon_z"])
-                if trained.whole
-                else share_that_fits_like_random(findings.share_below)
-            )
-            counts = np.unique(trained.inputs.duplicates.caption, return_inverse=True, return_counts=True)
-            result["noise_rates"].append(
-                where
-                | {"wrong": float(wrong.mean()), **rate._asdict()}
-                | {"duplicate_count_auroc": float(roc_auc_score(wrong, counts[2][counts[1]]))}
-            )
-            result["review"] += [where | row for row in _review(wrong, findings.scores, rate.rate, sizes.labels)]
-            result["review_ceiling"].append(where | _review_of_all(wrong, findings.scores))
-            if ratio == max(sizes.ratios):
+            result["noise_rates"].append(where | _rates(judgement, trained))
+            result["reliability"] += [where | row for row in reliability(judgement.probability, wrong)]
+            result["review"] += [where | row for row in _review(wrong, evidence, judgement, sizes.labels)]
+            if seed < sizes.ablations:
+                result["ablation"] += [where | row for row in _ablation(wrong, evidence, judgement)]
+            if ratio == max(sizes.ratios) and seed < sizes.retrained:
                 result["downstream"] += [where | row for row in _downstream(trained, scores, sizes.drops, seed)]
-                if seed < sizes.ablations:
-                    result["ablation"] += [where | row for row in _ablation(trained, scores)]
             result["seconds"] = round(time.perf_counter() - start, 1)
             keep(result)
+        report(f"{data.name}: clean, seed {seed}")
+        where = {"data": data.name, "noise": "none", "ratio": 0.0, "seed": seed}
+        trained = _train(data, "random", 0.0, seed, sizes, regime)
+        clean = follow(run_detectors(trained.loaded, [Calibrated.name]), progress=False)
+        result["noise_rates"].append(where | _rates(_judged(clean)[1], trained))
         result["summary"] = [
             row
             for (noise, ratio), found in seen.items()
@@ -218,6 +226,26 @@ def measure(wrong: np.ndarray, scores: np.ndarray) -> Row:
             str(budget): float(hits[: round(budget * len(hits))].sum() / flagged) for budget in BUDGETS
         },
     }
+
+
+def reliability(probability: np.ndarray, wrong: np.ndarray) -> list[Row]:
+    """How many pairs are wrong where that is said to be so probable, in tenths that are not empty."""
+    tenth = np.minimum((10 * probability).astype(int), 9)
+    return [
+        {
+            "from": number / 10,
+            "pairs": int((tenth == number).sum()),
+            "said": float(probability[tenth == number].mean()),
+            "wrong": float(wrong[tenth == number].mean()),
+        }
+        for number in np.unique(tenth)
+    ]
+
+
+def expected_calibration_error(probability: np.ndarray, wrong: np.ndarray) -> float:
+    """The mean distance of what is said from what is, over the tenths of :func:`reliability`."""
+    rows = reliability(probability, wrong)
+    return float(sum(row["pairs"] * abs(row["said"] - row["wrong"]) for row in rows) / len(wrong))
 
 
 def summarise(
@@ -274,7 +302,7 @@ def _auroc(wrong: np.ndarray, scores: np.ndarray) -> float:
     return float((ranks[wrong].sum() - count * (count + 1) / 2) / (count * (len(wrong) - count)))
 
 
-def _train(data: CleanPairs, noise: str, ratio: float, seed: int, sizes: Sizes, frozen: bool) -> Trained:
+def _train(data: CleanPairs, noise: str, ratio: float, seed: int, sizes: Sizes, regime: str) -> Trained:
     """Spoils the pairs that are not held out, trains on them and brings the heads to a minimum."""
     generator = np.random.default_rng([seed, 1])
     groups = generator.permutation(sorted(set(data.groups)))
@@ -283,18 +311,22 @@ def _train(data: CleanPairs, noise: str, ratio: float, seed: int, sizes: Sizes, 
     outside = generator.permutation([row for row, group in enumerate(data.groups) if group in away])
     pairs = data.select(inside)
     captions, wrong = swap_captions(pairs, noise, ratio, seed)
-    if not 0 < wrong.sum() < len(wrong):
+    if ratio and not 0 < wrong.sum() < len(wrong):
         raise ValueError(f"{noise} noise at {ratio:.0%} spoils {wrong.sum()} of {len(wrong)} pairs")
     clean = data.select(outside)
-    if frozen:
+    if regime != SCRATCH:
         images, texts = frozen_features(data.paths, data.captions)
         places = {caption: row for row, caption in enumerate(data.captions)}  # equal captions, equal features
         given = torch.tensor([places[caption] for caption in captions])
         rows, others = torch.tensor(inside), torch.from_numpy(outside)
-        sides = [_principal(images, images[rows]), _principal(texts, texts[given])]
+        if regime == FROZEN:
+            sides = [_principal(images, images[rows]), _principal(texts, texts[given])]
+            scope, proximal = _new_heads(seed), _PROXIMAL
+        else:
+            scope, of = pretrained_heads(images, texts, rows, data.paths[0], seed)
+            sides, proximal = list(of), 1.0
         features = sides[0][rows], sides[1][given]
         held_out = sides[0][others], sides[1][others]
-        scope, proximal = _new_heads(seed), _PROXIMAL
     else:
         with tempfile.TemporaryDirectory() as place:
             checkpoint = Path(place) / "model.pt"
@@ -306,7 +338,8 @@ def _train(data: CleanPairs, noise: str, ratio: float, seed: int, sizes: Sizes, 
     half = len(outside) // 2
     validation = held_out[0][:half], held_out[1][:half]
     inputs = _fit(scope, features, captions, validation, proximal, seed)
-    return Trained(inputs, wrong, not frozen, features, (held_out[0][half:], held_out[1][half:]))
+    loaded = replace(inputs, theta=scope.start, gradients=None, influence=None)
+    return Trained(inputs, loaded, wrong, features, (held_out[0][half:], held_out[1][half:]))
 
 
 def _scope(encoder: OpenClipEncoder) -> HeadScope:
@@ -391,54 +424,72 @@ def _tuned_lemon(trained: Trained) -> np.ndarray:
     return found
 
 
-def _review(wrong: np.ndarray, scores: Mapping[str, np.ndarray], rate: float, steps: Sequence[int]) -> list[Row]:
+def _all_scores(trained: Trained) -> tuple[dict[str, np.ndarray], Evidence, Judgement]:
+    """Of every detector on the fitted heads, of two on the loaded weights, and of the default."""
+    others = [name for name in DETECTORS if name != Calibrated.name]
+    fitted = follow(run_detectors(trained.inputs, others), progress=False)
+    names = ("clip_score", "neg_clip_loss")
+    loaded = follow(run_detectors(trained.loaded, [*names, Calibrated.name]), progress=False)
+    scores = fitted.scores | {Calibrated.name: loaded.scores[Calibrated.name], "lemon_tuned": _tuned_lemon(trained)}
+    return scores | {f"loaded_{name}": loaded.scores[name] for name in names}, *_judged(loaded)
+
+
+def _judged(found: Findings) -> tuple[Evidence, Judgement]:
+    assert found.evidence is not None
+    assert found.judgement is not None
+    return found.evidence, found.judgement
+
+
+def _rates(judgement: Judgement, trained: Trained) -> Row:
+    """What a run says of itself, and what is."""
+    wrong, rate = trained.wrong, judgement.rate
+    counts = np.unique(trained.inputs.duplicates.caption, return_inverse=True, return_counts=True)
+    counted = roc_auc_score(wrong, counts[2][counts[1]]) if wrong.any() else 0.5
+    return {
+        "wrong": float(wrong.mean()),
+        **rate._asdict(),
+        "told": float(rate.told),
+        "covered": float(rate.low <= wrong.mean() <= rate.high),
+        "calibration_error": expected_calibration_error(judgement.probability, wrong),
+        "seen": float(judgement.seen),
+        **{f"power_{kind}": judgement.power[kind] for kind in KINDS},
+        "duplicate_count_auroc": float(counted),
+    }
+
+
+def _review(wrong: np.ndarray, evidence: Evidence, judgement: Judgement, steps: Sequence[int]) -> list[Row]:
     """AUROC as more and more pairs are reviewed, chosen as the tool proposes: on the others, and on all.
 
     In the list of all pairs, as a person sees it after a review, the reviewed ones are where they belong.
     """
-    signals = _signals(scores)
-    labels = np.full(len(wrong), -1)
-    guess = probability = first_guess(scores["fused"], rate)
-    rows = []
+    labels, now, rows = np.full(len(wrong), -1), judgement, []
     for number in [step for step in steps if step < len(wrong) / 2]:
-        chosen = propose(probability, labels >= 0, number - int((labels >= 0).sum()), seed=number)
+        chosen = propose(now.probability, labels >= 0, number - int((labels >= 0).sum()), seed=number)
         labels[chosen] = wrong[chosen]
         if len(set(labels[labels >= 0])) < 2:
             continue  # nothing to learn from yet
-        probability = refit(signals, guess, labels)
+        now = judge(evidence, labels, judgement.seen)
         left = labels < 0
-        listed = np.where(left, probability, labels)
+        listed = np.where(left, now.score, np.where(labels == 1, np.inf, -np.inf))
         rows.append(
             {
                 "labels": number,
-                "auroc_all": float(roc_auc_score(wrong, listed)),
-                "auroc_all_without": float(roc_auc_score(wrong, scores["fused"])),
-                "auroc": float(roc_auc_score(wrong[left], probability[left])),
-                "auroc_without": float(roc_auc_score(wrong[left], scores["fused"][left])),
+                "auroc_all": _auroc(wrong, listed),
+                "auroc_all_without": _auroc(wrong, judgement.score),
+                "auroc": _auroc(wrong[left], now.score[left]),
+                "auroc_without": _auroc(wrong[left], judgement.score[left]),
+                "rate_error": abs(now.rate.rate - float(wrong.mean())),
+                "rate_error_without": abs(judgement.rate.rate - float(wrong.mean())),
             }
         )
     return rows
-
-
-def _signals(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a review learns from."""
-    aimed = {name for name, detector in DETECTORS.items() if detector.needs_target}
-    return {name: values for name, values in scores.items() if name not in aimed}
-
-
-def _review_of_all(wrong: np.ndarray, scores: Mapping[str, np.ndarray]) -> Row:
-    """AUROC if every pair were reviewed, each fifth judged by a plain logistic regression on the others."""
-    inputs = np.stack([normal_scores(values) for values in _signals(scores).values()], axis=1)
-    folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    judged = cross_val_predict(LogisticRegression(), inputs, wrong, cv=folds, method="predict_proba")[:, 1]
-    return {"auroc": float(roc_auc_score(wrong, judged)), "auroc_without": float(roc_auc_score(wrong, scores["fused"]))}
 
 
 def _downstream(trained: Trained, scores: Mapping[str, np.ndarray], drops: Sequence[float], seed: int) -> list[Row]:
     """Retrieval on clean held-out pairs after dropping the most suspicious pairs and training the heads again."""
     generator = np.random.default_rng([seed, 2])
     orders = {
-        "fused": scores["fused"],
+        Calibrated.name: scores[Calibrated.name],
         "clip_score": scores["clip_score"],
         "lemon_z": scores["lemon_z"],
         "random": generator.random(len(trained.wrong)),
@@ -463,33 +514,20 @@ def _recall(trained: Trained, theta: Tensor) -> float:
     return float((torch.cat(better) < 5).double().mean())
 
 
-def _ablation(trained: Trained, scores: Mapping[str, np.ndarray]) -> list[Row]:
-    """AUROC of neighbour influence in other settings, each row changing one, and of fused without a part."""
-    inputs = trained.inputs
-    assert inputs.gradients is not None
-    gradients, near = inputs.gradients, [side.rows for side in inputs.model.neighbours]
-    parts = {
-        "positive": gradients.positive,
-        "negative": gradients.negative,
-        "both roles": gradients.positive + gradients.negative,
-    }
+def _ablation(wrong: np.ndarray, evidence: Evidence, judgement: Judgement) -> list[Row]:
+    """AUROC of the default without a model and without a signal."""
+    found = []
 
-    def score(names: Sequence[str], rows: Sequence[Tensor], **options: float) -> float:
-        found = [neighbour_influence(parts[name], gradients.curvature, rows, **options) for name in names]
-        return float(roc_auc_score(trained.wrong, -np.sum(found, axis=0)))
+    def add(what: str, value: str, part: Evidence) -> None:
+        auroc = _auroc(wrong, judge(part, seen=judgement.seen).score)
+        found.append({"what": what, "value": value, "auroc": auroc})
 
-    both = ("positive", "both roles")
-    found = [{"what": "part", "value": name, "auroc": score([name], near)} for name in parts]
-    found.append({"what": "part", "value": "positive + both roles (default)", "auroc": score(both, near)})
-    for damping in (0.0, 0.1, 1.0, 10.0, 1e6):
-        value = "no curvature" if damping == 1e6 else damping
-        found.append({"what": "damping", "value": value, "auroc": score(both, near, damping=damping)})
-    for count in (5, 15, 30):
-        found.append({"what": "neighbours", "value": count, "auroc": score(both, [rows[:, :count] for rows in near])})
-    frozen = EmbeddingSpace(*trained.features, inputs.model.group)
-    rows = [side.rows for side in frozen.neighbours]
-    found.append({"what": "neighbours in", "value": "frozen features", "auroc": score(both, rows)})
-    for name in Fused.needs:
-        left = fuse({other: scores[other] for other in Fused.needs if other != name})
-        found.append({"what": "fused without", "value": name, "auroc": float(roc_auc_score(trained.wrong, left))})
+    add("all", "", evidence)
+    for what, place in (("without model", 0), ("without signal", 1)):
+        parts = [name.split(":")[place] for name in evidence.names]
+        for value in dict.fromkeys(parts):
+            kept = [column for column, part in enumerate(parts) if part != value]
+            names = tuple(evidence.names[column] for column in kept)
+            part = replace(evidence, names=names, pairs=evidence.pairs[:, kept], decoys=evidence.decoys[:, kept])
+            add(what, value, part)
     return found

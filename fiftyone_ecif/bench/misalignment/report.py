@@ -11,11 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from fiftyone_ecif.bench.tables import Row, table
-from fiftyone_ecif.misalignment.detectors import Fused
+from fiftyone_ecif.misalignment.detectors import Calibrated
 
 matplotlib.use("Agg")
 
-_DRAWN = ("fused", "neighbour_influence", "lemon_z", "neg_clip_loss", "clip_score")
+_DRAWN = ("calibrated", "lemon_tuned", "lemon", "cross_fit", "loaded_neg_clip_loss", "loaded_clip_score")
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -31,21 +31,23 @@ def markdown(result: Mapping[str, Any]) -> str:
         parts += [f"### {title} (%)", table(_by_cell(result["summary"], column))]
     parts += ["### Share of the wrong ones among the most suspicious (%)", table(_recalls(result["rows"]))]
     parts += [
-        "### Estimated noise rate, and the AUROC of counting duplicate captions (%)",
-        table(
-            _mean(result["noise_rates"], ("noise", "ratio"), ("wrong", "rate", "low", "high", "duplicate_count_auroc"))
-        ),
-        "### Review and refit: AUROC (%) on the pairs that were not reviewed, and on all",
+        "### Estimated noise rate, its interval, how often that is narrow enough to be told and covers the truth, and "
+        "the mean calibration error of the probability (%)",
+        table(_mean(result["noise_rates"], ("noise", "ratio"), _RATES)),
+        "### What runs say of themselves: AUROC (%) on decoys; how often the weights were found to know the pairs; and "
+        "the AUROC of counting duplicate captions",
+        table(_mean(result["noise_rates"], ("noise", "ratio"), _SELF_REPORT)),
+        "### How many are wrong (%) where so much is said",
+        table(_reliability(result["reliability"])),
+        "### Review: AUROC (%) on the pairs that were not reviewed, and on all, and the error of the noise rate",
         table(_mean(result["review"], ("noise", "ratio", "labels"), _REVIEW)),
-        "### If all pairs were reviewed: AUROC (%) of each fifth, judged by the others",
-        table(_mean(result["review_ceiling"], ("noise", "ratio"), ("auroc", "auroc_without"))),
         "### Recall@5 (%) on clean pairs after dropping the most suspicious and training the heads again",
         table(_mean(result["downstream"], ("noise", "by", "dropped"), ("recall_at_5",))),
     ]
     if result["ablation"]:
         parts += [
-            "### Other settings: AUROC (%)",
-            table(_mean(result["ablation"], ("noise", "what", "value"), ("auroc",))),
+            "### The default without parts of it: AUROC (%)",
+            table(_mean(result["ablation"], ("what", "value"), ("auroc",))),
         ]
     return "\n\n".join(parts) + f"\n\nSeconds: {result['seconds']:.0f}.\n"
 
@@ -90,7 +92,9 @@ def _draw_auroc(axes: Any, result: Mapping[str, Any], noise: str) -> None:
         axes.errorbar(across, up, yerr=spread, marker="o", markersize=3, label=detector)
 
 
-_REVIEW = ("auroc", "auroc_without", "auroc_all", "auroc_all_without")
+_RATES = ("wrong", "rate", "low", "high", "told", "covered", "calibration_error")
+_SELF_REPORT = ("power_random", "power_similar", "power_subtle", "seen", "duplicate_count_auroc")
+_REVIEW = ("auroc", "auroc_without", "auroc_all", "auroc_all_without", "rate_error", "rate_error_without")
 
 
 def _draw_review(axes: Any, result: Mapping[str, Any], noise: str) -> None:
@@ -149,15 +153,15 @@ def _differences(summary: Sequence[Row]) -> list[dict[str, Any]]:
             "to": f"{100 * row['difference_high']:+.1f}",
         }
         for row in summary
-        if row["detector"] == Fused.name
+        if row["detector"] == Calibrated.name
     ]
 
 
 def _recalls(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Of fused and of two baselines, by review budget."""
+    """Of the default and of two baselines, by review budget."""
     found = []
     for noise, ratio in dict.fromkeys((row["noise"], row["ratio"]) for row in rows):
-        for detector in (Fused.name, "lemon_z", "clip_score"):
+        for detector in (Calibrated.name, "lemon_z", "loaded_clip_score"):
             kept = [
                 row["recall_at_budget"]
                 for row in rows
@@ -165,6 +169,17 @@ def _recalls(rows: Sequence[Row]) -> list[dict[str, Any]]:
             ]
             shares = {f"top {float(b):.0%}": f"{100 * np.mean([each[b] for each in kept]):.1f}" for b in kept[0]}
             found.append({"noise": noise, "ratio": f"{ratio:.0%}", "detector": detector, **shares})
+    return found
+
+
+def _reliability(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """All cells together, a row for each tenth."""
+    found = []
+    for start in sorted({row["from"] for row in rows}):
+        kept = [row for row in rows if row["from"] == start]
+        pairs = sum(row["pairs"] for row in kept)
+        means = {name: sum(row[name] * row["pairs"] for row in kept) / pairs for name in ("said", "wrong")}
+        found.append({"pairs": pairs, **{name: round(100 * mean, 1) for name, mean in means.items()}})
     return found
 
 

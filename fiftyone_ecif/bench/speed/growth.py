@@ -62,10 +62,12 @@ def _score(pairs: int) -> dict[str, Any]:
     before = _resident()
     heads = scope()
     with tempfile.TemporaryDirectory(prefix="ecif-growth-") as name, fresh_cache(Path(name)):
-        batches = FeatureBatches(*synthetic(pairs, 1, Path(name)), random_partition(pairs, _BATCH, 0))
+        features, partition = synthetic(pairs, 1, Path(name)), random_partition(pairs, _BATCH, 0)
         aims = FeatureBatches(*synthetic(_TARGET, 2, Path(name)), random_partition(_TARGET, _BATCH, 0))
         target = Contrastive().make(heads, aims)
         start = time.perf_counter()
+        images, texts = (side.in_order(torch.cat(partition)) for side in features)
+        batches = FeatureBatches(images, texts, partition)
         store = Store("growth")
         store.ensure_writable()
         scores = result_of(score_pairs(store, heads, batches, {"target": target}, ScoringOptions()))

@@ -11,14 +11,15 @@ from fiftyone_ecif import EcifError
 from fiftyone_ecif.api.misalignment import compute_misalignment, tag_misaligned
 from fiftyone_ecif.demo import training
 from fiftyone_ecif.influence import fitting
-from fiftyone_ecif.misalignment.detection import reasons
 from fiftyone_ecif.misalignment.detectors import DETECTORS
+from fiftyone_ecif.misalignment.evidence import KINDS, SIGNALS
+from fiftyone_ecif.misalignment.judgement import judge
+from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.runs.diagnostics import diagnose
 from fiftyone_ecif.runs.misalignment import Misalignment, MisalignmentResults
 from fiftyone_ecif.store.tables import Store
 
-EVIDENCE = {name: detector.evidence for name, detector in DETECTORS.items() if detector.evidence}
 TRAINED = [name for name, detector in DETECTORS.items() if detector.needs_training]
 FIELDS = {"misalignment": fo.FloatField, "reason": fo.StringField, "duplicate": fo.StringField}
 
@@ -78,7 +79,7 @@ def reloaded(dataset, key="audit"):
 
 def test_everything_with_the_defaults(dataset, audit):
     train = train_of(dataset)
-    results = audit(train, detector="fused", tag="look")
+    results = audit(train, detector="calibrated", tag="look", share=0.1)
     assert isinstance(results, MisalignmentResults)
     assert results.ids == sorted(train.values("id"))
     for name, kind in FIELDS.items():
@@ -88,57 +89,63 @@ def test_everything_with_the_defaults(dataset, audit):
         assert dataset.match_tags("val").values(f"audit_{name}") == [None] * 24
     assert "audit_misalignment" in {index.split(".")[0] for index in dataset.list_indexes()}
     scores = dict(zip(*train.values(["id", "audit_misalignment"]), strict=True))
-    found = np.array([scores[sample] for sample in results.ids])
-    assert ((found > 0) & (found <= 1)).all()
-    fused = results.detector_scores()["fused"]
-    less = np.array([(fused < score).sum() + ((fused == score).sum() + 1) / 2 for score in fused])
-    np.testing.assert_allclose(found, less / 72)
+    judgement = judge(results.evidence(), seen=results.diagnostics["seen"])
+    np.testing.assert_allclose([scores[sample] for sample in results.ids], judgement.probability, rtol=1e-6)
+    assert dataset.get_field("audit_misalignment").description.startswith("Probability that")
     written = {part for reason in train.values("audit_reason") if reason for part in reason.split(", ")}
-    assert written == set(EVIDENCE.values())
+    assert written
+    assert written <= set(SIGNALS.values())
     assert None in train.values("audit_reason")
     assert train.values("audit_duplicate") == [None] * 72
 
     assert set(results.diagnostics) == {
-        *(
-            "pairs",
-            "noise_rate",
-            "trained",
-            "detectors",
-            "duplicates",
-            "relative_gradient_norm",
-            "tagged",
-            "model_notes",
-        )
+        *("pairs", "noise_rate", "power", "seen", "signals", "weights", "detectors", "duplicates"),
+        *("relative_gradient_norm", "tagged", "model_notes"),
     }
-    assert results.diagnostics["trained"] is True
-    assert set(results.diagnostics["detectors"]) == set(DETECTORS) - {"global_influence"}
-    assert results.diagnostics["relative_gradient_norm"] <= 1e-5
-    rate, low, high = results.noise_rate
-    assert 0 <= low <= rate <= high <= 1
-    count = int(np.ceil(rate * 72))
-    assert results.diagnostics["tagged"] == count == dataset.count_sample_tags().get("look", 0)
-    if count:
-        assert min(dataset.match_tags("look").values("audit_misalignment")) >= np.sort(found)[-count]
+    assert results.diagnostics["detectors"] == ["calibrated"]
+    assert set(results.diagnostics["power"]) == set(KINDS)
+    assert results.noise_rate == pytest.approx(judgement.rate)
+    assert results.diagnostics["tagged"] == 8 == dataset.count_sample_tags()["look"]
+    assert min(dataset.match_tags("look").values("audit_misalignment")) >= np.sort(judgement.probability)[-8]
 
     assert dataset.list_brain_runs(type="misalignment", method="ecif") == ["audit"]
     again = reloaded(dataset)
     assert again is not results
     assert (again.ids, again.diagnostics, again.skipped) == (results.ids, results.diagnostics, {})
     assert isinstance(dataset.get_brain_info("audit").config.build(), Misalignment)
-    for name, values in again.detector_scores().items():
-        np.testing.assert_array_equal(values, results.detector_scores()[name])
+
+
+def test_how_far_to_trust_it_is_logged(dataset, audit, caplog):
+    with caplog.at_level(logging.INFO):
+        results = audit(train_of(dataset), detector="calibrated", tag="look")
+    power = results.diagnostics["power"]
+    assert f"Of known wrong captions: random {power['random']:.2f}" in caplog.text
+    assert ("hardly found" in caplog.text) == (power["random"] < 0.7)
+    assert str(results.noise_rate) in caplog.text
+    told = results.noise_rate.told
+    assert ("Nothing was tagged" in caplog.text) != told
+    assert results.diagnostics["tagged"] == (np.ceil(72 * results.noise_rate.rate) if told else 0)
+
+
+def test_any_other_detector_gives_ranks(dataset, audit):
+    results = audit(train_of(dataset), detector="clip_score")
+    found = np.array(train_of(dataset).sort_by("id").values("audit_misalignment"))
+    np.testing.assert_allclose(np.sort(found), np.arange(1, 73) / 72)
+    assert "detector clip_score" in dataset.get_field("audit_misalignment").description
+    assert results.diagnostics["detectors"] == ["calibrated", "clip_score"]
+    assert results.noise_rate.high > 0
 
 
 def test_the_same_seed_gives_the_same_and_reads_what_is_cached(dataset, audit, encoded):
     train = train_of(dataset)
-    first = audit(train, detector="fused")
+    first = audit(train, detector="calibrated")
     assert encoded == {"image": 72, "text": 72}
-    again = audit(train, detector="fused", brain_key="again")
+    again = audit(train, detector="calibrated", brain_key="again")
     assert encoded == {"image": 72, "text": 72}
     assert again.diagnostics == first.diagnostics
     for field in FIELDS:
         assert train.values(f"audit_{field}") == train.values(f"again_{field}")
-    audit(train, detector="fused", brain_key="other", seed=1)
+    audit(train, detector="calibrated", brain_key="other", seed=1)
     assert train.values("audit_misalignment") != train.values("other_misalignment")
 
 
@@ -174,28 +181,16 @@ def test_any_script_and_duplicates_are_pairs(dataset, audit):
     paths[7] = paths[6]
     train.set_values("caption", captions)
     train.set_values("filepath", paths)
-    results = audit(train, detector="fused")
+    results = audit(train, detector="calibrated")
     assert train.values("audit_duplicate")[:9] == [None] * 4 + ["pair", "pair", "image", "image", None]
     assert results.diagnostics["duplicates"] == {"pair": 2, "image": 2, "caption": 2}
     assert np.isfinite(train.values("audit_misalignment")).all()
 
 
-def test_without_a_fit_influence_is_left_out(dataset, audit, caplog):
-    with caplog.at_level(logging.WARNING):
-        results = audit(train_of(dataset), detector="fused", fit=False)
-    assert "Influence was left out" in caplog.text
-    assert results.diagnostics["trained"] is False
-    assert not set(results.diagnostics["detectors"]) & set(TRAINED)
-    found = {part for reason in train_of(dataset).values("audit_reason") if reason for part in reason.split(", ")}
-    assert found <= set(EVIDENCE.values()) - {EVIDENCE["neighbour_influence"]}
-    assert found
-
-
-def test_a_model_that_was_trained_on_the_pairs_is_asked_for_influence(dataset, audit, caplog):
-    with caplog.at_level(logging.WARNING):
-        results = audit(train_of(dataset), detector="neighbour_influence", fit=False, trained=True)
-    assert "left out" not in caplog.text
-    assert results.diagnostics["trained"] is True
+def test_that_the_model_was_trained_on_the_pairs_can_be_said(dataset, audit):
+    results = audit(train_of(dataset), detector="neighbour_influence", fit=False, trained=True)
+    assert results.diagnostics["seen"] is True
+    assert not any(name.startswith("loaded:") for name in results.diagnostics["weights"])
     assert "neighbour_influence" in results.diagnostics["detectors"]
 
 
@@ -235,6 +230,14 @@ def test_bad_input_is_one_clear_error_before_any_work(case, dataset, audit, no_m
     assert state(dataset) == before
 
 
+def test_tags_that_cannot_be_written_are_refused_before_work(dataset, audit, no_model):
+    field = dataset.get_field("tags")
+    field.read_only = True
+    field.save()
+    with pytest.raises(EcifError, match="'tags' is read-only"):
+        audit(train_of(dataset), tag="suspect")
+
+
 def test_a_target_is_for_global_influence_only(dataset, audit, no_model):
     with pytest.raises(EcifError, match="belong together"):
         audit(train_of(dataset), target=dataset.match_tags("val"))
@@ -245,9 +248,7 @@ def test_global_influence_is_what_compute_influence_finds(dataset, audit, score)
     results = audit(train, detector="global_influence", target=val)
     score(train, val, fit=True)
     influence = dict(zip(*train.values(["id", "ecif_influence"]), strict=True))
-    np.testing.assert_allclose(
-        results.detector_scores()["global_influence"], [-influence[sample] for sample in results.ids], rtol=1e-6
-    )
+    assert set(influence) == set(results.ids)
     ordered = train.sort_by("ecif_influence").values("id")
     assert train.sort_by("audit_misalignment", reverse=True).values("id") == ordered
 
@@ -261,8 +262,11 @@ def test_tags_by_share_threshold_and_estimate(dataset, audit):
     assert tag_misaligned(results, "threshold", threshold=0.75) == 18
     assert set(dataset.match_tags("threshold").values("id")) == set(ordered[:18])
     assert tag_misaligned(results, "none", threshold=1.0) == 0
+    results.diagnostics["noise_rate"] = [0.2, 0.0, 0.5]
+    with pytest.raises(EcifError, match=r"cannot be told: 0% to 50% may be\. Give share or threshold"):
+        tag_misaligned(results, "unknown")
     for rate, count in ((0.5, 36), (0.011, 1), (0.0, 0)):
-        results.diagnostics["noise_rate"] = [rate, rate, rate]
+        results.diagnostics["noise_rate"] = list(NoiseRate(rate, rate, rate))
         assert tag_misaligned(results, f"rate{count}") == count
         assert dataset.count_sample_tags().get(f"rate{count}", 0) == count
     for limits in ({"share": 2}, {"share": 0.0}, {"share": 0.1, "threshold": 0.1}):
@@ -286,7 +290,7 @@ def test_a_taken_key_and_overwriting(dataset, audit):
     assert not stored(old)[0].exists()
     assert stored(results)[1].exists()
     with pytest.raises(EcifError, match="is gone"):
-        old.detector_scores()
+        old.evidence()
 
 
 def test_a_field_of_the_users_is_left_alone(dataset, audit, no_model):
@@ -313,7 +317,7 @@ def test_renaming_and_deleting(dataset, audit):
     dataset.rename_brain_run("audit", "better")
     assert dataset.values("better_misalignment") == values
     assert not dataset.has_sample_field("audit_misalignment")
-    assert set(reloaded(dataset, "better").detector_scores()) == set(results.diagnostics["detectors"])
+    assert reloaded(dataset, "better").evidence().names == tuple(results.diagnostics["signals"])
     results = audit(train_of(dataset), detector="clip_score", brain_key="better", overwrite=True)
     assert "detector clip_score" in dataset.get_field("better_misalignment").description
     folder = stored(results)[0]
@@ -332,7 +336,7 @@ def test_tables_that_two_runs_share_go_with_the_last_of_them(first, dataset, aud
     assert results.config.store == influence.config.store
     dataset.delete_brain_run(first)
     if first == "ecif":
-        assert len(results.detector_scores()["lemon_z"]) == 72
+        assert len(results.evidence().pairs) == 72
     else:
         assert len(influence.clip_score()) == 72
     assert stored(results)[0].exists()
@@ -340,32 +344,16 @@ def test_tables_that_two_runs_share_go_with_the_last_of_them(first, dataset, aud
     assert not stored(results)[0].exists()
 
 
-def test_reasons_name_the_strongest_first():
-    rising, falling = np.arange(10.0), np.arange(10.0)[::-1]
-    found = reasons({"clip_score": rising, "deep_knn": falling, "neighbour_influence": rising**2, "loss": falling})
-    assert found[:3] == ["neighbours disagree"] * 3
-    assert found[3:7] == [None] * 4
-    assert found[7:] == ["low similarity, harms its neighbours"] * 3
-    found = reasons({"clip_score": rising, "deep_knn": np.array([0, 1, 2, 3, 4, 5, 6, 9, 8, 7.0])})
-    assert found[7:] == [
-        *(
-            "neighbours disagree, low similarity",
-            "low similarity, neighbours disagree",
-            "low similarity, neighbours disagree",
-        )
-    ]
-
-
 def test_a_fit_that_reaches_no_minimum_does_not_stop_detection(dataset, audit, caplog, monkeypatch):
     monkeypatch.setattr(fitting, "minimise", partial(fitting.minimise, max_passes=4))
     with caplog.at_level(logging.WARNING):
-        results = audit(train_of(dataset), detector="fused", fit=True)
+        results = audit(train_of(dataset), detector="self_influence", fit=True)
     assert "The fit reached no minimum of these pairs' loss" in caplog.text
     assert results.diagnostics["relative_gradient_norm"] > 1e-3
     assert np.isfinite(train_of(dataset).values("audit_misalignment")).all()
     assert any("reached no minimum" in remark.text for remark in diagnose(results.config, results.diagnostics))
     monkeypatch.undo()
     caplog.clear()
-    better = audit(train_of(dataset), detector="fused", fit=True, proximal=10.0, overwrite=True)
+    better = audit(train_of(dataset), detector="self_influence", fit=True, proximal=10.0, overwrite=True)
     assert "The fit reached" not in caplog.text
     assert better.diagnostics["relative_gradient_norm"] <= 1e-5

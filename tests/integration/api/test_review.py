@@ -2,99 +2,24 @@
 
 import numpy as np
 import pytest
-from scipy.stats import norm, rankdata
 from sklearn.metrics import roc_auc_score
 
 from fiftyone_ecif import EcifError
 from fiftyone_ecif.api.misalignment import compute_misalignment
 from fiftyone_ecif.api.review import propose_pairs, read_labels, review_misalignment
 from fiftyone_ecif.demo import training
-from fiftyone_ecif.misalignment import active_learning
-from fiftyone_ecif.misalignment.active_learning import first_guess, propose, refit
-from fiftyone_ecif.misalignment.detectors import Fused
-from fiftyone_ecif.misalignment.fusion import fuse
-
-PAIRS, KNOWN = 600, 40
+from fiftyone_ecif.misalignment.active_learning import auroc_with_interval, propose
+from fiftyone_ecif.misalignment.judgement import judge
 
 
-def signals(seed=0):
-    """A detector that knows nothing and is trusted most, a good one, and one that has it backwards, as none does."""
-    random = np.random.default_rng(seed)
-    truth = (np.arange(PAIRS) % 4 == 0).astype(int)
-    useless, good, backwards = random.normal(size=(3, PAIRS)) + np.outer([0, 2.5, -2.5], truth)
-    labels = np.full(PAIRS, -1)
-    seen = random.permutation(PAIRS)[:KNOWN]
-    labels[seen] = truth[seen]
-    return {"useless": useless, "good": good, "backwards": backwards}, truth, labels
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_labels_mend_a_useless_detector(seed):
-    found, truth, labels = signals(seed)
-    guess = first_guess(found["useless"], 0.25)
-    rest = labels < 0
-    few = refit(found, guess, labels)
-    assert ((few > 0) & (few < 1)).all()
-    before, after = (roc_auc_score(truth[rest], values[rest]) for values in (guess, few))
-    assert before < 0.6
-    assert after > before + 0.05
-    many = np.where(np.arange(PAIRS) < 400, truth, -1)
-    probability = refit(found, guess, many)
-    assert roc_auc_score(truth[400:], probability[400:]) > 0.9
-    assert abs(probability[400:].mean() - truth[400:].mean()) < 0.05
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_signal_is_never_turned_around(seed):
-    """Among pairs that the guess is in doubt of, what it was made of speaks against itself."""
-    found, truth, _ = signals(seed)
-    guess = first_guess(found["good"], 0.25)
-    many = np.where(np.arange(PAIRS) < 400, truth, -1)
-    forward = {name: found[name] for name in ("useless", "good")}
-    np.testing.assert_allclose(refit(found, guess, many), refit(forward, guess, many), atol=1e-3)
-    doubtful = propose(guess, np.zeros(PAIRS, dtype=bool), 80)
-    few = np.full(PAIRS, -1)
-    few[doubtful] = truth[doubtful]
-    rest = few < 0
-    before, after = (roc_auc_score(truth[rest], values[rest]) for values in (guess, refit(found, guess, few)))
-    assert after > before - 0.01
-
-
-def test_nothing_is_learned_from_no_labels():
-    found, _, labels = signals()
-    guess = first_guess(found["good"], 0.25)
-    np.testing.assert_allclose(refit(found, guess, np.full_like(labels, -1)), guess)
-
-
-def test_the_fit_is_a_ridge_regression_from_the_guess():
-    """Projected gradient descent on the log odds, with matrices written out."""
-    found, _, labels = signals()
-    guess = first_guess(found["useless"], 0.25)
-    names, known = sorted(found), labels >= 0
-    rows = np.array([[norm.ppf((np.sum(found[name] <= x) - 0.5) / PAIRS) for x in found[name]] for name in names]).T
-    start = np.log(guess / (1 - guess))
-    rows = np.hstack([rows, ((start - start.mean()) / start.std())[:, None], np.ones((PAIRS, 1))])
-    penalty = np.array([active_learning._RIDGE] * (len(names) + 1) + [0.1])
-    weights = np.zeros(len(names) + 2)
-    for _ in range(5000):
-        chance = 1 / (1 + np.exp(-(start + rows @ weights)))[known]
-        weights = weights - 0.02 * (rows[known].T @ (chance - labels[known]) + penalty * weights)
-        weights[:-2] = weights[:-2].clip(min=0)
-    assert weights[names.index("backwards")] == 0
-    assert weights[names.index("good")] > 0.1
-    assert -start.std() < weights[-2] < 0  # the guess is trusted less
-    expected = 1 / (1 + np.exp(-(start + rows @ weights)))
-    np.testing.assert_allclose(refit(found, guess, labels), expected, atol=1e-3)
-
-
-def test_only_the_order_of_a_signal_matters():
-    found, _, labels = signals()
-    guess = first_guess(found["good"], 0.25)
-    stretched = {name: np.exp(3 * values) for name, values in found.items()}
-    np.testing.assert_allclose(first_guess(stretched["good"], 0.25), guess)
-    np.testing.assert_allclose(refit(stretched, guess, labels), refit(found, guess, labels))
-    constant = refit(found | {"constant": np.ones(PAIRS)}, guess, labels)
-    np.testing.assert_allclose(constant, refit(found, guess, labels), atol=1e-4)
+def test_the_interval_of_an_auroc_holds_it():
+    random = np.random.default_rng(0)
+    wrong = random.random(60) < 0.4
+    scores = random.normal(size=60) + wrong
+    auroc, low, high = auroc_with_interval(scores, wrong)
+    assert auroc == pytest.approx(roc_auc_score(wrong, scores))
+    assert 0.5 < low < auroc < high < 1
+    assert auroc_with_interval(np.array([0.0, 1.0]), np.array([False, True])) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 10, 20])
@@ -126,15 +51,6 @@ def test_no_proposals_at_all_are_an_error(count):
         propose(np.full(5, 0.5), np.zeros(5, dtype=bool), count)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4, 1.0])
-def test_the_first_guess_is_half_at_the_noise_rate(rate):
-    scores = np.random.default_rng(0).normal(size=100)
-    guess = first_guess(scores, rate)
-    assert (np.argsort(guess) == np.argsort(scores)).all()
-    wrong = round(100 * min(max(rate, 0.02), 0.5))
-    assert (guess > 0.5 + 1e-9).sum() == wrong
-
-
 @pytest.fixture
 def reviewed(dataset, made):
     """A run on the small demo set, and a function that tags some of its pairs."""
@@ -160,8 +76,7 @@ def value(dataset, sample):
 
 def test_a_review_end_to_end(dataset, reviewed):
     results, tag = reviewed
-    before = {name: values.copy() for name, values in results.detector_scores().items()}
-    reasons = dataset.values("audit_reason")
+    before, rate = results.evidence(), results.noise_rate
     wrong, right = tag(slice(0, 6), slice(0, 9))
     learned = review_misalignment(results, 12)
     assert (learned.misaligned, learned.aligned) == (6, 9)
@@ -175,17 +90,21 @@ def test_a_review_end_to_end(dataset, reviewed):
     assert len(learned.proposals) == len(set(learned.proposals)) == 12
     assert not set(learned.proposals) & {*wrong, *right}
     assert dataset.match_tags("val").values("audit_misalignment") == [None] * 24
-    assert dataset.values("audit_reason") == reasons
+    judgement = judge(results.evidence(), read_labels(results), results.diagnostics["seen"])
+    np.testing.assert_allclose([found[sample] for sample in results.ids], judgement.probability)
+    assert results.noise_rate == pytest.approx(judgement.rate)
+    assert results.noise_rate != rate
+    reasons = dict(zip(*train.values(["id", "audit_reason"]), strict=True))
+    assert [reasons[sample] for sample in results.ids] == judgement.reasons
 
-    assert dataset.get_field("audit_misalignment").description.startswith("Probability")
+    assert dataset.get_field("audit_misalignment").description.endswith("by your review")
     assert results.diagnostics["review"] == {**learned._asdict(), "proposals": 12}
     dataset.reload()
-    assert dataset.get_field("audit_misalignment").description.startswith("Probability")
+    assert dataset.get_field("audit_misalignment").description.endswith("by your review")
     again = dataset.load_brain_results("audit", cache=False)
     assert again.diagnostics == results.diagnostics
     assert again.config.reviewed
-    for name, values in again.detector_scores().items():
-        np.testing.assert_array_equal(values, before[name])
+    np.testing.assert_array_equal(again.evidence().pairs, before.pairs)
 
     expected = [value(dataset, sample) for sample in results.ids]
     assert review_misalignment(again, 12) == learned
@@ -217,7 +136,7 @@ def test_a_run_that_is_overwritten_is_not_reviewed(dataset, reviewed, made):
     assert dataset.values("audit_misalignment") == before
     assert again.config.reviewed is None
     assert dataset.get_brain_info("audit").config.reviewed is None
-    assert dataset.get_field("audit_misalignment").description.startswith("Share of the pairs")
+    assert not dataset.get_field("audit_misalignment").description.endswith("by your review")
     assert "review" not in dataset.load_brain_results("audit", cache=False).diagnostics
 
 
@@ -272,7 +191,7 @@ def test_bad_reviews_change_nothing(dataset, reviewed):
         review_misalignment(results)
     assert dataset.values("audit_misalignment") == before
     assert results.config.reviewed is None
-    assert dataset.get_field("audit_misalignment").description.startswith("Share of the pairs")
+    assert not dataset.get_field("audit_misalignment").description.endswith("by your review")
 
 
 def test_the_first_proposals_need_no_tags(dataset, reviewed):
@@ -281,8 +200,6 @@ def test_the_first_proposals_need_no_tags(dataset, reviewed):
     assert len(set(found)) == 16
     assert set(found) <= set(results.ids)
     assert propose_pairs(results, 16) == found
-    scores = results.detector_scores()
-    np.testing.assert_allclose(scores["fused"], fuse({name: scores[name] for name in Fused.needs if name in scores}))
-    edge = 1 - min(max(results.noise_rate.rate, 0.02), 0.5)
-    distance = dict(zip(results.ids, np.abs(rankdata(scores["fused"]) / 72 - edge), strict=True))
-    assert max(distance[sample] for sample in found[:12]) <= sorted(distance.values())[11] + 1e-9
+    probability = judge(results.evidence(), seen=results.diagnostics["seen"]).probability
+    doubt = dict(zip(results.ids, np.abs(probability - 0.5), strict=True))
+    assert max(doubt[sample] for sample in found[:12]) <= sorted(doubt.values())[11] + 1e-9

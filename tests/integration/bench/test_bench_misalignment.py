@@ -17,7 +17,9 @@ from fiftyone_ecif.bench.misalignment.pairs import CleanPairs, load_pairs, read_
 from fiftyone_ecif.cli.main import main
 from fiftyone_ecif.demo import scenes
 
-SMALL = Sizes(pairs=80, ratios=(0.3,), seeds=2, steps=20, labels=(10, 20), drops=(0.0,), ablations=1, draws=20)
+SMALL = Sizes(
+    pairs=80, ratios=(0.3,), seeds=2, steps=20, labels=(10, 20), drops=(0.0,), retrained=1, ablations=1, draws=20
+)
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +124,23 @@ def test_the_bootstrap_knows_a_difference_from_none():
     strong = wrong + 0.5 * generator.normal(size=400)
     rows = {
         row["detector"]: row
-        for row in summarise({}, [(wrong, {"clip_score": weak, "fused": strong, "trusted_fit": weak})], 200)
+        for row in summarise(
+            {}, [(wrong, {"clip_score": weak, "calibrated": strong, "neighbour_influence": weak})], 200
+        )
     }
-    assert rows["fused"]["difference_low"] > 0
-    assert rows["fused"]["best_baseline"] == "clip_score"
-    assert rows["trusted_fit"]["difference"] == rows["trusted_fit"]["difference_high"] == 0
-    assert rows["fused"]["difference"] == pytest.approx(rows["fused"]["auroc"] - rows["clip_score"]["auroc"])
+    assert rows["calibrated"]["difference_low"] > 0
+    assert rows["calibrated"]["best_baseline"] == "clip_score"
+    assert rows["neighbour_influence"]["difference"] == rows["neighbour_influence"]["difference_high"] == 0
+    assert rows["calibrated"]["difference"] == pytest.approx(rows["calibrated"]["auroc"] - rows["clip_score"]["auroc"])
 
 
 def test_a_run_has_a_row_for_each_detector_noise_and_seed(result):
     cells = {(row["noise"], row["seed"]) for row in result["rows"]}
     assert cells == {("random", 0), ("random", 1)}
     each = [row["detector"] for row in result["rows"] if (row["noise"], row["seed"]) == ("random", 0)]
-    assert {"fused", "neighbour_influence", "global_influence", "lemon_tuned", *misalignment.BASELINES} <= set(each)
+    assert {"calibrated", "neighbour_influence", "global_influence", "lemon_tuned", *misalignment.BASELINES} <= set(
+        each
+    )
     assert all(0 <= row[name] <= 1 for row in result["rows"] for name in ("auroc", "auprc", "f1", "p_at_10"))
     tuned = {key: row["auroc"] for row in result["rows"] if row["detector"] == "lemon_tuned" for key in [cell(row)]}
     fixed = {key: row["auroc"] for row in result["rows"] if row["detector"] == "lemon" for key in [cell(row)]}
@@ -149,7 +155,7 @@ def test_pairs_of_a_group_stay_on_one_side(folder, monkeypatch):
     inside = []
     monkeypatch.setattr(misalignment, "swap_captions", lambda pairs, *_: inside.extend(pairs.groups) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        misalignment._train(load_pairs(str(folder)), "random", 0.3, 0, SMALL, False)
+        misalignment._train(load_pairs(str(folder)), "random", 0.3, 0, SMALL, misalignment.SCRATCH)
     assert set(Counter(inside).values()) == {2}
     assert len(inside) == 140 - 2 * round(0.15 * 70)
 
@@ -160,15 +166,22 @@ def test_what_a_stopped_run_leaves_is_summed_up_seed_by_seed(result):
     assert KEPT[-1] == result
 
 
-def test_a_review_of_all_judges_each_fifth_by_the_others():
-    generator = np.random.default_rng(0)
-    wrong = generator.random(500) < 0.3
-    scores = {name: generator.normal(size=500) for name in ("fused", "told", "global_influence")}
-    assert misalignment._review_of_all(wrong, scores)["auroc"] < 0.6  # nothing to learn, and nothing is given away
-    scores["told"] += 2 * wrong
-    found = misalignment._review_of_all(wrong, scores)
-    assert found["auroc_without"] == pytest.approx(roc_auc_score(wrong, scores["fused"]))
-    assert roc_auc_score(wrong, scores["told"]) - 0.05 < found["auroc"] < 1
+def test_every_run_says_its_rate_and_how_far_it_is_off(result):
+    assert {(row["noise"], row["ratio"]) for row in result["noise_rates"]} == {("none", 0.0), ("random", 0.3)}
+    for row in result["noise_rates"]:
+        assert row["covered"] == (row["low"] <= row["wrong"] <= row["high"])
+        assert 0 <= row["calibration_error"] <= 1
+        assert 0 <= row["power_subtle"] <= 1
+
+
+def test_calibration_is_judged_by_tenths():
+    said = np.array([0.05, 0.05, 0.05, 0.05, 0.95, 0.95])
+    wrong = np.array([False, False, False, True, True, True])
+    first, last = misalignment.reliability(said, wrong)
+    assert first == {"from": 0.0, "pairs": 4, "said": pytest.approx(0.05), "wrong": 0.25}
+    assert last == {"from": 0.9, "pairs": 2, "said": pytest.approx(0.95), "wrong": 1.0}
+    found = misalignment.expected_calibration_error(said, wrong)
+    assert found == pytest.approx((4 * 0.2 + 2 * 0.05) / 6)
 
 
 def test_only_the_noise_that_is_asked_for_and_possible(monkeypatch):
@@ -192,7 +205,7 @@ def test_seeds_differ_in_noise_and_training(result):
 def test_dropping_nothing_is_the_same_for_everyone(result):
     kept = [row for row in result["downstream"] if row["dropped"] == 0 and cell(row) == ("random", 0.3, 0)]
     assert len({row["recall_at_5"] for row in kept}) == 1
-    assert {row["by"] for row in kept} == {"fused", "clip_score", "lemon_z", "random", "oracle"}
+    assert {row["by"] for row in kept} == {"calibrated", "clip_score", "lemon_z", "random", "oracle"}
 
 
 def test_the_command_prints_and_writes_the_same(ran, result):
@@ -200,7 +213,7 @@ def test_the_command_prints_and_writes_the_same(ran, result):
     assert {"data", "noise", "ratio", "seed", "detector", "auroc", "recall_at_budget"} <= set(result["rows"][0])
     assert {"auroc_sd", "detector"} <= set(result["summary"][0])
     assert json.loads((out / "result.json").read_text()) == result
-    assert "| fused |" in (out / "report.md").read_text()
+    assert "| calibrated |" in (out / "report.md").read_text()
     assert len([path for path in out.glob("*.png") if path.stat().st_size > 5000]) == 3
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from fiftyone_ecif import trace
 from fiftyone_ecif.cli.main import main
 from fiftyone_ecif.demo import demo
+from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.store.files import cache_folder
 
@@ -77,8 +78,11 @@ def test_misalignment_and_review(dataset, named):
     assert ran.exit_code == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert (found["scored"], found["skipped"], found["key"]) == (72, {}, "audit")
-    assert 0 < found["noise_rate"]["low"] <= found["noise_rate"]["high"] <= 1
-    assert found["tagged"] == len(dataset.match_tags("suspect")) == math.ceil(found["noise_rate"]["rate"] * 72)
+    rate = NoiseRate(**found["noise_rate"])
+    assert 0 <= rate.low <= rate.high <= 1
+    expected = math.ceil(rate.rate * 72) if rate.told else 0
+    assert found["tagged"] == len(dataset.match_tags("suspect")) == expected
+    assert set(found["diagnostics"]["power"]) == {"random", "similar", "subtle"}
     dataset.reload()
     assert train.count("audit_misalignment") == dataset.count("audit_misalignment") == 72
     assert dataset.get_brain_info("audit").config.fit
@@ -130,7 +134,8 @@ def test_misalignment_passes_its_options_on(dataset, named):
     assert len(scores) == 48
     above = sum(score > 0.5 for score in scores)
     assert ran.stdout.splitlines()[0] == f"Scored 48 pairs of {name!r}, skipped 0. Field: other_misalignment"
-    assert ran.stdout.splitlines()[2] == f"Tagged {above} pairs as 'odd'."
+    assert ran.stdout.splitlines()[2].startswith("Known wrong captions are found at AUROC ")
+    assert ran.stdout.splitlines()[3] == f"Tagged {above} pairs as 'odd'."
     assert len(dataset.match_tags("odd")) == above
 
     ran = invoke("misalignment", name, *model, "--key", "other")

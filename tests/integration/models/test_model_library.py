@@ -163,11 +163,9 @@ def test_its_influence_is_that_of_its_heads_on_its_features(toy, views, score):
 def test_its_misaligned_pairs_are_found(toy, views):
     train, _ = views
     results = compute_misalignment(train, model=MODEL, batch_size=24, num_workers=0)
-    assert results.diagnostics["trained"]
-    assert {"cross_fit", "self_influence", "lemon_z"} <= set(results.diagnostics["detectors"])
-    ranks = train.values("audit_misalignment")
-    assert min(ranks) >= 0
-    assert np.ptp(ranks) > 0.9
+    assert 0.5 < results.diagnostics["power"]["random"] <= 1
+    probability = train.values("audit_misalignment")
+    assert 0 <= min(probability) < max(probability) <= 1
 
 
 def test_its_edited_weights_can_be_loaded(toy, views, score, tmp_path):

@@ -53,14 +53,13 @@ def test_of_a_target():
     assert preparation._target_name("all", KEYS, measured) == "target-e4681c5de378d55399e2ed5043bbdcbe"
 
 
-def test_of_the_scores_of_detectors():
+def test_of_the_evidence_of_an_audit():
     written = []
     store = SimpleNamespace(table=lambda name: SimpleNamespace(write=lambda *rows: written.append((name, *rows))))
-    findings = SimpleNamespace(scores={"lemon_z": np.zeros(2), "deep_knn": np.ones(2)})
-    settings, prepared = SimpleNamespace(trained=True), SimpleNamespace(targets={"target-1": None})
-    name = misalignment._write_scores(store, settings, prepared, findings)
-    assert name == "detectors-55d55737e8c003d67eba67d925068927"
-    assert written == [(name, "0", findings.scores)]
+    evidence = SimpleNamespace(names=("loaded:distance",), tables=lambda: {"pairs": {"fold": np.zeros(2)}})
+    name = misalignment._write_evidence(store, SimpleNamespace(trained=True), evidence)
+    assert name == "evidence-12ba97904625dec73eb8aeb12a29a523"
+    assert [row[:2] for row in written] == [(name, "pairs")]
 
 
 def test_of_the_state_of_a_fit(monkeypatch):

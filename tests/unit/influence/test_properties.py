@@ -25,9 +25,8 @@ from fiftyone_ecif.influence.newton_step import group_gradient
 from fiftyone_ecif.influence.objective import ContrastiveLoss, partition_without, random_partition
 from fiftyone_ecif.influence.tower_gradients import truncated_gradients
 from fiftyone_ecif.misalignment import neighbours
-from fiftyone_ecif.misalignment.detectors import Fused
-from fiftyone_ecif.misalignment.fusion import fuse, ranked
 from fiftyone_ecif.misalignment.neighbours import nearest
+from fiftyone_ecif.misalignment.ranks import ranked
 from fiftyone_ecif.models.tower_scope import TowerScope
 
 LOSSES = {"softmax": (SoftmaxLoss(), 0.0), "sigmoid": (SigmoidLoss(), -2.0)}
@@ -332,19 +331,3 @@ def test_ranks_count_what_is_below(values):
     expected = [(np.sum(scores < score) + (np.sum(scores == score) + 1) / 2) / len(scores) for score in scores]
     np.testing.assert_allclose(ranked(scores), expected)
     np.testing.assert_allclose(ranked(np.exp(scores)), expected)
-
-
-@cases(60)
-@given(st.data(), st.integers(1, 20), seeds)
-def test_fusing_asks_only_for_the_order_of_each_score(data, pairs, seed):
-    random = np.random.default_rng(seed)
-    scores = {name: random.normal(size=pairs) for name in Fused.needs[: data.draw(st.integers(1, len(Fused.needs)))]}
-    fused = fuse(scores)
-    assert ((fused > 0) & (fused <= 1)).all()
-    np.testing.assert_allclose(fuse({name: 3 * values**3 + 1 for name, values in scores.items()}), fused)
-    order = random.permutation(pairs)
-    np.testing.assert_allclose(fuse({name: values[order] for name, values in scores.items()}), fused[order])
-    everywhere = data.draw(st.integers(0, pairs - 1))
-    for values in scores.values():
-        values[everywhere] = values.max() + 1
-    assert fuse(scores).argmax() == everywhere

@@ -1,72 +1,80 @@
-"""Estimates of the noise rate on mixtures whose rate is known."""
+"""The share of wrong pairs from decoys, where it is known."""
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
-from fiftyone_ecif.misalignment.noise_rate import share_of_upper_mode, share_that_fits_like_random
+from fiftyone_ecif.misalignment.noise_rate import TOO_WIDE, Mixture, NoiseRate
 
-
-def shares(rate, pairs, seed=0):
-    """What misaligned and aligned pairs look like: uniform, and near one."""
-    random = np.random.default_rng(seed)
-    wrong = random.random(pairs) < rate
-    return np.where(wrong, random.random(pairs), random.beta(30, 1, pairs))
+APART = 3.0
+PRIOR = (0.8, 0.15, 0.05)
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.2, 0.4, 0.9])
-def test_the_share_of_uniform_values_is_found(rate):
-    found = [share_that_fits_like_random(shares(rate, 4000, seed)) for seed in range(20)]
-    assert np.mean([one.rate for one in found]) == pytest.approx(rate, abs=0.02)
-    assert np.mean([one.low <= rate <= one.high for one in found]) >= 0.8  # of 95 %
-    assert all(0 <= one.low <= one.rate <= one.high <= 1 for one in found)
+def scores(rate, pairs=3000, seed=0, apart=APART):
+    """Log odds of normal scores, right pairs around 0 and wrong ones around ``apart``."""
+    generator = np.random.default_rng(seed)
+    wrong = generator.random(pairs) < rate
+    found = generator.normal(size=pairs) + apart * wrong
+    decoys = [generator.normal(size=pairs) + apart * nearer for nearer in (1.0, 0.8, 0.6)]
+    return found, wrong, decoys
 
 
-def test_the_interval_narrows_with_more_pairs():
-    widths = [one.high - one.low for one in (share_that_fits_like_random(shares(0.3, n)) for n in (200, 20_000))]
-    assert widths[1] < widths[0] / 5
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.2, 0.4])
+def test_the_interval_holds_the_truth_and_the_rate_is_near_it(rate):
+    for seed in range(3):
+        found, wrong, decoys = scores(rate, seed=seed)
+        told = Mixture(found, decoys, PRIOR).rate
+        assert told.low <= wrong.mean() <= told.high
+        assert abs(told.rate - wrong.mean()) < 0.03 + 0.2 * rate
 
 
-def test_no_noise_is_about_none():
-    assert share_that_fits_like_random(shares(0, 4000)).high < 0.03
-    few = share_that_fits_like_random(np.ones(10))
-    assert few[:2] == (0, 0)
-    assert few.high > 0.5  # ten pairs do not tell
+def test_the_probability_is_bayes_where_the_decoys_are_what_is_wrong():
+    found, wrong, decoys = scores(0.2, pairs=20_000)
+    mixture = Mixture(found, decoys, (1.0, 0.0, 0.0))
+    density = 0.2 * norm.pdf(found - APART)
+    expected = density / (density + 0.8 * norm.pdf(found))
+    np.testing.assert_allclose(mixture.probability(found), expected, atol=0.1)
+    assert abs(mixture.probability(found).mean() - wrong.mean()) < 0.02
 
 
-def test_nothing_but_noise_is_all_and_no_more():
-    assert share_that_fits_like_random(np.zeros(10)) == (1, 1, 1)
-    found = share_that_fits_like_random(shares(1, 4000))
-    assert found.rate > 0.85
-    assert found.high <= 1
+def test_the_probability_rises_with_the_score():
+    found, _, decoys = scores(0.2)
+    probability = Mixture(found, decoys, PRIOR).probability(np.sort(found))
+    assert (np.diff(probability) >= 0).all()
+    assert 0 <= probability.min() < probability.max() <= 1
 
 
-def test_a_seed_fixes_the_interval():
-    scores = np.random.default_rng(0).normal(size=300)
-    assert share_of_upper_mode(scores, 3) == share_of_upper_mode(scores, 3)
+def test_where_decoys_look_like_pairs_nothing_is_told():
+    found, _, decoys = scores(0.2, pairs=300, apart=0.2)
+    told = Mixture(found, decoys, PRIOR).rate
+    assert not told.told
+    assert "cannot be told" in str(told)
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.4, 0.7])
-def test_the_weight_of_the_upper_of_two_clear_modes_is_found(rate):
-    random = np.random.default_rng(0)
-    wrong = random.random(1500) < rate
-    scores = np.where(wrong, random.normal(5, 1, 1500), random.normal(-5, 1, 1500))
-    found = share_of_upper_mode(scores)
-    assert found.rate == pytest.approx(wrong.mean(), abs=0.01)
-    assert found.low <= wrong.mean() <= found.high
-    assert found.high - found.low < 0.1
-    lower = share_of_upper_mode(-scores)
-    assert lower.rate == pytest.approx(1 - wrong.mean(), abs=0.01)
+def test_labels_narrow_it_down_however_they_were_chosen():
+    found, wrong, decoys = scores(0.4, pairs=400, apart=1.5)
+    mixture = Mixture(found, decoys, PRIOR)
+    before = mixture.rate
+    chosen = np.argsort(np.abs(mixture.probability(found) - 0.5))[:100]
+    mixture.learn(found[chosen], wrong[chosen])
+    after = mixture.rate
+    assert after.high - after.low < 0.8 * (before.high - before.low)
+    assert after.low <= 0.4 <= after.high
 
 
-def test_a_part_of_many_pairs_is_enough():
-    random = np.random.default_rng(0)
-    scores = np.concatenate([random.normal(5, 1, 3000), random.normal(-5, 1, 9000)])
-    assert share_of_upper_mode(scores).rate == pytest.approx(0.25, abs=0.03)
+def test_no_labels_change_nothing():
+    found, _, decoys = scores(0.2)
+    mixture = Mixture(found, decoys, PRIOR)
+    before = mixture.rate
+    mixture.learn(np.empty(0), np.empty(0, dtype=bool))
+    assert mixture.rate == pytest.approx(before)
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_a_handful_of_scores_or_equal_ones_is_no_error():
-    for scores in (np.array([0.0, 1.0]), np.zeros(40)):
-        rate, low, high = share_of_upper_mode(scores)
-        assert 0 <= low <= high <= 1
-        assert 0 <= rate <= 1
+def test_scores_that_do_not_vary_are_no_error():
+    told = Mixture(np.ones(20), [np.ones(20)] * 3, PRIOR).rate
+    assert 0 <= told.low <= told.rate <= told.high <= 1
+
+
+def test_it_says_what_it_means():
+    assert str(NoiseRate(0.2, 0.1, 0.3)) == "About 20% of the captions are wrong (10% to 30%)"
+    assert not NoiseRate(0.2, 0.0, TOO_WIDE).told

@@ -64,7 +64,7 @@ def test_what_cannot_be_is_refused_with_what_can(options, message):
 
 
 def test_an_unknown_detector_is_refused_with_what_is_known():
-    with pytest.raises(EcifError, match=r"detector='guess' is not available. Use one of fused, clip_score"):
+    with pytest.raises(EcifError, match=r"detector='guess' is not available. Use one of calibrated, clip_score"):
         MisalignmentSettings(detector="guess")
 
 

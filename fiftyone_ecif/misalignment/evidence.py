@@ -1,0 +1,72 @@
+"""What speaks against pairs, and against decoys: pairs that are known to be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: Models that pairs are seen by: the weights as loaded, heads fitted without the pair from there, heads in closed
+#: form without the pair, and the features that all of them start from.
+LOADED, FITTED, CANONICAL, FEATURES = "loaded", "fitted", "canonical", "features"
+#: Signals of a model that compares images with captions, and what they say in a curator's words.
+SIGNALS = {
+    "distance": "image and caption are far apart",
+    "competition": "other images or captions fit better",
+    "margin": "other images or captions fit better",
+    "image_agreement": "images like it have other captions",
+    "caption_agreement": "captions like it have other images",
+    "image_influence": "training on it hurts pairs like it",
+    "caption_influence": "training on it hurts pairs like it",
+}
+#: Those of features alone, which need no model that compares the two.
+FEATURE_SIGNALS = ("image_agreement", "caption_agreement")
+#: Decoys by how like the wrong caption is to the right one.
+KINDS = ("random", "similar", "subtle")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Signals of pairs and of decoys.
+
+    Attributes:
+        names: ``model:signal`` of each column.
+        pairs: shape ``(N, S)``, float32, higher = more suspicious.
+        decoys: likewise, shape ``(M, S)``.
+        kind: of each decoy, a place in :data:`KINDS`; shape ``(M,)``.
+        fold: of each pair: signals of fitted and canonical heads are by heads made without it. Shape ``(N,)``.
+        decoy_fold: of each decoy, likewise.
+        sampled: which pairs the decoys stand beside; all, unless they are very many. Bool, shape ``(N,)``.
+    """
+
+    names: tuple[str, ...]
+    pairs: np.ndarray
+    decoys: np.ndarray
+    kind: np.ndarray
+    fold: np.ndarray
+    decoy_fold: np.ndarray
+    sampled: np.ndarray
+
+    def tables(self) -> dict[str, dict[str, np.ndarray]]:
+        """Columns of pairs and of decoys, from which :meth:`from_tables` makes it again."""
+        pairs, decoys = (dict(zip(self.names, rows.T, strict=True)) for rows in (self.pairs, self.decoys))
+        return {
+            "pairs": {**pairs, "fold": self.fold, "sampled": self.sampled},
+            "decoys": {**decoys, "fold": self.decoy_fold, "kind": self.kind},
+        }
+
+    @classmethod
+    def from_tables(cls, names: Sequence[str], pairs: Mapping[str, Any], decoys: Mapping[str, Any]) -> Evidence:
+        """What :meth:`tables` gave."""
+        of_pairs, of_decoys = (np.stack([table[name] for name in names], axis=1) for table in (pairs, decoys))
+        return cls(
+            tuple(names),
+            of_pairs,
+            of_decoys,
+            decoys["kind"],
+            pairs["fold"],
+            decoys["fold"],
+            pairs["sampled"].astype(bool),
+        )

@@ -1,0 +1,161 @@
+"""Drawing decoys, and measuring them as the pairs are."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.fitting import minimise
+from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
+from fiftyone_ecif.misalignment.canonical import canonical_heads
+from fiftyone_ecif.misalignment.decoys import draw_decoys
+from fiftyone_ecif.misalignment.embeddings import DetectorInputs
+from fiftyone_ecif.misalignment.evidence import (
+    CANONICAL,
+    FEATURE_SIGNALS,
+    FEATURES,
+    FITTED,
+    KINDS,
+    LOADED,
+    SIGNALS,
+    Evidence,
+)
+from fiftyone_ecif.misalignment.judgement import judge
+from fiftyone_ecif.misalignment.neighbours import nearest
+from fiftyone_ecif.misalignment.signals import NEAR, PairSpace, Surroundings, feature_agreement
+from fiftyone_ecif.progress import Progress
+
+_FOLDS = 5
+_REFERENCES = 1024
+_DECOYED = 10_000  # pairs that get decoys, at most
+_FITTED = 20_000  # pairs that heads are made from, at most
+_TOLERANCE, _PASSES = 1e-3, 500  # relative gradient norm of a fit, and its gradients and products at most
+_RIDGE = 0.3  # of canonical heads
+_TRUSTED = 0.6  # share of the pairs, the least suspicious, that canonical heads are made of once there is a first score
+_ENOUGH = 10  # how many of these there must be for each feature
+_CANONICAL_SCALE = 10.0  # of their cosines in a softmax
+
+
+def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidence]:
+    """Draws decoys and measures them and all pairs.
+
+    Two neighbour searches, five fits of the heads and five or ten decompositions, whatever the number of decoys. Where
+    there are many pairs to a feature, heads in closed form are made again, without those that are suspicious by then.
+
+    Args:
+        inputs: the pairs and the model; its start is what the weights are as loaded.
+
+    Raises:
+        EcifError: if a pair has no possible neighbour, or there are not enough different captions to make decoys of
+    """
+    images, texts = (side[:].float() for side in (inputs.batches.images, inputs.batches.texts))
+    pairs, generator = len(images), torch.Generator().manual_seed(inputs.seed)
+    copies = torch.from_numpy(inputs.duplicates.pair)
+    groups = int(copies.max()) + 1
+    folds = max(min(_FOLDS, groups // 2), 1)  # of two pairs at least, so that decoys can be made of them
+    fold = torch.randperm(groups, generator=generator)[copies] % folds
+    sampled = torch.randperm(pairs, generator=generator)[:_DECOYED].sort().values
+    same_image, same_caption = (torch.from_numpy(side) for side in (inputs.duplicates.image, inputs.duplicates.caption))
+    decoys = draw_decoys(texts, fold, same_caption, sampled, inputs.seed)
+    if len(np.unique(decoys.kind)) < len(KINDS):
+        raise EcifError(f"All {pairs} captions are the same, or nearly all: none can be told to be wrong")
+    yield Progress("Comparing pairs", 0, 3)
+    features = [normalize(side - side.mean(0), dim=1) for side in (images, texts)]
+    near = [nearest(side, NEAR + 1, copies, inputs.device).rows for side in features]
+    references = torch.randperm(pairs, generator=generator)[:_REFERENCES]
+    around = Surroundings(near[0], near[1], references, same_image, same_caption)
+    everything = torch.arange(pairs)
+    image, caption = torch.cat([everything, decoys.image]), torch.cat([everything, decoys.caption])
+
+    yield Progress("Comparing pairs", 1, 3)
+    columns = {FEATURES: feature_agreement(features[0], features[1], around, (image, caption))}
+    del features
+    yield Progress("Comparing pairs", 2, 3)
+    scope = inputs.objective.scope
+    loaded = PairSpace(*inputs.embeddings(scope.start), _scale(inputs, scope.start), around, inputs.device)
+    columns[LOADED] = loaded.measure(image, caption)
+    del loaded
+    yield Progress("Comparing pairs", 3, 3)
+    of = fold[image]
+    columns[FITTED] = np.empty((len(image), len(SIGNALS)), dtype=np.float32)
+    for number in range(folds):
+        held, others = torch.nonzero(of == number).flatten(), torch.nonzero(fold != number).flatten()
+        others = others[torch.randperm(len(others), generator=generator)[:_FITTED]] if len(others) else everything
+        theta = yield from _fit(inputs, others, number, folds)
+        space = PairSpace(*inputs.embeddings(theta), _scale(inputs, theta), around, inputs.device)
+        columns[FITTED][held] = space.measure(image[held], caption[held])
+    yield Progress("Refitting", folds, folds)
+
+    def finish(canonical: np.ndarray) -> Evidence:
+        table = np.concatenate([*columns.values(), canonical], axis=1)
+        beside = np.zeros(pairs, dtype=bool)
+        beside[sampled] = True
+        return Evidence(names, table[:pairs], table[pairs:], decoys.kind, fold.numpy(), of[pairs:].numpy(), beside)
+
+    names = (
+        *(f"{FEATURES}:{name}" for name in FEATURE_SIGNALS),
+        *(f"{model}:{name}" for model in (LOADED, FITTED, CANONICAL) for name in SIGNALS),
+    )
+    parts = (image, caption), fold, around, inputs.device
+    found = finish((yield from _canonical((images, texts), everything, *parts)))
+    if _TRUSTED * pairs < _ENOUGH * max(images.shape[1], texts.shape[1]):
+        return found  # there are too few pairs to leave any out
+    score = judge(found, seen=True if inputs.trained else None).score
+    trusted = torch.from_numpy(np.argsort(score, kind="stable")[: round(_TRUSTED * pairs)]).sort().values
+    return finish((yield from _canonical((images, texts), trusted, *parts)))
+
+
+def _canonical(
+    features: tuple[Tensor, Tensor],
+    usable: Tensor,
+    measured: tuple[Tensor, Tensor],
+    fold: Tensor,
+    around: Surroundings,
+    device: str,
+) -> Generator[Progress, None, np.ndarray]:
+    """Signals of pairs and decoys by heads in closed form, each fold's by heads made of other folds.
+
+    Args:
+        features: of images and of captions, shape ``(N, w)`` each.
+        usable: rows that heads may be made of.
+        measured: rows of images and of captions.
+        fold: of each row.
+        around: what pairs are compared with.
+        device: where.
+    """
+    of, folds = fold[measured[0]], int(fold.max()) + 1
+    found = np.empty((len(of), len(SIGNALS)), dtype=np.float32)
+    for number in range(folds):
+        held = torch.nonzero(of == number).flatten()
+        others = usable[fold[usable] != number] if folds > 1 else usable
+        others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(number))[:_FITTED]]
+        heads = canonical_heads(features[0][others], features[1][others], _RIDGE)
+        space = PairSpace(*heads.embed(*features), _CANONICAL_SCALE, around, device)
+        found[held] = space.measure(measured[0][held], measured[1][held])
+        yield Progress("Comparing pairs again", number + 1, folds)
+    return found
+
+
+def _scale(inputs: DetectorInputs, theta: Tensor) -> float:
+    """What the model multiplies cosines with."""
+    zero, one = inputs.objective.scope.logits(theta, torch.tensor([0.0, 1.0]).to(theta))
+    return float(one - zero)
+
+
+def _fit(inputs: DetectorInputs, rows: Tensor, number: int, folds: int) -> Generator[Progress, None, Tensor]:
+    """Heads fitted to some pairs, from the weights as loaded; one that is not at a minimum yet will do."""
+    objective, batches = inputs.objective, inputs.batches
+    size = max(len(batch) for batch in batches.partition)
+    parts = [rows[part] for part in random_partition(len(rows), size, inputs.seed)]
+    part = ContrastiveLoss(objective.scope, batches.regrouped(parts), len(rows), objective.proximal)
+    theta = objective.scope.start
+    with suppress(EcifError):
+        for theta, _ in minimise(part, _TOLERANCE, _PASSES):  # noqa: B007
+            yield Progress("Refitting", number, folds)
+    return theta

@@ -1,0 +1,154 @@
+"""What is made of evidence: how suspicious each pair is, how probably it is wrong, and how far to trust that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fiftyone_ecif.misalignment.calibration import NormalScores, fit_weights
+from fiftyone_ecif.misalignment.evidence import CANONICAL, FEATURES, KINDS, LOADED, SIGNALS, Evidence
+from fiftyone_ecif.misalignment.noise_rate import Mixture, NoiseRate
+
+#: AUROC on decoys from which on a run can be trusted.
+TRUSTED = 0.7
+_PRIOR = (0.8, 0.15, 0.05)  # of each kind of mistakes
+_LABEL = 1 / 200  # how much a pair counts that a person judged, all decoys together being one
+_KNOWN = 0.5  # share of the wrong pairs that heads made without them see, below which the loaded weights know them
+_CLEAR = 0.3  # log odds from which evidence is worth a word
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is made of evidence.
+
+    Attributes:
+        score: log odds that a pair looks like a decoy, higher = more suspicious, shape ``(N,)``.
+        probability: that it is misaligned, rising with the score, shape ``(N,)``.
+        rate: how many are.
+        power: AUROC at which decoys of each kind are told from right pairs; see
+            :data:`fiftyone_ecif.misalignment.evidence.KINDS`.
+        seen: whether the loaded weights know the pairs, so that what they say was left out.
+        weights: by signal, means over folds.
+        reasons: what speaks against each pair, the strongest first; None where nothing does.
+    """
+
+    score: np.ndarray
+    probability: np.ndarray
+    rate: NoiseRate
+    power: dict[str, float]
+    seen: bool
+    weights: dict[str, float]
+    reasons: list[str | None]
+
+
+def judge(evidence: Evidence, labels: np.ndarray | None = None, seen: bool | None = None) -> Judgement:
+    """Learns from decoys, and from what a person said, how to weigh signals, and applies it.
+
+    Each pair is judged by weights that were learned without its fold.
+
+    Args:
+        evidence: of pairs and decoys.
+        labels (None): 0 = aligned, 1 = misaligned, -1 = not known, shape ``(N,)``.
+        seen (None): whether the loaded weights were trained on the pairs; by default that is found out.
+    """
+    labels = np.full(len(evidence.pairs), -1) if labels is None else labels
+    if seen is None:
+        seen = _has_seen(evidence)
+    used = [
+        column for column, name in enumerate(evidence.names) if not seen or name.split(":")[0] in (CANONICAL, FEATURES)
+    ]
+    weighed = _weigh(evidence, used, labels)
+    mixture = Mixture(weighed.pairs[evidence.sampled], _by_kind(weighed.decoys, evidence.kind), _PRIOR)
+    known = labels >= 0
+    mixture.learn(weighed.pairs[known], labels[known] == 1)
+    probability = mixture.probability(weighed.pairs)
+    probability[known] = labels[known]
+    right = 1 - probability[evidence.sampled]
+    power = {
+        name: _weighted_auroc(weighed.pairs[evidence.sampled], right, decoys)
+        for name, decoys in zip(KINDS, _by_kind(weighed.decoys, evidence.kind), strict=True)
+    }
+    names = [evidence.names[column] for column in used]
+    return Judgement(
+        weighed.pairs,
+        probability,
+        mixture.rate,
+        power,
+        seen,
+        dict(zip(names, weighed.weights.tolist(), strict=True)),
+        _reasons(weighed, names),
+    )
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    pairs: np.ndarray  # scores
+    decoys: np.ndarray
+    inputs: np.ndarray  # normal scores of the pairs
+    weights: np.ndarray
+
+
+def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray) -> _Weighed:
+    """Scores of pairs and decoys, each fold by weights from the others."""
+    pairs, decoys = evidence.pairs[:, used], evidence.decoys[:, used]
+    normal = NormalScores(np.concatenate([pairs[evidence.sampled], decoys]))
+    pairs, decoys = normal(pairs), normal(decoys)
+    taken = evidence.sampled | (labels >= 0)
+    share = np.where(labels >= 0, _LABEL, 1 / evidence.sampled.sum())[taken]
+    kinds = np.bincount(evidence.kind)
+    decoy_share = 1 / len(kinds) / kinds[evidence.kind]
+    inputs, wrong = np.concatenate([pairs[taken], decoys]), np.concatenate([labels[taken] == 1, np.ones(len(decoys))])
+    share, fold = np.concatenate([share, decoy_share]), np.concatenate([evidence.fold[taken], evidence.decoy_fold])
+    scores, decoy_scores, found = np.zeros(len(pairs)), np.zeros(len(decoys)), []
+    for number in np.unique(evidence.fold):
+        others = fold != number if (fold != number).any() else np.full(len(fold), True)
+        weights = fit_weights(inputs[others], wrong[others], share[others])
+        for rows, side, into in (
+            (evidence.fold == number, pairs, scores),
+            (evidence.decoy_fold == number, decoys, decoy_scores),
+        ):
+            into[rows] = side[rows] @ weights[:-1] + weights[-1]
+        found.append(weights[:-1])
+    return _Weighed(scores, decoy_scores, pairs, np.mean(found, axis=0))
+
+
+def _has_seen(evidence: Evidence) -> bool:
+    """Whether the loaded weights know the pairs by heart.
+
+    To weights that were trained on them wrong pairs look right, while decoys look wrong: they
+    see fewer wrong pairs than heads that were made without the pair, if those see any.
+    """
+    nothing, rates = np.full(len(evidence.pairs), -1), []
+    random = evidence.kind == KINDS.index("random")
+    for models in ((LOADED,), (CANONICAL, FEATURES)):
+        used = [column for column, name in enumerate(evidence.names) if name.split(":")[0] in models]
+        weighed = _weigh(evidence, used, nothing)
+        rates.append(Mixture(weighed.pairs[evidence.sampled], [weighed.decoys[random]], [1.0]).rate)
+    loaded, held_out = rates
+    return held_out.low > 0 and loaded.rate < _KNOWN * held_out.rate
+
+
+def _by_kind(values: np.ndarray, kind: np.ndarray) -> list[np.ndarray]:
+    return [values[kind == number] for number in range(len(KINDS))]
+
+
+def _weighted_auroc(scores: np.ndarray, weights: np.ndarray, above: np.ndarray) -> float:
+    """How often one of ``above`` has a higher score than a weighted one, ties counting half."""
+    order = np.argsort(scores, kind="stable")
+    below = np.append(0.0, np.cumsum(weights[order]))
+    places = [np.searchsorted(scores[order], above, side) for side in ("left", "right")]
+    return float((below[places[0]] + below[places[1]]).mean() / 2 / below[-1])
+
+
+def _reasons(weighed: _Weighed, names: Sequence[str]) -> list[str | None]:
+    """The words for the weighted signals, those with the same words added up."""
+    words = [SIGNALS[name.split(":")[1]] for name in names]
+    said = list(dict.fromkeys(words))
+    groups = np.array([[word == each for each in said] for word in words], dtype=np.float32)
+    found = []
+    for row in (weighed.inputs * weighed.weights) @ groups:
+        order = [place for place in np.argsort(-row, kind="stable") if row[place] >= _CLEAR]
+        found.append(", ".join(said[place] for place in order) or None)
+    return found
