@@ -25,6 +25,7 @@ STAGES = (
     "Scoring",
     "Comparing pairs",
     "Refitting",
+    "Comparing pairs again",
     "Writing fields",
 )
 

@@ -1,7 +1,6 @@
 """Finding misaligned pairs on a real FiftyOne dataset: fields, runs, tags, cache and bad input."""
 
 import logging
-from functools import partial
 
 import fiftyone as fo
 import numpy as np
@@ -345,7 +344,8 @@ def test_tables_that_two_runs_share_go_with_the_last_of_them(first, dataset, aud
 
 
 def test_a_fit_that_reaches_no_minimum_does_not_stop_detection(dataset, audit, caplog, monkeypatch):
-    monkeypatch.setattr(fitting, "minimise", partial(fitting.minimise, max_passes=4))
+    minimise = fitting.minimise
+    monkeypatch.setattr(fitting, "minimise", lambda objective, tolerance, *_: minimise(objective, tolerance, 4))
     with caplog.at_level(logging.WARNING):
         results = audit(train_of(dataset), detector="self_influence", fit=True)
     assert "The fit reached no minimum of these pairs' loss" in caplog.text

@@ -14,6 +14,7 @@ from fiftyone_ecif.bench.fidelity import world
 from fiftyone_ecif.bench.misalignment.frozen_towers import frozen_features
 from fiftyone_ecif.demo import demo
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
+from fiftyone_ecif.models.projection_heads import Head
 from fiftyone_ecif.settings.fine_tuning import FitSettings
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.store.keys import PairKey, pair_key
@@ -84,8 +85,14 @@ def test_of_a_model(half, fingerprint, monkeypatch):
     with torch.no_grad():
         model.weight.copy_(torch.arange(6).view(2, 3))
         model.bias.zero_()
-    encoder = SimpleNamespace(model=model, tokenizer=SimpleNamespace(context_length=77), _half=half)
+    heads = {
+        "image": Head("visual.proj", None, False, False, 2),
+        "text": Head("text.text_projection.weight", "text.text_projection.bias", True, False, 2),
+    }
+    encoder = SimpleNamespace(model=model, heads=heads, tokenizer=SimpleNamespace(context_length=77), _half=half)
     assert OpenClipEncoder._fingerprint(encoder, "no model of open_clip") == fingerprint
+    heads["image"] = Head("visual.trunk.head.weight", None, True, False, 2)  # of which the first version knew nothing
+    assert OpenClipEncoder._fingerprint(encoder, "no model of open_clip") != fingerprint
 
 
 def test_of_the_folders_of_the_demo_and_of_the_benchmarks(monkeypatch, tmp_path):
