@@ -72,11 +72,11 @@ class DetectMisalignment(JobOperator):
             ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_misalignment, KEY_reason, KEY_duplicate"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, MisalignmentConfig())
+        ask_option(inputs, ctx, MisalignmentSettings, "trained")
         _ask_tag(inputs, ctx)
         if advanced(inputs, ctx):
             _ask_detector(inputs, ctx, samples)
-            for name in ("fit", "trained"):
-                ask_option(inputs, ctx, MisalignmentSettings, name)
+            ask_option(inputs, ctx, MisalignmentSettings, "fit")
             ask_fit_and_batches(inputs, ctx, MisalignmentSettings)
         ask_background(inputs)
 
@@ -167,7 +167,7 @@ def _ask_detector(inputs: Any, ctx: Any, samples: Any) -> None:
     asked = ask_option(inputs, ctx, MisalignmentSettings, "detector", choices=offered, description=None)
     detector = _detector(ctx.params)
     if detector.needs_training and not _knows_the_pairs(ctx):
-        refuse(asked, "It needs a model that was trained on the pairs: tick one of the two boxes below")
+        refuse(asked, "It needs a model that was trained on the pairs: tick one of the two boxes")
     if detector.needs_target:
         ask_target(inputs, ctx, samples)
 

@@ -97,7 +97,7 @@ def compute_misalignment(
         those that were used), ``detectors`` (those that
         ran), ``duplicates`` (pairs that share their image, their caption or both
         with another), ``tagged``, ``pairs``, ``relative_gradient_norm``
-        and ``model_notes`` (what is to be known of the model, a sentence each).
+        (for a detector of influence) and ``model_notes`` (what is to be known of the model, a sentence each).
 
     Raises:
         EcifError: if an argument or the data is not usable; nothing on the
@@ -162,7 +162,7 @@ def misalignment_steps(
         "weights": judgement.weights,
         "detectors": sorted(findings.scores),
         "duplicates": inputs.duplicates.summary(),
-        "relative_gradient_norm": norm,
+        **({} if norm is None else {"relative_gradient_norm": norm}),
         "model_notes": list(prepared.encoder.notes),
     }
     default = settings.detector == Calibrated.name
@@ -189,9 +189,8 @@ def misalignment_steps(
         diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold) if limited else 0
         results.save()
     yield Progress("Writing fields", 1, 1)
-    fitted = judge_fit(results.config, diagnostics)
-    poor = settings.fit and DETECTORS[settings.detector].needs_training and not fitted.fine
-    for remark in [*prepared.encoder.notes, *([fitted.text] if poor else [])]:
+    poor = [] if norm is None else [judge_fit(results.config, diagnostics)]
+    for remark in [*prepared.encoder.notes, *(each.text for each in poor if settings.fit and not each.fine)]:
         logger.warning(remark)
     logger.info(
         "Misalignment of %d pairs written to %s_misalignment. %s", len(prepared.pairs.ids), brain_key, judgement.rate
@@ -251,16 +250,16 @@ def _check_tag(tag: str | None, share: float | None, threshold: float | None) ->
 
 def _open_inputs(
     prepared: PreparedRun, settings: MisalignmentSettings, store: Store
-) -> Generator[Progress, None, tuple[DetectorInputs, float]]:
-    """The pairs and the model as detectors take them, and how far from a minimum the model is."""
+) -> Generator[Progress, None, tuple[DetectorInputs, float | None]]:
+    """The pairs and the model as detectors take them, and how far from a minimum it is where that matters."""
     batches = prepared.batches(settings.seed)
     objective = ContrastiveLoss(prepared.scope, batches, len(prepared.pairs.ids), settings.proximal)
     kept = GradientStore(store, objective.pairs)
-    fit = settings.fit and DETECTORS[settings.detector].needs_training
-    theta, norm = yield from stationary_point(kept, objective, fit, must_converge=False)
     duplicates = find_duplicates(prepared.features[0][:], prepared.pairs.captions, prepared.encoder.device)
     gradients = influence = None
+    theta, norm = prepared.scope.start, None
     if DETECTORS[settings.detector].needs_training:
+        theta, norm = yield from stationary_point(kept, objective, settings.fit, must_converge=False)
         method = ScoringOptions(fit=settings.fit, proximal=settings.proximal, must_converge=False)
         if prepared.targets:
             scores = yield from score_pairs(

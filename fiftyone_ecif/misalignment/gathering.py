@@ -138,7 +138,7 @@ def _canonical(
         heads = canonical_heads(features[0][others], features[1][others], _RIDGE)
         space = PairSpace(*heads.embed(*features), _CANONICAL_SCALE, around, device)
         found[held] = space.measure(measured[0][held], measured[1][held])
-        yield Progress("Comparing pairs again", number + 1, folds)
+        yield Progress("Refitting", folds, folds)
     return found
 
 

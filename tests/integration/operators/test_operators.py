@@ -375,9 +375,10 @@ def test_the_form_of_detection(dataset):
     form = resolve(dataset, "detect_misalignment", {"caption_field": "caption"})
     assert form["counts"]["view"]["label"] == "96 pairs will be scored"
     assert form["brain_key"]["default"] == "audit"
-    assert not {"fit", "trained", "tag", "share", "threshold", "detector", "target"} & set(form)
+    assert form["trained"]["default"] is False
+    assert not {"fit", "tag", "share", "threshold", "detector", "target"} & set(form)
     form = resolve(dataset, "detect_misalignment", {"advanced": True})
-    assert (form["fit"]["default"], form["trained"]["default"]) == (True, False)
+    assert form["fit"]["default"] is True
     form = resolve(dataset, "detect_misalignment", {"tagging": "estimated"})
     assert form["tag"]["default"] == "suspect"
     assert not {"share", "threshold"} & set(form)
