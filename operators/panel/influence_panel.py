@@ -14,6 +14,7 @@ from fiftyone_ecif.samples.pairs import every_sample
 
 from ..forms import MISSING
 from ..jobs import has_jobs, running_jobs, show_finished_jobs, stop_job
+from ..view_fields import follow_fields
 from .pages import DRAW, PROPOSALS, head, jobs_bar, nothing_left, nothing_yet
 from .state import (
     current_cut,
@@ -25,6 +26,7 @@ from .state import (
     run_keys,
     run_results,
     score_table,
+    written_fields,
 )
 
 _GROUPS = 5  # tags with a colour of their own
@@ -81,6 +83,7 @@ class InfluencePanel(foo.Panel):
         show_finished_jobs(ctx, moving=False)
         keys = run_keys(ctx)
         ctx.panel.set_state("runs", keys)
+        ctx.panel.set_state("written", written_fields(ctx))
         _choose_run(ctx, get(ctx, "key") if get(ctx, "key") in keys else keys[-1] if keys else None)
 
     def on_change_dataset(self, ctx: Any) -> None:
@@ -219,7 +222,7 @@ class InfluencePanel(foo.Panel):
     def refresh(self, ctx: Any) -> None:
         """Reads everything anew; a run that is new is opened."""
         ctx.dataset.reload()
-        before, now = get(ctx, "runs") or [], run_keys(ctx)
+        before, now = _follow_runs(ctx), run_keys(ctx)
         if now[-1:] != before[-1:] and not set(now) < set(before):
             ctx.panel.set_state("key", now[-1])
         self.on_load(ctx)
@@ -257,6 +260,21 @@ class InfluencePanel(foo.Panel):
                 head(self, ctx, panel)
                 DRAW[current_page(ctx)](self, ctx, panel)
         return types.Property(panel, view=types.GridView(orientation="vertical", gap=1, **_MARGIN))
+
+
+def _follow_runs(ctx: Any) -> list[str]:
+    """Follows runs that were renamed, and takes leave of those that went; the keys known before, as they are now."""
+    written = written_fields(ctx)
+    keys = {run: key for run, (key, _) in written.items()}
+    renamed, fates = {}, {}
+    for run, (key, fields) in (get(ctx, "written") or {}).items():
+        renamed[key] = keys.get(run)
+        now = written[run][1] if run in written else [None] * len(fields)
+        fates |= dict(zip(fields, now, strict=False))
+    follow_fields(ctx, {old: new for old, new in fates.items() if not ctx.dataset.has_sample_field(old)})
+    if new_key := renamed.get(get(ctx, "key")):
+        ctx.panel.set_state("key", new_key)
+    return [renamed.get(key) or key for key in get(ctx, "runs") or []]
 
 
 def _is_idle(ctx: Any) -> bool:

@@ -29,6 +29,12 @@ def run_keys(ctx: Any) -> list[str]:
     return [] if ctx.dataset is None else finished_runs(ctx.dataset)
 
 
+def written_fields(ctx: Any) -> dict[str, tuple[str, list[str]]]:
+    """Key and fields of each run on the dataset, by what stays when it is renamed."""
+    runs = ctx.dataset._doc.brain_methods if ctx.dataset is not None else {}
+    return {str(runs[key].id): (key, list(ctx.dataset.get_brain_info(key).config.fields(key))) for key in run_keys(ctx)}
+
+
 def run_config(ctx: Any) -> Any:
     """The configuration of the run that is shown."""
     return ctx.dataset.get_brain_info(get(ctx, "key")).config

@@ -505,6 +505,33 @@ def test_runs_are_managed_from_python(dataset, score, manage):
         run(action="delete", brain_key="better")
 
 
+def test_the_grid_is_not_left_with_the_fields_of_a_run_that_is_gone(dataset, score):
+    train, val = dataset.match_tags("train"), dataset.match_tags("val")
+    score(train, val)
+    view = train.match(fo.ViewField("ecif_influence") < 0).sort_by("ecif_influence")
+    order = view.values("id")
+    request = {"active_fields": ["caption", "ecif_rank"], "filters": {"ecif_influence": {}}}
+
+    def asked(view, **params):
+        stages = view._serialize(include_uuids=False)
+        ctx = ExecutionContext(
+            request_params={"dataset_name": dataset.name, "view": stages, "params": params, **request},
+            executor=Executor(),
+        )
+        operator("manage_influence_runs").execute(ctx)
+        dataset.reload()
+        return {request.operator_uri: request.params for request in ctx.executor._requests}
+
+    told = asked(view, action="rename", brain_key="ecif", new_key="better")
+    assert told["set_active_fields"]["fields"] == ["caption", "better_rank"]
+    assert "clear_sidebar_filters" in told
+    assert fo.DatasetView._build(dataset, told["set_view"]["view"]).values("id") == order
+    request = {}
+    assert "set_view" not in asked(train, action="describe", brain_key="better")
+    told = asked(train.sort_by("better_influence"), action="delete", brain_key="better")
+    assert fo.DatasetView._build(dataset, told["set_view"]["view"]).values("id") == train.values("id")
+
+
 def test_what_managing_refuses_is_an_error_of_ours(dataset, score, manage):
     run, _ = manage
     score(dataset.match_tags("train"), dataset.match_tags("val"))

@@ -305,6 +305,23 @@ def test_a_run_that_is_gone_is_not_shown(both):
     assert "No scores yet" in panel.text
 
 
+def test_a_renamed_run_is_followed_and_so_is_the_view_that_names_it(both):
+    panel = Panel(both).send("choose_run", value="ecif").enter("share", 10).send("show_cut")
+    shown = panel.shown()
+    both.rename_brain_run("ecif", "better")
+    panel.send("look_for_jobs")
+    assert panel.state["key"] == "better"
+    assert panel.shown() == shown
+    assert "ecif_influence" not in json.dumps(panel.view)
+    both.delete_brain_run("better")
+    panel.send("look_for_jobs")
+    assert panel.state["key"] == "audit"
+    assert panel.view == []  # nothing that it said is left
+    panel.view = fo.DatasetView(both).match_tags("val").sort_by("audit_misalignment")._serialize()
+    both.delete_brain_run("audit")
+    assert panel.send("look_for_jobs").shown() == both.match_tags("val").values("id")
+
+
 def test_captions_cannot_write_markdown(both):
     sample = both.exists("ecif_influence").sort_by("ecif_influence").first()
     sample["caption"] = "![x](http://evil) **bold**\n# title <b>"
