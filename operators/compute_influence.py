@@ -15,7 +15,7 @@ from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 
 from .base import JobOperator
-from .estimates import estimate, remember
+from .estimates import Plan, estimate
 from .forms import (
     advanced,
     ask_background,
@@ -60,13 +60,12 @@ class ComputeInfluence(JobOperator):
         target_pairs = ask_target(inputs, ctx, samples)
         if target_pairs is not None:
             counts = f"{len(samples):,} pairs will be scored towards {len(target_pairs):,} validation pairs"
-            params = _DEFAULTS | ctx.params
-            takes = estimate(_kind(params), len(samples) + len(target_pairs), params["model"], params["scope"])
+            takes = estimate(_plan(_DEFAULTS | ctx.params, len(samples) + len(target_pairs)))
             inputs.view("counts", types.Notice(label=counts, description=takes))
         ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_influence, KEY_positive, KEY_negative"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, InfluenceConfig())
-        _how(inputs, ctx)
+        _how(inputs, ctx, len(samples))
         ask_background(inputs)
 
     @override
@@ -83,14 +82,15 @@ class ComputeInfluence(JobOperator):
         samples = ctx.target_view()
         if len(samples) == 0:
             raise EcifError("No samples are selected")
+        target = target_view(ctx.dataset, ctx.params["target"])
+        plan = _plan(params, len(samples) + len(target))
         work = influence_steps(
             samples,
-            target_view(ctx.dataset, ctx.params["target"]),
+            target,
             *chosen(ctx, params, InfluenceSettings),
             params["brain_key"],
         )
-        results = yield from with_progress(ctx, job, work)
-        remember(_kind(params), len(results.ids) + results.diagnostics["target_pairs"], job.watch)
+        results = yield from with_progress(ctx, job, plan, work)
 
         key = params["brain_key"]
         done = f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}"
@@ -109,12 +109,13 @@ class ComputeInfluence(JobOperator):
         return call(self.uri, samples, delegate, {"target": target, **_DEFAULTS, **options})
 
 
-def _kind(params: dict[str, Any]) -> str:
-    """All that a run's pace depends on."""
-    return " ".join(map(str, ("influence", *(params.get(name) for name in ("model", "scope", "fit", "n_partitions")))))
+def _plan(params: dict[str, Any], pairs: int) -> Plan:
+    kind = " ".join(map(str, ("influence", *(params.get(name) for name in ("model", "scope", "fit")))))
+    partitions = params.get("n_partitions")
+    return Plan(kind, pairs, params["model"], params["scope"], partitions if isinstance(partitions, int) else 1)
 
 
-def _how(inputs: Any, ctx: Any) -> None:
+def _how(inputs: Any, ctx: Any, pairs: int) -> None:
     ask_option(inputs, ctx, InfluenceSettings, "fit")
     _what_loss(inputs, ctx)
     if not advanced(inputs, ctx):
@@ -122,7 +123,7 @@ def _how(inputs: Any, ctx: Any) -> None:
     _what_scope(inputs, ctx)
     for name in ("solver", "damping", "n_partitions"):
         ask_option(inputs, ctx, InfluenceSettings, name)
-    ask_fit_and_batches(inputs, ctx, InfluenceSettings)
+    ask_fit_and_batches(inputs, ctx, InfluenceSettings, pairs)
 
 
 def _what_scope(inputs: Any, ctx: Any) -> None:

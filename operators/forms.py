@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fiftyone.operators.types as types
+from fiftyone import ViewField
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.models.checkpoint_file import check_checkpoint_file
 from fiftyone_ecif.models.libraries import MODEL_LIBRARIES, library_of, model_names
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.option import Settings
+from fiftyone_ecif.store.files import bare, looks_like_a_path, user_path
+from fiftyone_ecif.store.keys import digest
+
+from .view_fields import fields_of_runs
+from .wording import in_words
 
 S = TypeVar("S", bound=Settings)
 MISSING = [name for name in ("torch", "open_clip", "h5py") if importlib.util.find_spec(name) is None]
+_CAPTIONS = ("caption", "description", "prompt", "text", "sentence", "title")  # in names of fields, the likeliest first
+_LOOKED_AT = 50  # samples whose texts are compared
+_MOSTLY = 0.5  # of the samples, fewer texts than which are worth a word
 
 
 def dropdown(inputs: Any, name: str, choices: Iterable[str], default: str | None = None, **options: Any) -> Any:
@@ -30,17 +43,17 @@ def dropdown(inputs: Any, name: str, choices: Iterable[str], default: str | None
 
 def refuse(prop: Any, message: str) -> None:
     """Marks an input as wrong, which keeps the form from being run."""
-    prop.invalid, prop.error_message = True, message
+    prop.invalid, prop.error_message = True, in_words(message)
 
 
 def warning(inputs: Any, name: str, message: str) -> None:
     """Shows a warning in the form."""
-    inputs.view(name, types.Warning(label=message))
+    inputs.view(name, types.Warning(label=in_words(message)))
 
 
 def blocked(inputs: Any, name: str, message: str) -> None:
     """Shows an error in the form and keeps it from being run."""
-    prop = inputs.view(name, types.Error(label=message))
+    prop = inputs.view(name, types.Error(label=in_words(message)))
     refuse(prop, message)
 
 
@@ -55,29 +68,61 @@ def unusable(inputs: Any, ctx: Any) -> bool:
     return True
 
 
-def looks_like_a_path(text: str) -> bool:
-    """Whether a pretrained value can only be meant as a file."""
-    return "/" in text or "\\" in text or Path(text).suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+def ask_caption_field(inputs: Any, ctx: Any, samples: Any) -> Any:
+    """Asks where the captions of samples are, and warns of a field that is mostly empty; None if there can be none.
+
+    The fields that runs write are not offered, and the likeliest of the others is chosen.
+    """
+    from fiftyone_ecif.samples.pairs import caption_fields
+
+    ours = fields_of_runs(ctx.dataset)
+    fields = [name for name in caption_fields(ctx.dataset) if name not in ours]
+    if not fields:
+        blocked(inputs, "no_captions", "This dataset has no string field that could hold captions")
+        return None
+    default = likely_caption_field(ctx.dataset, fields)
+    choice = dropdown(
+        inputs, "caption_field", fields, default, label="Caption field", description="The text of each pair"
+    )
+    field = ctx.params.get("caption_field")
+    if field in fields and samples.has_sample_field(field):
+        text = ViewField(field)
+        full = samples.match((text != None) & (text != "")).count()  # noqa: E711
+        if full < _MOSTLY * len(samples):
+            warning(inputs, "empty", f"Only {full:,} of {len(samples):,} samples have a text in {field!r}")
+    return choice
+
+
+def likely_caption_field(dataset: Any, fields: Sequence[str]) -> str:
+    """The field that most likely holds captions: by its name, else the one with the longest texts."""
+    named = sorted(
+        (_CAPTIONS.index(word), name) for name in fields for word in _CAPTIONS if word in name.lower().split(".")[-1]
+    )
+    if named:
+        return named[0][1]
+    texts = zip(*every_sample(dataset).limit(_LOOKED_AT).values(list(fields), unwind=False), strict=True)
+    words = [sum(len(str(text or "").split()) for text in row) for row in zip(*texts, strict=True)]
+    return max(zip(words, fields, strict=True), key=lambda found: found[0])[1] if words else fields[0]
 
 
 def ask_pairs(inputs: Any, ctx: Any) -> Any:
     """Asks which pairs to score and where their captions are; returns them, or None if there can be none."""
-    from fiftyone_ecif.samples.pairs import caption_fields, check_collection
+    from fiftyone_ecif.samples.pairs import check_collection
 
     inputs.view_target(ctx, action_description="Score")
-    fields = caption_fields(ctx.dataset)
-    if not fields:
-        blocked(inputs, "no_captions", "This dataset has no string field that could hold captions")
-        return None
-    choice = dropdown(
-        inputs, "caption_field", fields, "caption", label="Caption field", description="The text of each pair"
-    )
     samples = ctx.target_view()
+    choice = ask_caption_field(inputs, ctx, samples)
+    if choice is None:
+        return None
     if field := ctx.params.get("caption_field"):
         try:
             check_collection(samples, field)
         except EcifError as error:
             refuse(choice, str(error))
+    if len(samples) == 1:
+        blocked(
+            inputs, "one_pair", "Scoring needs at least 2 pairs, and 1 is selected. Select more, or take the whole view"
+        )
     return samples
 
 
@@ -152,17 +197,25 @@ def ask_model(inputs: Any, ctx: Any, default: str) -> None:
         description="A pretrained tag of the model, or the path of a checkpoint on the machine that runs FiftyOne",
         view=tags,
     )
-    weights = ctx.params.get("pretrained") or ""
+    weights = bare(ctx.params.get("pretrained") or "")
     if looks_like_a_path(weights):
-        if not Path(weights).is_file():
-            where = "" if Path(weights).is_absolute() else f" in {Path.cwd()}. Give its whole path"
-            refuse(pretrained, f"There is no file {weights}{where}")
+        path = user_path(weights)
+        if not path.is_file():
+            where = "" if path.is_absolute() else f" in {Path.cwd()}. Give its whole path"
+            refuse(pretrained, f"{path} is a folder" if path.is_dir() else f"There is no file {path}{where}")
+        else:
+            try:
+                check_checkpoint_file(path)
+            except EcifError as error:
+                refuse(pretrained, str(error))
     elif weights and known is not None and weights not in known and not Path(weights).is_file():
         offer = f"one of {', '.join(known)}, or a checkpoint" if known else "a checkpoint"
         refuse(pretrained, f"{weights!r} is neither a file nor a tag of {name}. Give {offer}")
 
 
-def ask_new_file(inputs: Any, ctx: Any, default: str, suffixes: Sequence[str], **options: Any) -> None:
+def ask_new_file(
+    inputs: Any, ctx: Any, default: str, suffixes: Sequence[str], source: str | None = None, **options: Any
+) -> None:
     """Asks for a file to write, and whether to replace one that is there.
 
     Args:
@@ -170,12 +223,13 @@ def ask_new_file(inputs: Any, ctx: Any, default: str, suffixes: Sequence[str], *
         ctx: its context.
         default: a name for it, in the user's home.
         suffixes: what it may end in.
+        source (None): a file that is never written over.
         **options: of the input.
     """
     asked = inputs.str("path", required=True, default=f"~/{default}", **options)
     if not ctx.params.get("path"):
         return
-    path = Path(ctx.params["path"]).expanduser()
+    path = new_file(ctx)
     if not path.is_absolute():  # the App's server runs in a folder of FiftyOne's own
         refuse(asked, f"Give the whole path, such as {Path('~').expanduser() / path}")
     elif path.is_dir():
@@ -184,15 +238,33 @@ def ask_new_file(inputs: Any, ctx: Any, default: str, suffixes: Sequence[str], *
         refuse(asked, f"Must end in {' or '.join(suffixes)}")
     elif not path.parent.is_dir():
         refuse(asked, f"There is no folder {path.parent}. Choose one that exists")
-    elif path.exists():
-        inputs.bool("overwrite", default=False, label="Replace the file", view=types.CheckboxView())
-        if not ctx.params.get("overwrite"):
-            refuse(asked, f"There is a file {path} already. Replace it, or choose another name")
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        refuse(asked, f"{path if path.exists() else path.parent} cannot be written. Choose another place")
+    elif source and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
+        refuse(asked, f"{path} is the checkpoint that the run was made from. Choose another name")
+    elif path.exists() and not ask_to_replace(inputs, ctx, str(path), "Replace the file"):
+        refuse(asked, f"There is a file {path} already. Replace it, or choose another name")
 
 
 def new_file(ctx: Any) -> Path:
     """The answer to :func:`ask_new_file`."""
-    return Path(ctx.params["path"]).expanduser()
+    return user_path(ctx.params["path"])
+
+
+def ask_to_replace(inputs: Any, ctx: Any, what: str, label: str) -> bool:
+    """Asks whether to replace something that is there, and returns the answer; a tick is for that one thing."""
+    if not ctx.params.get("overwrite"):
+        inputs.bool(_tick(what), default=False, label=label, view=types.CheckboxView())
+    return may_replace(ctx, what)
+
+
+def may_replace(ctx: Any, what: str) -> bool:
+    """Whether something that is there may be replaced, as ticked in the form, or said from Python."""
+    return bool(ctx.params.get("overwrite") or ctx.params.get(_tick(what)))
+
+
+def _tick(what: str) -> str:
+    return f"replace_{digest(what)[:12]}"
 
 
 def ask_key(inputs: Any, ctx: Any, default: str, description: str, config: Any) -> None:
@@ -216,10 +288,8 @@ def ask_key(inputs: Any, ctx: Any, default: str, description: str, config: Any) 
     except EcifError as error:
         refuse(key, str(error))
         return
-    if ctx.dataset.has_brain_run(name):
-        inputs.bool("overwrite", default=False, label=f"Replace the run {name!r}", view=types.CheckboxView())
-        if not ctx.params.get("overwrite"):
-            refuse(key, f"There is a run {name!r} already. Replace it, or choose another key")
+    if ctx.dataset.has_brain_run(name) and not ask_to_replace(inputs, ctx, name, f"Replace the run {name!r}"):
+        refuse(key, f"There is a run {name!r} already. Replace it, or choose another key")
 
 
 def ask_background(inputs: Any) -> None:
@@ -270,12 +340,49 @@ def ask_option(inputs: Any, ctx: Any, table: type[Settings], name: str, **shown:
     return asked
 
 
-def ask_fit_and_batches(inputs: Any, ctx: Any, table: type[Settings]) -> None:
-    """Advanced settings of all scoring: how the heads are fitted, which pairs compete, where it runs."""
-    for name in ("proximal", "batch_size", "seed"):
-        ask_option(inputs, ctx, table, name)
-    for name in ("device", "skip_failures"):
-        ask_option(inputs, ctx, JobSettings, name)
+def ask_fit_and_batches(inputs: Any, ctx: Any, table: type[Settings], pairs: int) -> None:
+    """Advanced settings of all scoring: how the heads are fitted, which pairs compete, where it runs.
+
+    Args:
+        inputs: the form.
+        ctx: its context.
+        table: of the options.
+        pairs: how many are scored, which bounds a batch.
+    """
+    ask_option(inputs, ctx, table, "proximal")
+    batch_size = ask_option(inputs, ctx, table, "batch_size")
+    if (ctx.params.get("batch_size") or 0) > pairs:
+        refuse(batch_size, f"There are {pairs:,} pairs. Use at most {pairs}, or leave it empty")
+    ask_option(inputs, ctx, table, "seed")
+    device = ask_option(inputs, ctx, JobSettings, "device")
+    if wrong := _problem_of_device(ctx.params.get("device")):
+        refuse(device, wrong)
+    ask_option(inputs, ctx, JobSettings, "skip_failures")
+
+
+def _problem_of_device(device: str | None) -> str | None:
+    """What is wrong with a device, as far as can be told without importing torch, which takes seconds."""
+    if not device:
+        return None
+    if not hasattr(sys.modules.get("torch"), "cuda"):  # else it is being imported
+        known = re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device)
+        return None if known else f"{device!r} is none that torch knows. Use 'cpu', or 'cuda' for a GPU"
+    from fiftyone_ecif.models.device import choose_device
+
+    try:
+        choose_device(device)
+    except EcifError as error:
+        return str(error)
+    return None
+
+
+def ask_percent(inputs: Any, ctx: Any) -> Any:
+    """Asks for a share of the pairs, in per cent."""
+    asked = inputs.float("percent", required=True, default=10.0, label="Per cent of the pairs")
+    percent = ctx.params.get("percent")
+    if percent is not None and not 0 < percent <= 100:
+        refuse(asked, "Must be more than 0 and at most 100")
+    return asked
 
 
 def chosen(ctx: Any, params: Mapping[str, Any], table: type[S]) -> tuple[S, JobSettings]:
@@ -287,6 +394,7 @@ def chosen(ctx: Any, params: Mapping[str, Any], table: type[S]) -> tuple[S, JobS
         table: of its options.
     """
     given = {**params, "pretrained": params["pretrained"] or None, "device": params["device"] or None}
+    given["overwrite"] = may_replace(ctx, params["brain_key"])
     if not ctx.delegated:
         given["num_workers"] = 0  # the App's server must not fork
     return table.take(given), JobSettings.take(given)

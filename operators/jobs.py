@@ -20,7 +20,9 @@ from fiftyone.operators.executor import ExecutionError
 from fiftyone_ecif.api.progress_bar import explain
 from fiftyone_ecif.errors import EcifError
 
-from .estimates import Watch
+from .estimates import Course, Plan, remember, say_left
+from .view_fields import fields_of_runs
+from .wording import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ _FRESH = 60  # seconds in which who started a job still expects the grid to chan
 _REMEMBER = 86400  # seconds that the end of a job waits for someone to see it
 KEPT = "Stopped. What was computed so far is kept: run it again to go on from there"
 
+_PERCENT = ("Fitting", "Solving")  # stages whose steps are no things to count
 _UNFORESEEN = "This is a fault of the plugin or of what it uses: `fiftyone-ecif doctor` looks for the latter"
 
 
@@ -90,14 +93,10 @@ class Job:
     Args:
         ctx: of the operator.
         name: what it is called.
-
-    Attributes:
-        watch: what its stages take.
     """
 
     def __init__(self, ctx: Any, name: str) -> None:
         self._store, self._key, self._name = ctx.store(_STORE), uuid4().hex, name
-        self.watch = Watch()
         self.tell("Starting", 0.0)
 
     def tell(self, label: str, progress: float) -> None:
@@ -172,7 +171,7 @@ def _run(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> Itera
         if ctx.delegated:
             raise
         error = explain(error) or error
-        message = str(error)
+        message = in_words(error)
         if not isinstance(error, EcifError):
             logger.exception("%s failed", work.__module__.rpartition(".")[2])
             message = f"{type(error).__name__}: {error}. {_UNFORESEEN}"
@@ -180,12 +179,13 @@ def _run(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> Itera
         yield ctx.ops.notify(message, variant="error")
 
 
-def with_progress(ctx: Any, job: Job, steps: Any) -> Generator[Any, None, Any]:
-    """Shows the job's progress, at most twice a second, with rate and remaining time.
+def with_progress(ctx: Any, job: Job, plan: Plan, steps: Any) -> Generator[Any, None, Any]:
+    """Shows the job's progress, at most twice a second, with its pace and the time that the whole of it still takes.
 
     Args:
         ctx: of the operator.
         job: that it is.
+        plan: what it is about.
         steps: a generator of :class:`fiftyone_ecif.progress.Progress`.
 
     Returns:
@@ -194,30 +194,39 @@ def with_progress(ctx: Any, job: Job, steps: Any) -> Generator[Any, None, Any]:
     Raises:
         StoppedError: if the user stops it
     """
-    stage, since, last, overall = None, 0.0, 0.0, 0.0
+    course, shown, last = Course(plan), None, 0.0
     try:
         while True:
             step = next(steps)
-            job.watch.see(step)
+            course.see(step)
             now = time.monotonic()
-            if step.stage != stage:
-                stage, since = step.stage, now
-            elif now - last < 0.5 and step.done < step.total:
+            if step.stage == shown and now - last < 0.5 and (step.partitions > 1 or step.done < step.total):
                 continue
-            last = now
-            label = f"{step.stage}: {step.done:,} of {step.total:,}" if step.total > 1 else step.stage
-            if step.done and step.total > 1 and now > since:
-                rate = step.done / (now - since)
-                label += f" ({rate:,.0f} a second, {(step.total - step.done) / rate:,.0f} s left)"
-            overall = max(overall, step.overall)  # a solve can start again
-            job.tell(label, overall)
-            yield report(ctx, label, overall)
+            shown, last = step.stage, now
+            label = _say(step, course)
+            job.tell(label, course.share)
+            yield report(ctx, label, course.share)
             if job.is_to_stop:
                 raise StoppedError(KEPT)
     except StopIteration as end:
+        remember(course, plan.pairs)
         return end.value
     finally:
         steps.close()
+
+
+def _say(step: Any, course: Course) -> str:
+    """Where a job is, in a line."""
+    said = step.stage
+    if step.stage in _PERCENT and step.total > 1:
+        said += f": {step.done / step.total:.0%} of the way"
+    elif step.total > 1:
+        said += f": {step.done:,} of {step.total:,}"
+        if course.rate:
+            said += f" ({course.rate:,.0f} a second)" if course.rate >= 1 else f" ({60 * course.rate:,.1f} a minute)"
+    if step.partitions > 1:
+        said = f"Partition {step.partition:,} of {step.partitions:,}. {said}"
+    return said if course.left is None else f"{said}, {say_left(course.left)}"
 
 
 def report(ctx: Any, label: str, progress: float) -> Any:
@@ -230,9 +239,7 @@ def report(ctx: Any, label: str, progress: float) -> Any:
 
 def show(ctx: Any, view: Any, *fields: str) -> Iterator[Any]:
     """Brings a view to the grid, with these fields on the thumbnails in place of what other runs wrote there."""
-    dataset = ctx.dataset
-    runs = dataset.list_brain_runs(method="ecif")
-    ours = {name for key in runs for name in dataset.get_brain_info(key).config.fields(key)}
+    dataset, ours = ctx.dataset, fields_of_runs(ctx.dataset)
     kept = [name for name in ctx.active_fields or [] if name not in ours]
     yield ctx.ops.reload_dataset()
     colours = dataset.app_config.color_scheme

@@ -17,6 +17,7 @@ from .base import FormOperator
 from .forms import blocked, dropdown, refuse, warning
 from .jobs import call
 from .view_fields import follow_fields
+from .wording import in_words
 
 if TYPE_CHECKING:
     from fiftyone_ecif.runs.manage import RunEntry, Stale
@@ -59,7 +60,7 @@ class ManageInfluenceRuns(FormOperator):
             if key := ctx.params.get("brain_key"):
                 refuse(chosen, f"There is no run {key!r}. Runs: {', '.join(runs)}")
         elif action == "describe":
-            about = describe_run(ctx.dataset, run.key)
+            about = in_words(describe_run(ctx.dataset, run.key))
             inputs.md(about, name=f"about_{run.key}")  # the App keeps the text that a name had first
         elif action == "rename":
             _ask_new_key(inputs, ctx, run)
@@ -74,7 +75,7 @@ class ManageInfluenceRuns(FormOperator):
 
         action, key, dataset = ctx.params.get("action", "describe"), ctx.params.get("brain_key"), ctx.dataset
         if action == "describe":
-            return {"about": describe_run(dataset, key)}
+            return {"about": in_words(describe_run(dataset, key))}
         fates: dict[str, str | None] = {}
         if action == "rename":
             new_key = ctx.params["new_key"]

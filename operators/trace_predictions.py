@@ -42,8 +42,7 @@ class TracePredictions(FormOperator):
             blocked(
                 inputs,
                 "no_run",
-                f"Run {any_run[0]!r} kept no gradients: run Compute ECIF influence with scope 'heads', or from Python "
-                "with keep_gradients=True"
+                f"Run {any_run[0]!r} kept no gradients: run Compute ECIF influence with scope 'heads'"
                 if any_run
                 else "Nothing to trace with yet: run Compute ECIF influence first",
             )

@@ -10,6 +10,12 @@ Fates = Mapping[str, "str | None"]
 _GONE = object()
 
 
+def fields_of_runs(dataset: Any) -> set[str]:
+    """The fields that the runs on a dataset write."""
+    runs = dataset.list_brain_runs(method="ecif")
+    return {name for key in runs for name in dataset.get_brain_info(key).config.fields(key)}
+
+
 def follow_fields(ctx: Any, fates: Fates) -> None:
     """Sets the grid's view anew where it names fields that have another name now or are gone, and so the thumbnails.
 

@@ -18,7 +18,7 @@ class Panel:
         self.send("on_load")
 
     def send(self, method, selected=(), **params):
-        """Fires an event; what is asked of the App and what is drawn is kept, and the view that it brings to the grid."""
+        """Fires an event; what is asked of the App, what is drawn, and the view that comes to the grid, is kept."""
         asked = {
             "dataset_name": self.dataset.name,
             "view": self.view,

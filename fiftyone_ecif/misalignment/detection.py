@@ -13,7 +13,7 @@ from fiftyone_ecif.misalignment.detectors import DETECTORS, CrossFit, Detector
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs
 from fiftyone_ecif.misalignment.findings import Findings
 from fiftyone_ecif.misalignment.fusion import ranked
-from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.progress import Progress, piece
 
 _CLEAR = 0.8  # rank from which a detector's evidence is worth a word
 
@@ -38,12 +38,13 @@ def run_detectors(inputs: DetectorInputs, names: Sequence[str]) -> Generator[Pro
             raise EcifError(f"detector={detector.name!r} needs a target: a view of validation pairs")
     found = Findings({}, np.ones(inputs.objective.pairs))
     compared = sum(_depth(detector) == 0 for detector in detectors)
+    refitting = [detector for detector in detectors if detector.refits]
     for done, detector in enumerate(sorted(detectors, key=_depth)):
         if done < compared:
             yield Progress("Comparing pairs", done, compared)
         scores = detector.score(inputs, found)
         if isinstance(scores, Generator):
-            scores = yield from scores
+            scores = yield from piece(scores, refitting.index(detector), len(refitting))
         found.scores[detector.name] = np.asarray(scores, dtype=np.float64)
     if CrossFit.name not in found.scores:  # the model itself has never seen the pairs
         below = share_that_fits_no_better(

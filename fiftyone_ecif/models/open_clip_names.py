@@ -9,6 +9,7 @@ import open_clip
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.models.checkpoint_file import check_checkpoint_file
 
 open_clip.add_model_config(Path(__file__).parent / "configs")
 
@@ -27,7 +28,7 @@ def check_names(model: str, pretrained: str | None) -> None:
 
     Raises:
         EcifError: if open_clip does not know the model, or ``pretrained`` is
-            neither a tag of it nor a file
+            neither a tag of it nor a checkpoint
     """
     if brings_weights(model):
         if pretrained:
@@ -41,7 +42,10 @@ def check_names(model: str, pretrained: str | None) -> None:
     offer = f"one of its tags ({', '.join(tags)})" if tags else "(open_clip has no tags for it)"
     if not pretrained:
         raise EcifError(f"pretrained is needed for {model}: {offer} or the path of a checkpoint")
-    if pretrained not in tags and not Path(pretrained).is_file():
+    if pretrained in tags:
+        return
+    if not Path(pretrained).is_file():
         raise EcifError(
             f"pretrained={pretrained!r} is neither a file nor a tag of {model}. Give {offer} or a checkpoint"
         )
+    check_checkpoint_file(pretrained)

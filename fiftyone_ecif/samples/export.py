@@ -8,13 +8,12 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import check_collection
 from fiftyone_ecif.samples.selection import score_fields
-from fiftyone_ecif.store.files import atomic_path
+from fiftyone_ecif.store.files import atomic_path, user_path
 
 EXPORT_FORMATS = (".csv", ".json")
 #: What a spreadsheet may take for the start of a formula, in full width too, also after blanks.
@@ -48,7 +47,7 @@ def export_pairs(
         EcifError: if the file cannot be written, or a field does not exist
     """
     check_collection(samples, caption_field)
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.suffix not in EXPORT_FORMATS:
         raise EcifError(f"{path.name!r} must end in {' or '.join(EXPORT_FORMATS)}")
     if path.exists() and not overwrite:

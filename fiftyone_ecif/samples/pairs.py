@@ -110,7 +110,7 @@ def read_pairs(samples: Any, caption_field: str, skip_failures: bool = True) -> 
     for sample_id, path, caption in sorted(
         zip(*samples.values(["id", "filepath", caption_field]), strict=True), key=lambda row: row[0]
     ):
-        reason = _what_is_wrong(path, caption, open_image=not skip_failures)
+        reason = _what_is_wrong(path, caption, caption_field, open_image=not skip_failures)
         if reason is None:
             pairs.ids.append(sample_id)
             pairs.paths.append(path)
@@ -132,11 +132,11 @@ def warn_skipped(skipped: Mapping[str, str], what: str) -> None:
         logger.warning("Skipped %d %s samples; the first is %s (%s)", len(skipped), what, sample_id, reason)
 
 
-def _what_is_wrong(path: str, caption: Any, open_image: bool) -> str | None:
+def _what_is_wrong(path: str, caption: Any, field: str, open_image: bool) -> str | None:
     if caption is None or not str(caption).strip():
-        return "caption: empty"
+        return f"{field}: empty"
     if not isinstance(caption, str):
-        return f"caption: not text but {type(caption).__name__} {caption!r}"
+        return f"{field}: not text but {type(caption).__name__} {caption!r}"
     if not os.path.isfile(path):
         return f"image: there is no file {path}"
     if open_image:

@@ -10,11 +10,12 @@ from fiftyone import ViewField
 from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.samples.pairs import every_sample
+from fiftyone_ecif.samples.pairs import every_sample, pairs_now
 
 from ..forms import MISSING
 from ..jobs import has_jobs, running_jobs, show_finished_jobs, stop_job
 from ..view_fields import follow_fields
+from ..wording import in_words
 from .pages import DRAW, PROPOSALS, head, jobs_bar, nothing_left, nothing_yet
 from .state import (
     current_cut,
@@ -30,6 +31,7 @@ from .state import (
 )
 
 _GROUPS = 5  # tags with a colour of their own
+_MEANINGS = ("harmful", "valuable", "suspect", "misaligned", "aligned")  # tags that come before the others
 _MARGIN = {"componentsProps": {"container": {"sx": {"px": 2, "pt": 1, "pb": 4}}}}
 _WITHOUT_RUN = {"on_load", "on_change_dataset", "refresh", "prompt", "stop", "look_for_jobs"}
 _SET_HERE = {"choose_run": "key", "choose_field": "field"}
@@ -73,7 +75,7 @@ class InfluencePanel(foo.Panel):
         try:
             return super().execute(ctx)
         except EcifError as error:
-            ctx.ops.notify(str(error), variant="error")
+            ctx.ops.notify(in_words(error), variant="error")
             return None
 
     # what happens in the App
@@ -309,7 +311,7 @@ def _choose_field(ctx: Any, field: str) -> None:
             "direction": direction,
             "share": share,
             "act.tag": "suspect" if direction == "suspicious" else direction,
-            "other": (across or others or [None])[0],
+            "other": (across or [None])[0],  # a part of the same score says nothing new
             "first": 0,
         }
     )
@@ -341,17 +343,26 @@ def _draw_histogram(ctx: Any) -> None:
 
 
 def _draw_scatter(ctx: Any, lassoed: list[str] | None = None) -> None:
-    from .plots import scatter_points
+    from .plots import Group, scatter_points, tag_colours
 
     if not _has_scores(ctx):
         return
     board, other = score_table(ctx), get(ctx, "other")
     if other not in board.columns:
         return
-    counts = every_sample(ctx.dataset).exists(current_field(ctx)).count_sample_tags()
-    rarest = sorted((tag for tag in counts if counts[tag] < len(board.ids)), key=counts.__getitem__)[:_GROUPS]
-    groups = {tag: set(every_sample(ctx.dataset).match_tags(tag).values("id")) for tag in rarest}
-    points = scatter_points(board, current_field(ctx), other, groups, ctx.selected or [], lassoed)
+    field = current_field(ctx)
+    scored = every_sample(ctx.dataset).exists(field)
+    counts = scored.count_sample_tags()
+    some = [tag for tag in counts if counts[tag] < len(board.scored(field))]
+    shown = sorted(some, key=lambda tag: (tag not in _MEANINGS, counts[tag], tag))[:_GROUPS]
+    colours = tag_colours(shown, get(ctx, "colours") or {})
+    ctx.panel.set_state("colours", colours)
+    groups = {tag: Group(set(scored.match_tags(tag).values("id")), colours[tag]) for tag in shown}
+    ids = board.ids[board.points(field, other)].tolist()
+    captions = {
+        sample: text for sample, (_, text) in pairs_now(ctx.dataset, run_config(ctx).caption_field, ids).items()
+    }
+    points = scatter_points(board, field, other, groups, ctx.selected or [], captions, lassoed)
     ctx.panel.set_data("scatter", points)
 
 

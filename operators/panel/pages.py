@@ -7,7 +7,10 @@ from typing import Any
 
 import fiftyone.operators.types as types
 
+from fiftyone_ecif.samples.selection import SIGNS, whole_pairs
+
 from ..jobs import running_jobs
+from ..wording import in_words
 from .state import (
     PAGES,
     current_cut,
@@ -122,10 +125,15 @@ def overview(events: Any, ctx: Any, page: Any) -> None:
         value_precision=1,
     )
     page.float("share", min=0, max=50, view=share, on_change=events.choose_share)
-    cut = current_cut(ctx)
+    cut, scored = current_cut(ctx), len(score_table(ctx).scored(field))
     side = "below" if direction == "harmful" else "above"
     bound = "" if cut.threshold is None else f", with a score of {cut.threshold:.4g} and {side}"
-    page.md(f"**{len(cut.ids):,} pairs**{bound}", name="cut")
+    limit = (
+        f", all that are {direction}"
+        if direction in SIGNS and len(cut.ids) < whole_pairs((get(ctx, "share") or 0) / 100, scored)
+        else ""
+    )
+    page.md(f"**{len(cut.ids):,} pairs**{bound}{limit}", name="cut")
     act = page.h_stack("act", gap=1, align_y="center")
     act.btn("show", "Show", icon="visibility", variant="outlined", on_click=events.show_cut)
     act.str("tag", view=types.TextFieldView(label="Tag"))
@@ -137,6 +145,12 @@ def overview(events: Any, ctx: Any, page: Any) -> None:
         for name in others:
             choice.add_choice(name, label=name)
         page.enum("other", choice.values(), label="Against", view=choice, on_change=events.choose_other)
+        if get(ctx, "other") not in others:
+            return
+        page.md(
+            "Each point is a pair. Hover over it for its caption, draw around some to see them in the grid.",
+            name="point",
+        )
         page.plot(
             "scatter",
             layout=scatter_layout(field, get(ctx, "other")),
@@ -217,8 +231,8 @@ def pair(events: Any, ctx: Any, page: Any) -> None:
     top.md("\n".join(lines), name="numbers")
     inspection = inspect_pair(results, sample, _LINKS)
     for name, title, links, word in (
-        ("harms", "Validation pairs it harms most, and by how many nats", inspection.harms, "+"),
-        ("helps", "Validation pairs it helps most", inspection.helps, "-"),
+        ("harms", "Validation pairs it harms most: its influence on each is negative", inspection.harms, "-"),
+        ("helps", "Validation pairs it helps most: its influence on each is positive", inspection.helps, "+"),
         ("near", "Scored pairs with the most similar image", inspection.neighbours, ""),
     ):
         if links:
@@ -292,7 +306,7 @@ def run(events: Any, ctx: Any, page: Any) -> None:
     key, results = get(ctx, "key"), run_results(ctx)
     lines = [f"**How far to trust it**: {len(results.ids):,} pairs scored, {len(results.skipped):,} skipped", ""]
     for remark in diagnose(results.config, results.diagnostics):
-        lines.append(f"- {'✓' if remark.fine else '⚠'} {remark.text}.")
+        lines.append(f"- {'✓' if remark.fine else '⚠'} {in_words(remark.text)}.")
     stale = staleness(ctx.dataset, key)
     if any(stale):
         lines.append(f"- ⚠ Since it was made: {stale}. Run it again for scores of the pairs as they are now.")

@@ -10,6 +10,8 @@ from fiftyone_ecif.api.progress_bar import explain
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.progress import Progress
 from operators import jobs
+from operators.estimates import Plan
+from operators.wording import in_words
 
 
 def context(dataset, **params):
@@ -39,7 +41,9 @@ def steps(count, closed):
 
 
 def work(ctx, job, count=3, closed=None):
-    result = yield from jobs.with_progress(ctx, job, steps(count, [] if closed is None else closed))
+    result = yield from jobs.with_progress(
+        ctx, job, Plan("a job", count, "RN50", "heads"), steps(count, [] if closed is None else closed)
+    )
     yield ctx.ops.set_view(view=ctx.dataset.limit(2))
     yield ctx.ops.notify(f"Did {result}", variant="success")
 
@@ -98,7 +102,7 @@ def test_a_job_is_stopped(dataset):
     ("error", "message"),
     [
         (EcifError("Mend it"), "Mend it"),
-        (MemoryError("none left"), str(explain(MemoryError("none left")))),
+        (MemoryError("none left"), in_words(explain(MemoryError("none left")))),
         (ZeroDivisionError("by zero"), f"ZeroDivisionError: by zero. {jobs._UNFORESEEN}"),
     ],
 )

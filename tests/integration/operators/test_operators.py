@@ -230,13 +230,15 @@ def test_a_taken_key_can_be_replaced(dataset, detect):
     detect(fit=False)
     form = resolve(dataset, "detect_misalignment", {"brain_key": "audit"})
     assert form["brain_key"]["error_message"] == "There is a run 'audit' already. Replace it, or choose another key"
-    assert form["overwrite"]
-    assert not resolve(dataset, "detect_misalignment", {"brain_key": "audit", "overwrite": True})["brain_key"][
-        "invalid"
-    ]
+    (tick,) = [name for name in form if name.startswith("replace_")]
+    for ticked in (tick, "overwrite"):  # the latter from Python
+        replaced = resolve(dataset, "detect_misalignment", {"brain_key": "audit", ticked: True})
+        assert not replaced["brain_key"]["invalid"]
+    detect(fit=False, brain_key="other")
+    assert resolve(dataset, "detect_misalignment", {"brain_key": "other", tick: True})["brain_key"]["invalid"]
     other = resolve(dataset, "compute_influence", {"brain_key": "audit", "overwrite": True})
     assert "another kind of run" in other["brain_key"]["error_message"]
-    assert "overwrite" not in other
+    assert not [name for name in other if name.startswith("replace_")]
 
 
 def test_classes_are_forgotten_with_the_loss_that_asks_for_them(dataset, options):
@@ -341,7 +343,7 @@ def test_detection_towards_validation_pairs(dataset, detect):
         ({"tag": "misaligned"}, "reserved for what a person says"),
         ({"share": 0.1}, "give tag too"),
         ({"tag": "suspect", "share": 0.1, "threshold": 0.5}, "not both"),
-        ({"detector": "self_influence", "fit": False}, "fit=True"),
+        ({"detector": "self_influence", "fit": False}, "Tick 'Fit the model to these pairs first'"),
         ({"detector": "astrology"}, "not available"),
         ({"pretrained": "no_such_tag"}, "neither a file nor a tag"),
     ],
@@ -392,7 +394,7 @@ def test_the_form_of_detection(dataset):
     ("params", "field", "message"),
     [
         ({"tagging": "estimated", "tag": "aligned"}, "tag", "reserved"),
-        ({"tagging": "share", "share": 1.5}, "share", "from 0 to 1"),
+        ({"tagging": "share", "percent": 150}, "percent", "at most 100"),
         ({"tagging": "threshold", "threshold": -0.5}, "threshold", "from 0 to 1"),
         ({"advanced": True, "fit": False, "detector": "loo_loss"}, "detector", "trained on the pairs"),
         ({"brain_key": "a key"}, "brain_key", "is not a name"),
@@ -609,13 +611,65 @@ def test_forms_without_anything_to_work_on_are_blocked(made):
     dataset.delete()
 
 
-def test_the_tag_form_counts(dataset, options):
-    operator("compute_influence")(dataset.match_tags("train"), **options)
-    params = {"field": "ecif_influence", "direction": "valuable", "limit": "share", "share": 0.5}
-    assert resolve(dataset, "tag_by_influence", params)["preview"]["view"]["label"] == "36 pairs will be tagged"
-    wrong = resolve(dataset, "tag_by_influence", params | {"share": 7, "tag": "aligned"})
-    assert "share=7" in wrong["share"]["error_message"]
-    assert "'aligned' is reserved" in wrong["tag"]["error_message"]
+@pytest.fixture
+def few(dataset):
+    """Scores of 60 pairs, 20 of which harm, in a dataset of 96."""
+    dataset.add_sample_field("ecif_influence", fo.FloatField)
+    ids = dataset.match_tags("train").values("id")[:60]
+    dataset.set_values("ecif_influence", {i: (n - 20) / 10 or 0.01 for n, i in enumerate(ids)}, key_field="id")
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"limit": "share", "percent": 10}, "6 pairs will be tagged"),
+        ({"limit": "share", "share": 0.1}, "6 pairs will be tagged"),
+        ({"limit": "count", "count": 15}, "15 pairs will be tagged"),
+        (
+            {"limit": "count", "count": 30},
+            "20 pairs will be tagged, not 30: of the 96 samples to choose among, 60 have this score, and 20 of those "
+            "are harmful",
+        ),
+        ({"limit": "threshold", "threshold": 1.0}, "20 pairs will be tagged"),
+    ],
+)
+def test_the_tag_form_counts_and_says_what_limits_it(few, params, said):
+    entered = {"field": "ecif_influence", "direction": "harmful", **params}
+    assert resolve(few, "tag_by_influence", entered)["preview"]["view"]["label"] == said
+    result = operator("tag_by_influence")(few, **entered).result
+    assert result == {"tag": "harmful", "count": int(said.split()[0])}
+    assert max(few.match_tags("harmful").values("ecif_influence")) < 0
+
+
+def test_the_tag_form_says_where_there_are_more(few):
+    stages = few.exists("ecif_influence").limit(5)._serialize()
+    params = {"field": "ecif_influence", "direction": "harmful", "count": 100}
+    said = resolve(few, "tag_by_influence", params, view=stages)["preview"]["view"]["label"]
+    assert said.endswith("5 of those are harmful. The whole dataset has 20: choose it under 'Tag among'")
+
+
+@pytest.mark.parametrize(
+    ("params", "field", "message"),
+    [
+        ({"limit": "share", "percent": 0}, "percent", "more than 0 and at most 100"),
+        ({"limit": "share", "share": 7}, "share", "Share 7"),
+        ({"count": 0}, "count", "Pairs 0 must be at least 1"),
+        ({"count": 5, "tag": "aligned"}, "tag", "'aligned' is reserved"),
+    ],
+)
+def test_the_tag_form_says_what_is_wrong(few, params, field, message):
+    found = resolve(few, "tag_by_influence", {"field": "ecif_influence", **params})[field]
+    assert found["invalid"]
+    assert message in found["error_message"]
+
+
+def test_the_tag_goes_with_the_end_that_is_chosen(few):
+    tagged = operator("tag_by_influence")(few, direction="valuable", count=3).result
+    assert tagged == {"tag": "valuable", "count": 3}
+    form = resolve(few, "tag_by_influence", {"direction": "valuable"})
+    assert form["tag"]["default"] is None
+    assert form["tag"]["view"]["description"] == "'valuable' if left empty"
 
 
 def test_the_tag_form_starts_with_the_score_of_a_run(dataset):
@@ -623,12 +677,74 @@ def test_the_tag_form_starts_with_the_score_of_a_run(dataset):
         dataset.add_sample_field(field, fo.FloatField)
     form = resolve(dataset, "tag_by_influence", {})
     assert form["field"]["default"] == "audit_misalignment"
-    assert form["direction"]["default"] == "suspicious"
-    wrong_end = {"field": "audit_misalignment", "direction": "harmful"}
-    assert "least suspicious" in resolve(dataset, "tag_by_influence", wrong_end)["end"]["view"]["label"]
+    assert "direction" not in form  # the least suspicious ones are of no interest
+    assert form["tag"]["view"]["description"] == "'suspicious' if left empty"
     dataset.add_sample_field("ecif_influence", fo.FloatField)
     form = resolve(dataset, "tag_by_influence", {})
     assert (form["field"]["default"], form["direction"]["default"]) == ("ecif_influence", "harmful")
+
+
+@pytest.mark.parametrize(
+    ("params", "field", "message"),
+    [
+        ({"device": "gpu"}, "device", "none that torch knows"),
+        ({"device": "cuda:99"}, "device", "finds no"),
+        ({"n_partitions": 0}, "n_partitions", "at least 1"),
+        ({"batch_size": 97}, "batch_size", "There are 96 pairs. Use at most 96"),
+        ({"pretrained": "/etc/passwd"}, "pretrained", "/etc/passwd is no checkpoint"),
+        ({"pretrained": "/etc/"}, "pretrained", "/etc is a folder"),
+        ({"pretrained": "~/none.pt"}, "pretrained", "There is no file HOME/none.pt"),
+        ({"brain_key": "a key"}, "brain_key", "Key 'a key' is not a name"),
+    ],
+)
+def test_what_the_form_can_judge_is_judged_there(dataset, monkeypatch, tmp_path, params, field, message):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = resolve(dataset, "compute_influence", {"advanced": True, "caption_field": "caption", **params})[field]
+    assert found["invalid"]
+    assert message.replace("HOME", str(tmp_path)) in found["error_message"]
+
+
+def test_a_pasted_path_is_taken_as_it_is_meant(dataset, options, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copyfile(made[1], tmp_path / "mine.pt")
+    for text in (" ~/mine.pt ", f'"{tmp_path}/mine.pt"', "'~/mine.pt' "):
+        assert not resolve(dataset, "compute_influence", {"pretrained": text})["pretrained"].get("invalid")
+        operator("compute_influence")(
+            dataset.match_tags("train"), **options | {"pretrained": text, "fit": False, "overwrite": True}
+        )
+        dataset.reload()
+        assert dataset.get_brain_info("ecif").config.pretrained == str(tmp_path / "mine.pt")
+    operator("export_pairs")(dataset, ' "~/pairs.csv"')
+    assert (tmp_path / "pairs.csv").is_file()
+
+
+def test_one_selected_pair_cannot_be_scored(dataset):
+    one = [dataset.first().id]
+    for name in ("compute_influence", "detect_misalignment"):
+        form = resolve(dataset, name, {}, selected=one, view_target="SELECTED_SAMPLES")
+        assert "at least 2 pairs, and 1 is selected" in form["one_pair"]["error_message"]
+
+
+def test_the_fields_of_runs_are_no_captions_and_the_likely_one_is_chosen(dataset, detect):
+    detect(fit=False)
+    dataset.rename_sample_field("caption", "alt_words")
+    dataset.add_sample_field("source", fo.StringField)
+    form = resolve(dataset, "compute_influence", {})["caption_field"]
+    assert sorted(form["type"]["values"]) == ["alt_words", "source", "spoiled"]
+    assert form["default"] == "alt_words"  # the one with the longest texts
+    dataset.rename_sample_field("alt_words", "Description")
+    for name in ("compute_influence", "export_pairs"):
+        assert resolve(dataset, name, {})["caption_field"]["default"] == "Description"
+    form = resolve(dataset, "compute_influence", {"caption_field": "source"})
+    assert form["empty"]["view"]["label"] == "Only 0 of 96 samples have a text in 'source'"
+    assert "empty" not in resolve(dataset, "compute_influence", {"caption_field": "Description"})
+
+
+def test_a_target_that_cannot_be_used_names_the_field(dataset, options):
+    dataset.rename_sample_field("caption", "alt")
+    dataset.match_tags("val").set_field("alt", None).save("alt")
+    with pytest.raises(EcifError, match=r"The target cannot be used.*alt: empty"):
+        operator("compute_influence")(dataset.match_tags("train"), **options, caption_field="alt")
 
 
 def test_the_export_form_protects_a_file(dataset, tmp_path):

@@ -322,6 +322,48 @@ def test_a_renamed_run_is_followed_and_so_is_the_view_that_names_it(both):
     assert panel.send("look_for_jobs").shown() == both.match_tags("val").values("id")
 
 
+def test_the_legend_counts_tags_and_their_colours_stay(both):
+    scored = both.exists("ecif_influence").sort_by("ecif_influence")
+    scored.limit(7).tag_samples(["harmful", "mine"])
+    panel = Panel(both).send("choose_run", value="ecif")
+
+    def legend():
+        return {trace["name"]: trace["marker"]["color"] for trace in panel.data("scatter")}
+
+    before = legend()
+    assert list(before) == [f"other pairs ({len(scored) - 7})", "harmful (7)", "mine (7)"]
+    assert before["harmful (7)"] == "#d9534f"
+    scored.limit(4).tag_samples("another")
+    scored.skip(2).limit(9).tag_samples("valuable")
+    panel.send("on_change_selected")
+    after = legend()
+    assert {name: after[name] for name in ("harmful (7)", "mine (7)")} == {
+        name: before[name] for name in ("harmful (7)", "mine (7)")
+    }
+    assert after["valuable (9)"] == "#3fa66a"
+    assert len(set(after.values())) == len(after)
+
+
+def test_a_point_says_its_caption_and_a_part_of_the_same_score_is_not_drawn_against_it(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    traces = panel.data("scatter")
+    assert both[traces[0]["ids"][3]].caption == traces[0]["text"][3]
+    both.delete_brain_run("audit")
+    panel = Panel(both)
+    assert panel.state["other"] is None
+    assert "Against" in panel.text
+    assert "scatter" not in panel.text
+    assert "scatter" in panel.enter("other", "ecif_positive").text
+
+
+def test_no_cut_takes_pairs_that_help_for_harmful_ones(both):
+    panel = Panel(both).send("choose_run", value="ecif").enter("share", 50).send("tag_cut")
+    tagged = both.match_tags("harmful").values("ecif_influence")
+    assert max(tagged) < 0
+    assert len(tagged) == sum(value < 0 for value in both.exists("ecif_influence").values("ecif_influence")) < 36
+    assert "all that are harmful" in panel.text
+
+
 def test_captions_cannot_write_markdown(both):
     sample = both.exists("ecif_influence").sort_by("ecif_influence").first()
     sample["caption"] = "![x](http://evil) **bold**\n# title <b>"

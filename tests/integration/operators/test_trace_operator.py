@@ -1,5 +1,7 @@
 """Mistakes beside the training pairs behind them, and a model without chosen pairs, by the operators."""
 
+from pathlib import Path
+
 import fiftyone as fo
 import open_clip
 import pytest
@@ -215,7 +217,7 @@ def test_there_is_nothing_to_trace_with(dataset, score):
     assert form["brain_key"]["type"]["values"] == ["kept"]
     Store(*results.config.store).delete()
     refused = resolve(dataset, "trace_predictions", {})["brain_key"]["error_message"]
-    assert refused == "The store of run 'kept' is gone. Run compute_influence again with overwrite=True"
+    assert refused == "The store of run 'kept' is gone. Run Compute ECIF influence again with 'Replace the run' ticked"
 
 
 def test_a_model_without_mistakes_is_said(run, monkeypatch):
@@ -335,9 +337,28 @@ def test_the_form_of_an_edit_protects_files(run, tmp_path):
 
     assert f"There is a file {taken} already" in path(taken)["error_message"]
     assert not path(taken, overwrite=True)["invalid"]
+    (tick,) = [name for name in resolve(dataset, "edit_model", {"path": str(taken)}) if name.startswith("replace_")]
+    assert not path(taken, **{tick: True})["invalid"]
+    other = tmp_path / "other.pt"
+    other.write_text("mine too")
+    assert path(other, **{tick: True})["invalid"]  # a tick is for one file
     assert path(tmp_path / "no" / "x.pt")["error_message"].startswith(f"There is no folder {tmp_path / 'no'}.")
     assert "is a folder" in path(tmp_path)["error_message"]
     assert not path(tmp_path / "new.pt")["invalid"]
+
+
+def test_an_edit_never_writes_over_the_weights_of_its_run(scored, made, tmp_path):
+    dataset, results = scored
+    source = dataset.get_brain_info("ecif").config.pretrained
+    before = Path(source).read_bytes()
+    link = tmp_path / "link.pt"
+    link.symlink_to(source)
+    for path in (source, link):
+        form = resolve(dataset, "edit_model", {"path": str(path), "overwrite": True})
+        assert "is the checkpoint that the run was made from" in form["path"]["error_message"]
+        with pytest.raises(EcifError, match="is the checkpoint that the model was loaded from"):
+            edit_model(results, results.ids[:3], str(path), overwrite=True)
+    assert Path(source).read_bytes() == before
 
 
 def test_an_edit_of_a_model_that_was_not_fitted_is_warned_of(dataset, score):

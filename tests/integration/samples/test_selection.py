@@ -31,10 +31,12 @@ def scored(tmp_path):
     [
         ("harmful", {"count": 2}, [-2.0, -1.0]),
         ("valuable", {"count": 2}, [3.0, 0.5]),
-        ("harmful", {"count": 99}, [-2.0, -1.0, 0.0, 0.5, 3.0]),
+        ("harmful", {"count": 99}, [-2.0, -1.0]),
         ("harmful", {"share": 0.21}, [-2.0, -1.0]),
-        ("valuable", {"share": 1.0}, [3.0, 0.5, 0.0, -1.0, -2.0]),
+        ("valuable", {"share": 1.0}, [3.0, 0.5]),
         ("harmful", {"threshold": 0.0}, [-2.0, -1.0]),
+        ("harmful", {"threshold": 1.0}, [-2.0, -1.0]),
+        ("suspicious", {"count": 4}, [3.0, 0.5, 0.0, -1.0]),
         ("valuable", {"threshold": 0.0}, [3.0, 0.5]),
     ],
 )
