@@ -24,16 +24,15 @@ from .forms import (
     ask_model,
     ask_option,
     ask_pairs,
-    ask_target,
-    blocked,
+    ask_split,
     chosen,
     dropdown,
     is_from_form,
     refuse,
-    target_names,
-    target_view,
+    split,
 )
 from .jobs import Job, call, report, show, with_progress
+from .memory import entered_before, wish
 
 _DEFAULTS = {**InfluenceSettings.defaults(), **JobSettings.defaults(), "brain_key": "ecif", "pretrained": ""}
 _SCOPES = ("heads", "heads+logit_scale", "lora:4", "blocks:1")
@@ -54,14 +53,11 @@ class ComputeInfluence(JobOperator):
         samples = ask_pairs(inputs, ctx)
         if samples is None:
             return
-        if not target_names(ctx.dataset):
-            blocked(inputs, "no_target", "Tag some validation pairs, or save a view of them: influence needs a target")
-            return
-        target_pairs = ask_target(inputs, ctx, samples)
-        if target_pairs is not None:
-            counts = f"{len(samples):,} pairs will be scored towards {len(target_pairs):,} validation pairs"
-            takes = estimate(_plan(_DEFAULTS | ctx.params, len(samples) + len(target_pairs)))
-            inputs.view("counts", types.Notice(label=counts, description=takes))
+        counts = ask_split(inputs, ctx, samples)
+        if counts is not None:
+            said = f"{counts[0]:,} pairs will be scored towards {counts[1]:,} validation pairs"
+            takes = estimate(_plan(_DEFAULTS | ctx.params, sum(counts)))
+            inputs.view("counts", types.Notice(label=said, description=takes))
         ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_influence, KEY_positive, KEY_negative"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, InfluenceConfig())
@@ -82,7 +78,7 @@ class ComputeInfluence(JobOperator):
         samples = ctx.target_view()
         if len(samples) == 0:
             raise EcifError("No samples are selected")
-        target = target_view(ctx.dataset, ctx.params["target"])
+        samples, target = split(ctx, samples)
         plan = _plan(params, len(samples) + len(target))
         work = influence_steps(
             samples,
@@ -97,13 +93,17 @@ class ComputeInfluence(JobOperator):
         yield report(ctx, done, 1.0)
         if not ctx.delegated:
             field = f"{key}_influence"
-            yield from show(ctx, samples.exists(field).sort_by(field), params["caption_field"], field, f"{key}_rank")
+            yield from show(ctx, samples.exists(field).sort_by(field), params["caption_field"], f"{key}_rank")
+            wish(ctx, key, "overview")
             yield ctx.ops.notify(f"{done}. The most harmful come first", variant="success")
 
     def __call__(self, samples: Any, target: str, delegate: bool = False, **options: Any) -> Any:
         """Scores a dataset or view; ``target`` is ``"tag: NAME"`` or ``"saved view: NAME"``.
 
-        The other options are those of :func:`fiftyone_ecif.compute_influence`, and
+        With ``target="hold out"``, ``held_out`` per cent of the pairs are drawn with
+        ``held_out_seed``, tagged and left out. So are validation pairs that are among
+        the samples, unless ``leave_out=False``. The other options are those of
+        :func:`fiftyone_ecif.compute_influence`, and
         so are the errors.
         """
         return call(self.uri, samples, delegate, {"target": target, **_DEFAULTS, **options})
@@ -116,7 +116,7 @@ def _plan(params: dict[str, Any], pairs: int) -> Plan:
 
 
 def _how(inputs: Any, ctx: Any, pairs: int) -> None:
-    ask_option(inputs, ctx, InfluenceSettings, "fit")
+    ask_option(inputs, ctx, InfluenceSettings, "fit", default=entered_before(ctx).get("fit", InfluenceSettings.fit))
     _what_loss(inputs, ctx)
     if not advanced(inputs, ctx):
         return

@@ -34,6 +34,7 @@ from .forms import (
     warning,
 )
 from .jobs import Job, call, report, show, with_progress
+from .memory import wish
 
 _DEFAULTS = {
     **MisalignmentSettings.defaults(),
@@ -105,6 +106,7 @@ class DetectMisalignment(JobOperator):
             field = f"{key}_misalignment"
             view = samples.exists(field).sort_by(field, reverse=True)
             yield from show(ctx, view, params["caption_field"], field, f"{key}_reason")
+            wish(ctx, key, "overview")
             yield ctx.ops.notify(_summary(results, params["tag"]), variant="success")
 
     def __call__(self, samples: Any, delegate: bool = False, **options: Any) -> Any:

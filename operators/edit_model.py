@@ -27,6 +27,7 @@ from .forms import (
     warning,
 )
 from .jobs import Job, call, report, with_progress
+from .memory import wish
 
 _KEY, _SELECTION = "ecif", "selection"
 _FORMATS = (".pt", ".pth", ".safetensors")
@@ -80,6 +81,7 @@ class EditModel(JobOperator):
         yield report(ctx, str(edit), 1.0)
         if not ctx.delegated:
             yield ctx.ops.notify(str(edit), variant="success")
+            wish(ctx, key, "run")
 
     def __call__(
         self,

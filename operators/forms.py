@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import math
 import os
+import random
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +25,14 @@ from fiftyone_ecif.settings.option import Settings
 from fiftyone_ecif.store.files import bare, looks_like_a_path, user_path
 from fiftyone_ecif.store.keys import digest
 
+from .memory import entered_before
 from .view_fields import fields_of_runs
 from .wording import in_words
 
 S = TypeVar("S", bound=Settings)
 MISSING = [name for name in ("torch", "open_clip", "h5py") if importlib.util.find_spec(name) is None]
+#: What is chosen for validation pairs that are yet to be drawn, and the tag that they get.
+HOLD_OUT, HELD_OUT_TAG = "hold out", "held_out"
 _CAPTIONS = ("caption", "description", "prompt", "text", "sentence", "title")  # in names of fields, the likeliest first
 _LOOKED_AT = 50  # samples whose texts are compared
 _MOSTLY = 0.5  # of the samples, fewer texts than which are worth a word
@@ -80,7 +86,8 @@ def ask_caption_field(inputs: Any, ctx: Any, samples: Any) -> Any:
     if not fields:
         blocked(inputs, "no_captions", "This dataset has no string field that could hold captions")
         return None
-    default = likely_caption_field(ctx.dataset, fields)
+    before = entered_before(ctx).get("caption_field")
+    default = before if before in fields else likely_caption_field(ctx.dataset, fields)
     choice = dropdown(
         inputs, "caption_field", fields, default, label="Caption field", description="The text of each pair"
     )
@@ -144,23 +151,8 @@ def target_view(dataset: Any, target: str) -> Any:
 
 def ask_target(inputs: Any, ctx: Any, samples: Any) -> Any:
     """Asks for validation pairs, and warns of those that are scored too; returns them once they are chosen."""
-    names = target_names(ctx.dataset)
-    target = dropdown(
-        inputs,
-        "target",
-        names,
-        "tag: val",
-        label="Validation pairs",
-        description="Influence is measured on the loss of these pairs",
-    )
-    chosen = ctx.params.get("target")
-    if chosen not in names:
-        return None
-    target_pairs = target_view(ctx.dataset, chosen)
-    if len(target_pairs) < 2:
-        refuse(target, f"The target needs at least 2 pairs, it has {len(target_pairs)}")
-    shared = len(set(samples.values("id")) & set(target_pairs.values("id")))
-    if shared:
+    target_pairs, _ = _ask_target(inputs, ctx, target_names(ctx.dataset))
+    if target_pairs is not None and (shared := _shared(samples, target_pairs)):
         warning(
             inputs,
             "shared",
@@ -169,15 +161,101 @@ def ask_target(inputs: Any, ctx: Any, samples: Any) -> Any:
     return target_pairs
 
 
+def ask_split(inputs: Any, ctx: Any, samples: Any) -> tuple[int, int] | None:
+    """Asks for validation pairs, or for a share of the samples to hold out, and whether those are scored too.
+
+    Returns:
+        how many pairs will be scored, and how many are the target, once that is known
+    """
+    offered = {name: name for name in target_names(ctx.dataset)}
+    offered[HOLD_OUT] = f"A share of these pairs, to be held out and tagged {HELD_OUT_TAG!r}"
+    target_pairs, asked = _ask_target(inputs, ctx, offered)
+    if ctx.params.get("target") == HOLD_OUT:
+        ask_percent(inputs, ctx, "held_out", "Per cent of the pairs to hold out")
+        inputs.int(
+            "held_out_seed", default=0, label="Seed of the draw", description="The same one draws the same pairs"
+        )
+        held = _count_held_out(ctx, len(samples))
+        if held < 2 or len(samples) - held < 2:
+            refuse(asked, f"That would hold out {held:,} of {len(samples):,} pairs: at least 2 are needed on each side")
+        return len(samples) - held, held
+    if target_pairs is None:
+        return None
+    shared = _shared(samples, target_pairs)
+    if shared:
+        inputs.bool(
+            "leave_out",
+            default=True,
+            label=f"Leave out the {shared:,} of these that are validation pairs",
+            description="A pair that is scored towards itself looks valuable",
+            view=types.CheckboxView(),
+        )
+    left_out = shared if ctx.params.get("leave_out", True) else 0
+    if shared and len(samples) - left_out < 2:
+        refuse(asked, "All of these are validation pairs. Show training pairs, or choose other validation pairs")
+    return len(samples) - left_out, len(target_pairs)
+
+
+def split(ctx: Any, samples: Any) -> tuple[Any, Any]:
+    """What to score and towards what, as answered to :func:`ask_split`: what is held out is drawn and tagged.
+
+    Raises:
+        EcifError: if there is no such target
+    """
+    name = ctx.params["target"]
+    if name == HOLD_OUT:
+        ids = sorted(samples.values("id"))
+        count = _count_held_out(ctx, len(ids))
+        drawn = random.Random(ctx.params.get("held_out_seed") or 0).sample(ids, count)
+        every_sample(ctx.dataset).match_tags(HELD_OUT_TAG).untag_samples(HELD_OUT_TAG)
+        every_sample(ctx.dataset).select(drawn).tag_samples(HELD_OUT_TAG)
+        name = f"tag: {HELD_OUT_TAG}"
+    target_pairs = target_view(ctx.dataset, name)
+    if ctx.params.get("leave_out", True) and _shared(samples, target_pairs):
+        kind, _, tag = name.partition(": ")
+        # by the tag where there is one, as a view that names many samples one by one cannot be recorded
+        samples = samples.match_tags(tag, bool=False) if kind == "tag" else samples.exclude(target_pairs.values("id"))
+    return samples, target_pairs
+
+
+def _count_held_out(ctx: Any, pairs: int) -> int:
+    return math.ceil((ctx.params.get("held_out") or 10.0) / 100 * pairs)
+
+
+def _shared(samples: Any, target_pairs: Any) -> int:
+    return len(set(samples.values("id")) & set(target_pairs.values("id")))
+
+
+def _ask_target(inputs: Any, ctx: Any, offered: Iterable[str]) -> tuple[Any, Any]:
+    """Asks for validation pairs; returns them once they are chosen, and the input."""
+    offered = offered if isinstance(offered, Mapping) else {name: name for name in offered}
+    before, usual = entered_before(ctx).get("target"), "tag: val"
+    target = dropdown(
+        inputs,
+        "target",
+        offered,
+        next((name for name in (before, usual, next(iter(offered), None)) if name in offered), None),
+        label="Validation pairs",
+        description="Influence is measured on the loss of these pairs",
+    )
+    chosen = ctx.params.get("target")
+    if chosen not in offered or chosen == HOLD_OUT:
+        return None, target
+    target_pairs = target_view(ctx.dataset, chosen)
+    if len(target_pairs) < 2:
+        refuse(target, f"The target needs at least 2 pairs, it has {len(target_pairs)}")
+    return target_pairs, target
+
+
 def ask_model(inputs: Any, ctx: Any, default: str) -> None:
-    """Asks for a model and its weights."""
+    """Asks for a model and its weights, at first those of the last job."""
     view = types.AutocompleteView(allow_user_input=True)
     for name in model_names():
         view.add_choice(name, label=name)
     model = inputs.str(
         "model",
         required=True,
-        default=default,
+        default=entered_before(ctx).get("model", default),
         label="Model",
         description="A model of " + " or ".join(f"{one.name} ({one.says})" for one in MODEL_LIBRARIES.values()),
         view=view,
@@ -193,6 +271,7 @@ def ask_model(inputs: Any, ctx: Any, default: str) -> None:
     pretrained = inputs.str(
         "pretrained",
         required=not library.brings_weights(name),
+        default=entered_before(ctx).get("pretrained"),
         label="Pretrained",
         description="A pretrained tag of the model, or the path of a checkpoint on the machine that runs FiftyOne",
         view=tags,
@@ -273,13 +352,14 @@ def ask_key(inputs: Any, ctx: Any, default: str, description: str, config: Any) 
     Args:
         inputs: the form.
         ctx: its context.
-        default: the key.
+        default: the key, with a number where it is taken.
         description: what it names.
         config: of such a run.
     """
     from fiftyone_ecif.runs.base import check_key
 
-    key = inputs.str("brain_key", required=True, default=default, label="Key", description=description)
+    free = next(name for name in _numbered(default) if _is_free(ctx.dataset, name, config))
+    key = inputs.str("brain_key", required=True, default=free, label="Key", description=description)
     name = ctx.params.get("brain_key")
     if not name:
         return
@@ -290,6 +370,21 @@ def ask_key(inputs: Any, ctx: Any, default: str, description: str, config: Any) 
         return
     if ctx.dataset.has_brain_run(name) and not ask_to_replace(inputs, ctx, name, f"Replace the run {name!r}"):
         refuse(key, f"There is a run {name!r} already. Replace it, or choose another key")
+
+
+def _numbered(key: str) -> Iterator[str]:
+    yield key
+    yield from (f"{key}{number}" for number in itertools.count(2))
+
+
+def _is_free(dataset: Any, key: str, config: Any) -> bool:
+    from fiftyone_ecif.runs.base import check_key
+
+    try:
+        check_key(dataset, key, False, config)
+    except EcifError:
+        return False
+    return True
 
 
 def ask_background(inputs: Any) -> None:
@@ -322,9 +417,9 @@ def ask_option(inputs: Any, ctx: Any, table: type[Settings], name: str, **shown:
         ctx: its context.
         table: of options.
         name: of the option.
-        **shown: what the form says otherwise than the table, such as ``choices`` with a text each.
+        **shown: what the form says otherwise than the table, such as a ``default``, or ``choices`` with a text each.
     """
-    known, default = table.options()[name], getattr(table, name)
+    known, default = table.options()[name], shown.pop("default", getattr(table, name))
     text = known.help.removeprefix("whether to ")
     told = {"label": known.label, "description": f"{text[0].upper()}{text[1:]}"} | shown
     choices = told.pop("choices", known.choices and {each: each for each in known.choices()})
@@ -376,10 +471,10 @@ def _problem_of_device(device: str | None) -> str | None:
     return None
 
 
-def ask_percent(inputs: Any, ctx: Any) -> Any:
+def ask_percent(inputs: Any, ctx: Any, name: str = "percent", label: str = "Per cent of the pairs") -> Any:
     """Asks for a share of the pairs, in per cent."""
-    asked = inputs.float("percent", required=True, default=10.0, label="Per cent of the pairs")
-    percent = ctx.params.get("percent")
+    asked = inputs.float(name, required=True, default=10.0, label=label)
+    percent = ctx.params.get(name)
     if percent is not None and not 0 < percent <= 100:
         refuse(asked, "Must be more than 0 and at most 100")
     return asked

@@ -21,6 +21,7 @@ from fiftyone_ecif.api.progress_bar import explain
 from fiftyone_ecif.errors import EcifError
 
 from .estimates import Course, Plan, remember, say_left
+from .memory import keep_entered, keep_outcome
 from .view_fields import fields_of_runs
 from .wording import in_words
 
@@ -126,7 +127,7 @@ class Job:
         self._store.update_ttl(self._key, seconds)  # which setting leaves as it was
 
 
-def run_job(ctx: Any, name: str, work: Callable[[Any, Job], Iterator[Any]]) -> Iterator[Any]:
+def run_job(ctx: Any, operator: str, name: str, work: Callable[[Any, Job], Iterator[Any]]) -> Iterator[Any]:
     """Runs a job: at once with a progress bar, or in the background, where the panel shows it.
 
     The progress bar of the App covers everything until the job ends, and cannot be
@@ -134,27 +135,48 @@ def run_job(ctx: Any, name: str, work: Callable[[Any, Job], Iterator[Any]]) -> I
 
     Args:
         ctx: of the operator, whose parameter ``background`` says which.
+        operator: its name.
         name: of the job.
         work: does it, given the context and the job.
     """
     job = Job(ctx, name)
+    keep_entered(ctx)
     if not ctx.delegated:
         yield ctx.ops.open_panel("influence_panel", layout="horizontal")
     if ctx.delegated or not ctx.params.get("background"):
         try:
-            yield from _run(ctx, job, work)
+            yield from _run_and_remember(ctx, operator, name, job, work)
         finally:
             job.end()
         return
-    Thread(target=_run_in_background, args=(ctx, job, work), daemon=True).start()
+    Thread(target=_run_in_background, args=(ctx, operator, name, job, work), daemon=True).start()
     yield ctx.ops.notify("Running in the background. The Influence panel shows how far it is", variant="info")
 
 
-def _run_in_background(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> None:
+def _run_in_background(ctx: Any, operator: str, name: str, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> None:
     """Runs a job and leaves what it asks of the App to the panel."""
-    requests = [message.body for message in _run(ctx, job, work)]
+    requests = [message.body for message in _run_and_remember(ctx, operator, name, job, work)]
     asked = [{"operator": request.operator_uri, "params": request.params} for request in requests]
     job.end([request for request in asked if request["operator"] != "set_progress"])
+
+
+def _run_and_remember(
+    ctx: Any, operator: str, name: str, job: Job, work: Callable[[Any, Job], Iterator[Any]]
+) -> Iterator[Any]:
+    """Runs a job, and keeps what it said at its end for the panel."""
+    said, failed = "It ended before it was done", True
+    try:
+        for message in _run(ctx, job, work):
+            if message is not None and message.body.operator_uri == "notify":
+                said, failed = message.body.params["message"], message.body.params["variant"] != "success"
+            yield message
+        if ctx.delegated:  # it has nobody to notify
+            said, failed = "It is done", False
+    except Exception as error:  # of a delegated job, which FiftyOne records
+        said, failed = in_words(error), True
+        raise
+    finally:
+        keep_outcome(ctx, operator, name, said, failed)
 
 
 def _run(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> Iterator[Any]:
@@ -237,15 +259,26 @@ def report(ctx: Any, label: str, progress: float) -> Any:
     return ctx.ops.set_progress(label=label, progress=progress)
 
 
+def thumbnail_fields(key: str, config: Any) -> list[str]:
+    """What the thumbnails say of a run: the rank, as many influences look alike when they are rounded."""
+    ends = ("misalignment", "reason") if config.type == "misalignment" else ("rank",)
+    return [f"{key}_{end}" for end in ends]
+
+
+def set_thumbnails(ctx: Any, *fields: str) -> Any:
+    """Has the thumbnails show these fields, in place of what other runs wrote there."""
+    ours = fields_of_runs(ctx.dataset)
+    kept = [name for name in ctx.active_fields or [] if name not in ours]
+    return ctx.ops.set_active_fields(list(dict.fromkeys([*kept, *fields])))
+
+
 def show(ctx: Any, view: Any, *fields: str) -> Iterator[Any]:
     """Brings a view to the grid, with these fields on the thumbnails in place of what other runs wrote there."""
-    dataset, ours = ctx.dataset, fields_of_runs(ctx.dataset)
-    kept = [name for name in ctx.active_fields or [] if name not in ours]
     yield ctx.ops.reload_dataset()
-    colours = dataset.app_config.color_scheme
+    colours = ctx.dataset.app_config.color_scheme
     if colours is not None:  # else the App takes note of new colours only when the page is loaded anew
         yield ctx.trigger("set_color_scheme", {"fields": [dict(field) for field in colours.fields or []]})
-    yield ctx.ops.set_active_fields(list(dict.fromkeys([*kept, *fields])))
+    yield set_thumbnails(ctx, *fields)
     yield ctx.ops.set_view(view=view)
 
 

@@ -13,6 +13,7 @@ from fiftyone_ecif.samples.pairs import pairs_now
 from .base import FormOperator
 from .forms import blocked, dropdown, refuse, warning
 from .jobs import call, show
+from .memory import keep_trace, wish
 
 if TYPE_CHECKING:
     from fiftyone_ecif.api.tracing import Trace
@@ -66,6 +67,9 @@ class TracePredictions(FormOperator):
         limit = None if queries else ctx.params.get("limit", _LIMIT)
         traces = trace(results, queries or None, ctx.params.get("count", _COUNT), limit=limit, progress=False)
         view = mark_traces(results, traces)
+        keep_trace(ctx, str(ctx.dataset._doc.brain_methods[key].id), traces)
+        wish(ctx, key, "trace")
+        ctx.ops.open_panel("influence_panel", layout="horizontal")
         caption_field = results.config.caption_field
         for _ in show(ctx, view, caption_field, f"{key}_trace"):
             pass

@@ -31,7 +31,7 @@ def follow_fields(ctx: Any, fates: Fates) -> None:
         ctx.ops.set_active_fields(kept)
     if any(name in fates for name in ctx.request_params.get("filters") or {}):
         ctx.ops.clear_sidebar_filters()
-    before = ctx.request_params.get("view") or []
+    before: list[Any] = ctx.request_params.get("view") or []
     stages = [stage for stage in (_renamed(stage, fates) for stage in before) if stage is not _GONE]
     if stages != before:
         ctx.trigger("set_view", {"view": stages})
@@ -46,8 +46,8 @@ def _renamed(value: Any, fates: Fates) -> Any:
             return value
         return _GONE if fates[name] is None else f"{sign}{fates[name]}{dot}{rest}"
     if isinstance(value, Mapping):
-        parts = {name: _renamed(part, fates) for name, part in value.items()}
-        return _GONE if _GONE in parts.values() else parts
+        named = {name: _renamed(part, fates) for name, part in value.items()}
+        return _GONE if _GONE in named.values() else named
     if isinstance(value, list | tuple):
         parts = [_renamed(part, fates) for part in value]
         return _GONE if _GONE in parts else parts

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
 from fiftyone_ecif.samples.pairs import every_sample, pairs_now
 
 #: The pages by name, with their titles.
-PAGES = {"overview": "Overview", "ranking": "Ranking", "pair": "Pair", "review": "Review", "run": "Run"}
+PAGES = {
+    "overview": "Overview",
+    "ranking": "Ranking",
+    "pair": "Pair",
+    "trace": "Trace",
+    "review": "Review",
+    "run": "Run",
+}
+_OF_KIND = {"review": "misalignment", "trace": "influence"}  # pages of one kind of run only
 
 
 def get(ctx: Any, name: str) -> Any:
@@ -19,7 +28,18 @@ def get(ctx: Any, name: str) -> Any:
 def current_page(ctx: Any) -> str:
     """The page that is shown; what was remembered may not be a page of this run."""
     page = get(ctx, "page")
-    return page if page in PAGES and (page != "review" or is_misalignment(ctx)) else "overview"
+    return page if page in pages_of(ctx) else "overview"
+
+
+def pages_of(ctx: Any) -> dict[str, str]:
+    """The pages that the run that is shown has, with their titles."""
+    kind = run_config(ctx).type
+    return {name: title for name, title in PAGES.items() if _OF_KIND.get(name, kind) == kind}
+
+
+def run_id(ctx: Any) -> str:
+    """What stays of the run that is shown when it is renamed."""
+    return str(ctx.dataset._doc.brain_methods[get(ctx, "key")].id)
 
 
 def run_keys(ctx: Any) -> list[str]:
@@ -86,11 +106,11 @@ def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-def value_of(ctx: Any, sample: str, field: str) -> Any:
-    """The value of a field of a sample, None if there is none."""
+def values_of(ctx: Any, samples: Iterable[str], field: str) -> dict[str, Any]:
+    """The values of a field of some samples; nothing where there is no such field."""
     if not ctx.dataset.has_sample_field(field):
-        return None
-    return next(iter(every_sample(ctx.dataset).select(sample).values(field)), None)
+        return {}
+    return dict(zip(*every_sample(ctx.dataset).select(list(samples)).values(["id", field]), strict=True))
 
 
 def plain(text: str) -> str:

@@ -50,14 +50,14 @@ def work(ctx, job, count=3, closed=None):
 
 def test_at_once(dataset):
     ctx = context(dataset)
-    said = [message.body for message in jobs.run_job(ctx, "a job", work)]
+    said = [message.body for message in jobs.run_job(ctx, "compute_influence", "a job", work)]
     assert [request.operator_uri for request in said][-2:] == ["set_view", "notify"]
     assert not jobs.has_jobs(ctx)
 
 
 def test_in_the_background(dataset):
     ctx = context(dataset, background=True)
-    said = [message.body.operator_uri for message in jobs.run_job(ctx, "a job", work)]
+    said = [message.body.operator_uri for message in jobs.run_job(ctx, "compute_influence", "a job", work)]
     assert said == ["open_panel", "notify"]
     panel = context(dataset)
     wait_for(lambda: jobs.has_jobs(panel) and not jobs.running_jobs(panel))
@@ -70,7 +70,7 @@ def test_in_the_background(dataset):
 
 
 def test_a_panel_that_opens_long_after_does_not_move_the_grid(dataset, monkeypatch):
-    list(jobs.run_job(context(dataset, background=True), "a job", work))
+    list(jobs.run_job(context(dataset, background=True), "compute_influence", "a job", work))
     panel = context(dataset)
     wait_for(lambda: jobs.has_jobs(panel) and not jobs.running_jobs(panel))
     monkeypatch.setattr(jobs, "_FRESH", -1)
@@ -82,7 +82,10 @@ def test_a_job_is_stopped(dataset):
     closed = []
     list(
         jobs.run_job(
-            context(dataset, background=True), "a job", lambda ctx, job: work(ctx, job, count=10_000, closed=closed)
+            context(dataset, background=True),
+            "compute_influence",
+            "a job",
+            lambda ctx, job: work(ctx, job, count=10_000, closed=closed),
         )
     )
     panel = context(dataset)
@@ -113,7 +116,7 @@ def test_failures_are_told(dataset, error, message, background):
         raise error
 
     ctx = context(dataset, background=background)
-    list(jobs.run_job(ctx, "a job", fail))
+    list(jobs.run_job(ctx, "compute_influence", "a job", fail))
     if background:
         panel = context(dataset)
         wait_for(lambda: jobs.has_jobs(panel) and not jobs.running_jobs(panel))

@@ -128,10 +128,10 @@ def test_the_app_sees_progress_then_the_sorted_view(dataset, options):
     assert len(progress) > 5
     shares = [params["progress"] for params in progress]
     assert shares == sorted(shares)
-    assert progress[-1] == {"label": "Scored 96 pairs, skipped 0", "progress": 1.0}
+    assert progress[-1] == {"label": "Scored 72 pairs, skipped 0", "progress": 1.0}
     rest = dict(messages)
-    assert rest["set_active_fields"]["fields"] == ["caption", "ecif_influence", "ecif_rank"]
-    assert [stage["_cls"].rsplit(".")[-1] for stage in rest["set_view"]["view"]] == ["Exists", "SortBy"]
+    assert rest["set_active_fields"]["fields"] == ["caption", "ecif_rank"]
+    assert [stage["_cls"].rsplit(".")[-1] for stage in rest["set_view"]["view"]] == ["MatchTags", "Exists", "SortBy"]
     assert rest["notify"]["variant"] == "success"
     assert "reload_dataset" in rest
     assert messages[0][0] == "open_panel"
@@ -187,9 +187,12 @@ def test_delegated_execution(dataset, options):
 def test_the_form_offers_what_fits(dataset):
     form = resolve(dataset, "compute_influence", {"caption_field": "caption", "target": "tag: val"})
     assert sorted(form["caption_field"]["type"]["values"]) == ["caption", "spoiled"]
-    assert form["target"]["type"]["values"] == ["tag: train", "tag: val"]
-    assert form["counts"]["view"]["label"] == "96 pairs will be scored towards 24 validation pairs"
-    assert form["shared"]["view"]["label"].startswith("24 validation pairs are also scored")
+    assert form["target"]["type"]["values"] == ["tag: train", "tag: val", "hold out"]
+    assert form["counts"]["view"]["label"] == "72 pairs will be scored towards 24 validation pairs"
+    assert form["leave_out"]["view"]["label"] == "Leave out the 24 of these that are validation pairs"
+    kept = {"caption_field": "caption", "target": "tag: val", "leave_out": False}
+    said = resolve(dataset, "compute_influence", kept)["counts"]["view"]["label"]
+    assert said == "96 pairs will be scored towards 24 validation pairs"
     assert not form["brain_key"]["invalid"]
     assert "seed" not in form
     assert "seed" in resolve(dataset, "compute_influence", {"advanced": True})
@@ -718,6 +721,63 @@ def test_a_pasted_path_is_taken_as_it_is_meant(dataset, options, made, tmp_path,
     assert (tmp_path / "pairs.csv").is_file()
 
 
+def test_validation_pairs_are_left_out_of_what_is_scored(dataset, options):
+    dataset.save_view("mine", dataset.match_tags("val"))
+    for target in ("tag: val", "saved view: mine"):
+        operator("compute_influence")(dataset, **options | {"target": target, "overwrite": True})
+        assert dataset.match_tags("val").count("ecif_influence") == 0
+        assert dataset.count("ecif_influence") == 72
+    operator("compute_influence")(dataset, **options, leave_out=False, overwrite=True)
+    assert dataset.count("ecif_influence") == 96
+    form = resolve(dataset, "compute_influence", {"target": "tag: val"}, view=dataset.match_tags("val")._serialize())
+    assert "All of these are validation pairs" in form["target"]["error_message"]
+
+
+def test_a_share_can_be_held_out(dataset, options):
+    dataset.untag_samples(["train", "val"])
+    form = resolve(dataset, "compute_influence", {"target": "hold out", "held_out": 25.0})
+    assert form["target"]["type"]["values"] == ["hold out"]
+    assert form["target"]["default"] == "hold out"
+    assert form["counts"]["view"]["label"] == "72 pairs will be scored towards 24 validation pairs"
+    assert (
+        "at least 2"
+        in resolve(dataset, "compute_influence", {"target": "hold out", "held_out": 0.5})["target"]["error_message"]
+    )
+    drawn = []
+    for seed in (0, 0, 1):
+        operator("compute_influence")(
+            dataset, **options | {"target": "hold out", "overwrite": True}, held_out=25.0, held_out_seed=seed
+        )
+        drawn.append(set(dataset.match_tags("held_out").values("id")))
+        assert not set(dataset.exists("ecif_influence").values("id")) & drawn[-1]
+    assert len(drawn[0]) == len(drawn[2]) == 24
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_form_starts_with_what_was_entered_last(dataset, options, detect):
+    assert resolve(dataset, "compute_influence", {})["pretrained"]["default"] is None
+    params = {**options, "caption_field": "spoiled", "target": "tag: train", "scope": "lora:4:99"}
+    failed = dict(run_in_the_app(dataset, params))
+    assert failed["notify"]["variant"] == "error"
+    form = resolve(dataset, "compute_influence", {})
+    kept = {name: form[name]["default"] for name in ("model", "pretrained", "caption_field", "target", "fit")}
+    assert kept == {name: params[name] for name in kept}
+    assert form["brain_key"]["default"] == "ecif"  # nothing was written under it
+    assert resolve(dataset, "detect_misalignment", {})["pretrained"]["default"] == options["pretrained"]
+    detect(fit=False)
+    form = resolve(dataset, "detect_misalignment", {})
+    assert (form["brain_key"]["default"], form["caption_field"]["default"]) == ("audit2", "caption")
+    dataset.add_sample_field("ecif_rank", fo.StringField)
+    assert resolve(dataset, "compute_influence", {})["brain_key"]["default"] == "ecif2"
+
+
+def test_a_form_starts_with_the_run_where_that_is_newer(dataset, score):
+    score(dataset.match_tags("train"), dataset.match_tags("val"), brain_key="direct")
+    config = dataset.get_brain_info("direct").config
+    form = resolve(dataset, "detect_misalignment", {})
+    assert (form["model"]["default"], form["pretrained"]["default"]) == (config.model, config.pretrained)
+
+
 def test_one_selected_pair_cannot_be_scored(dataset):
     one = [dataset.first().id]
     for name in ("compute_influence", "detect_misalignment"):
@@ -794,7 +854,13 @@ def list_in_a_fresh_process(plugins, path=""):
     return ran.stdout.splitlines()[-2:]
 
 
-SHIPPED = ("fiftyone.yml", "requirements.txt", "operators/__init__.py", "skills/curate-pairs/SKILL.md")
+SHIPPED = (
+    "fiftyone.yml",
+    "requirements.txt",
+    "operators/__init__.py",
+    "operators/panel/keys.js",
+    "skills/curate-pairs/SKILL.md",
+)
 OPERATORS = str(sorted(LISTED["operators"] + LISTED["panels"]))  # FiftyOne counts panels among the operators
 
 
