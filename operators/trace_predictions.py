@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from fiftyone_ecif.api.tracing import Trace
 
 _KEY, _COUNT, _LIMIT = "ecif", 5, 5
-_COLUMNS = {
-    "query": "Number",
-    "effect": "Effect",
-    "caption": "Caption",
-    "relative_influence": "Relative influence",
-}
 
 
 class TracePredictions(FormOperator):
@@ -81,15 +75,6 @@ class TracePredictions(FormOperator):
         )
         pairs = pairs_now(ctx.dataset, caption_field, view.values("id"))
         return {"pairs": _rows(traces, {sample: caption for sample, (_, caption) in pairs.items()})}
-
-    @override
-    def resolve_output(self, ctx: Any) -> types.Property:
-        outputs = types.Object()
-        table = types.TableView()
-        for name, label in _COLUMNS.items():
-            table.add_column(name, label=label)
-        outputs.list("pairs", types.Object(), view=table)
-        return types.Property(outputs, view=types.View(label=self.title))
 
     def __call__(
         self, samples: Any, queries: Any = None, brain_key: str = _KEY, count: int = _COUNT, limit: int = _LIMIT
@@ -169,7 +154,7 @@ def _at_least_one(ctx: Any, name: str, prop: Any) -> None:
 
 
 def _rows(traces: list[Trace], captions: dict[str, str]) -> list[dict[str, Any]]:
-    """The table below the result: each query, then what harms and what helps it."""
+    """What came of it, for Python: each query, then what harms and what helps it."""
     rows: list[dict[str, Any]] = []
     numbers = {sample: number for number, sample in enumerate(dict.fromkeys(one.id for one in traces), start=1)}
     for one in traces:

@@ -2,12 +2,13 @@
 (() => {
   const PANEL = "[data-cy=panel-content-influence_panel]";
   const KEYS = { a: "(A)", m: "(M)", ArrowRight: "(→)", ArrowLeft: "(←)", Enter: "(Enter)" };
-  const TYPING = "input, textarea, select, [contenteditable], [role=slider], [role=tab], [role=combobox], [role=option]";
+  const TYPING = "input, textarea, select, [contenteditable], [role=slider], [role=combobox], [role=option]";
 
   // A key presses the button of the panel that says so at its end, unless the key means something where the focus is.
   document.addEventListener("keydown", (event) => {
     const sign = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!sign || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+    if (event.key.startsWith("Arrow") && event.target.closest("[role=tab]")) return; // which moves among the tabs
     if (event.target.closest(TYPING) || document.querySelector("[role=dialog], [data-cy=modal]")) return;
     const buttons = [...document.querySelectorAll(`${PANEL} button:not([disabled])`)];
     const button = buttons.find((each) => each.textContent.trim().endsWith(sign) && each.offsetParent);
