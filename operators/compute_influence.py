@@ -28,6 +28,7 @@ from .forms import (
     chosen,
     dropdown,
     is_from_form,
+    pairs_to_act_on,
     refuse,
     split,
 )
@@ -75,7 +76,7 @@ class ComputeInfluence(JobOperator):
         params = _DEFAULTS | {name: value for name, value in ctx.params.items() if value is not None}
         if is_from_form(ctx.params) and not _needs_labels(params["target_loss"]):
             params["label_field"] = None
-        samples = ctx.target_view()
+        samples = pairs_to_act_on(ctx)
         if len(samples) == 0:
             raise EcifError("No samples are selected")
         samples, target = split(ctx, samples)

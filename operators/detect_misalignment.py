@@ -28,6 +28,7 @@ from .forms import (
     ask_target,
     chosen,
     is_from_form,
+    pairs_to_act_on,
     refuse,
     target_names,
     target_view,
@@ -88,7 +89,7 @@ class DetectMisalignment(JobOperator):
         from fiftyone_ecif.api.misalignment import misalignment_steps
 
         params = _DEFAULTS | {name: value for name, value in _entered(ctx.params).items() if value is not None}
-        samples = ctx.target_view()
+        samples = pairs_to_act_on(ctx)
         if len(samples) == 0:
             raise EcifError("No samples are selected")
         work = misalignment_steps(

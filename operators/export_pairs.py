@@ -11,7 +11,7 @@ from typing_extensions import override
 from fiftyone_ecif.store.files import user_path
 
 from .base import FormOperator
-from .forms import ask_caption_field, ask_new_file, may_replace, new_file
+from .forms import ask_caption_field, ask_new_file, may_replace, new_file, pairs_to_act_on
 from .jobs import call
 
 
@@ -29,8 +29,8 @@ class ExportPairs(FormOperator):
         from fiftyone_ecif.samples.export import EXPORT_FORMATS
 
         inputs.view_target(ctx, action_description="Export")
-        inputs.view("counts", types.Notice(label=f"{len(ctx.target_view()):,} pairs will be exported"))
-        if ask_caption_field(inputs, ctx, ctx.target_view()) is None:
+        inputs.view("counts", types.Notice(label=f"{len(pairs_to_act_on(ctx)):,} pairs will be exported"))
+        if ask_caption_field(inputs, ctx, pairs_to_act_on(ctx)) is None:
             return
         ask_new_file(
             inputs,
@@ -47,7 +47,7 @@ class ExportPairs(FormOperator):
 
         path = new_file(ctx)
         caption_field = ctx.params.get("caption_field", "caption")
-        count = export_pairs(ctx.target_view(), path, caption_field, overwrite=may_replace(ctx, str(path)))
+        count = export_pairs(pairs_to_act_on(ctx), path, caption_field, overwrite=may_replace(ctx, str(path)))
         ctx.ops.notify(f"Exported {count:,} pairs to {path}", variant="success")
         return {"path": str(path), "count": count}
 

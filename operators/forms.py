@@ -79,12 +79,12 @@ def ask_caption_field(inputs: Any, ctx: Any, samples: Any) -> Any:
 
     The fields that runs write are not offered, and the likeliest of the others is chosen.
     """
-    from fiftyone_ecif.samples.pairs import caption_fields
+    from fiftyone_ecif.samples.pairs import advice_on_captions, caption_fields
 
     ours = fields_of_runs(ctx.dataset)
     fields = [name for name in caption_fields(ctx.dataset) if name not in ours]
     if not fields:
-        blocked(inputs, "no_captions", "This dataset has no string field that could hold captions")
+        blocked(inputs, "no_captions", f"No string field could hold captions. {advice_on_captions(ctx.dataset)}")
         return None
     before = entered_before(ctx).get("caption_field")
     default = before if before in fields else likely_caption_field(ctx.dataset, fields)
@@ -112,12 +112,25 @@ def likely_caption_field(dataset: Any, fields: Sequence[str]) -> str:
     return max(zip(words, fields, strict=True), key=lambda found: found[0])[1] if words else fields[0]
 
 
+def pairs_to_act_on(ctx: Any) -> Any:
+    """The samples that a form is about: of grouped data the slice that the App shows, of a ``group_by`` all samples."""
+    samples = ctx.target_view()
+    if samples.media_type != "group":
+        return samples
+    if samples._is_dynamic_groups:
+        return samples.flatten()
+    shown = ctx.group_slice or samples.default_group_slice
+    if samples.group_media_types.get(shown) == "image":
+        return samples.select_group_slices(shown)
+    return samples.select_group_slices(media_type="image")
+
+
 def ask_pairs(inputs: Any, ctx: Any) -> Any:
     """Asks which pairs to score and where their captions are; returns them, or None if there can be none."""
     from fiftyone_ecif.samples.pairs import check_collection
 
     inputs.view_target(ctx, action_description="Score")
-    samples = ctx.target_view()
+    samples = pairs_to_act_on(ctx)
     choice = ask_caption_field(inputs, ctx, samples)
     if choice is None:
         return None
@@ -462,7 +475,7 @@ def _problem_of_device(device: str | None) -> str | None:
     if not hasattr(sys.modules.get("torch"), "cuda"):  # else it is being imported
         known = re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device)
         return None if known else f"{device!r} is none that torch knows. Use 'cpu', or 'cuda' for a GPU"
-    from fiftyone_ecif.models.device import choose_device
+    from fiftyone_ecif.devices import choose_device
 
     try:
         choose_device(device)

@@ -11,7 +11,7 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import every_sample
 
 from .base import FormOperator
-from .forms import ask_percent, blocked, dropdown, refuse
+from .forms import ask_percent, blocked, dropdown, pairs_to_act_on, refuse
 from .jobs import call
 
 _LIMITS = {"count": "A number of pairs", "share": "A share of the pairs", "threshold": "All beyond a score"}
@@ -64,7 +64,7 @@ class TagByInfluence(FormOperator):
             refuse(tag, str(error))
         if (how_many := _limit(ctx)) is not None and not value.invalid:
             try:
-                selected = select_by_influence(ctx.target_view(), field, direction, **{limit: how_many})
+                selected = select_by_influence(pairs_to_act_on(ctx), field, direction, **{limit: how_many})
             except EcifError as error:
                 refuse(value, str(error))
             else:
@@ -78,7 +78,7 @@ class TagByInfluence(FormOperator):
         direction = _direction(ctx, field)
         tag = (ctx.params.get("tag") or "").strip() or direction
         limit = ctx.params.get("limit", "count")
-        view = tag_by_influence(ctx.target_view(), field, tag, direction, **{limit: _limit(ctx)})
+        view = tag_by_influence(pairs_to_act_on(ctx), field, tag, direction, **{limit: _limit(ctx)})
         count = len(view)
         ctx.ops.reload_dataset()
         tagged = every_sample(ctx.dataset).match_tags(tag).exists(field)
@@ -123,7 +123,7 @@ def _say_how_many(inputs: Any, ctx: Any, field: str, direction: str, taken: int)
     """Says how many will be tagged, and what keeps them from being as many as was asked for."""
     from fiftyone_ecif.samples.selection import select_by_influence
 
-    among, everything = ctx.target_view(), every_sample(ctx.dataset)
+    among, everything = pairs_to_act_on(ctx), every_sample(ctx.dataset)
     scored = len(among.exists(field))
     right, right_of_all = (
         len(select_by_influence(view, field, direction, share=1.0)) if len(view.exists(field)) else 0

@@ -16,15 +16,14 @@ from dataclasses import asdict
 from typing import Any
 
 from fiftyone_ecif.api.progress_bar import follow
+from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.objective import random_partition
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.checkpoint import new_checkpoint
-from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.fine_tuning import diverged, load_state, mean_loss, train_scope
-from fiftyone_ecif.models.inputs import Images
 from fiftyone_ecif.models.libraries import library_of, load_encoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.samples.pairs import Pairs, check_collection, read_pairs, warn_skipped
@@ -173,7 +172,7 @@ def _find_unreadable(
     Raises:
         EcifError: for the first of them, unless it is skipped
     """
-    images = Images(pairs.paths, encoder.preprocess)
+    images = encoder.images(pairs.paths)
     failures: dict[int, str] = {}
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(images), _READ_AT_ONCE):

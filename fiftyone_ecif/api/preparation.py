@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
+from fiftyone_ecif.influence.heads import resident
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projections import PROJECTIONS
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import ScopeChoice, parse_scope
 from fiftyone_ecif.influence.target_losses import Classes, find_target_loss
 from fiftyone_ecif.influence.targets import Target, fill_prompts
-from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
 from fiftyone_ecif.models.libraries import library_of, load_encoder
@@ -68,7 +69,7 @@ class PreparedRun:
     pairs: Pairs
     keys: list[PairKey]
     target_pairs: dict[str, Pairs]
-    features: tuple[DiskMatrix, DiskMatrix]
+    features: tuple[Tensor | DiskMatrix, Tensor | DiskMatrix]
     targets: dict[str, Target]
     settings: InfluenceSettings
     shared: int
@@ -82,7 +83,11 @@ class PreparedRun:
     def batches(self, seed: int) -> Batches:
         """The training pairs in random batches."""
         partition = random_partition(len(self.pairs.ids), self.batch_size, seed)
-        return self.encoder.batches(self.choice, self.pairs.paths, self.pairs.captions, partition, self.features)
+        order = torch.cat(partition)
+        features = [side if isinstance(side, Tensor) else side.in_order(order) for side in self.features]
+        return self.encoder.batches(
+            self.choice, self.pairs.paths, self.pairs.captions, partition, (features[0], features[1])
+        )
 
     def run_name(self, seed: int) -> str:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
@@ -166,8 +171,8 @@ def prepare(
     classes = _classes(target_pairs, settings)
     for (label, group), chosen in zip(target_pairs.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, settings.seed)
-        features = images.select(chosen), texts.select(chosen)
-        batches = encoder.batches(choice, group.paths, group.captions, partition, features)
+        features = [resident(side.select(chosen), encoder.placement) for side in (images, texts)]
+        batches = encoder.batches(choice, group.paths, group.captions, partition, (features[0], features[1]))
         measured = settings.target_loss_name + settings.function_token, list(settings.templates), classes, settings.seed
         name = _target_name(label, [keys[row] for row in chosen], measured)
         targets[name] = _make_target(encoder, choice, scope, batches, group, settings, classes)
@@ -180,7 +185,10 @@ def prepare(
         pairs,
         [keys[row] for row in rows[0]],
         target_pairs,
-        (images.select(rows[0]), texts.select(rows[0])),
+        (
+            resident(images.select(rows[0]), encoder.placement),
+            resident(texts.select(rows[0]), encoder.placement),
+        ),
         targets,
         replace(settings, batch_size=batch_size),
         shared,

@@ -91,13 +91,17 @@ def bench_misalignment(
 @bench.command("speed")
 @click.option("--quick", is_flag=True, help="Fewer pairs and smaller models: minutes instead of an hour.")
 @click.option("--peers", is_flag=True, help="Install other libraries, apart from this software, and run them too.")
+@click.option("--device", help="Measure the stages of a job on this device only, cuda or cpu, and no other software.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write report.md and result.json.")
 @AS_JSON
-def bench_speed(quick: bool, peers: bool, out: Path | None, as_json: bool) -> None:
+def bench_speed(quick: bool, peers: bool, device: str | None, out: Path | None, as_json: bool) -> None:
     """Hold seconds and memory of scoring against embeddings, forward passes, hooks and the disk.
 
     Example: fiftyone-ecif bench speed --quick --out speed
     """
+    if device:
+        _bench_device(quick, device, out, as_json)
+        return
     with job():
         from fiftyone_ecif.bench.speed.experiments import QUICK, Sizes, markdown, run
 
@@ -105,6 +109,21 @@ def bench_speed(quick: bool, peers: bool, out: Path | None, as_json: bool) -> No
         if out:
             (out / "report.md").write_text(markdown(result))
     print_result(result, as_json, markdown)
+
+
+def _bench_device(quick: bool, device: str, out: Path | None, as_json: bool) -> None:
+    """Measures the stages of a job on one device."""
+    with job():
+        from fiftyone_ecif.bench.speed import stages
+        from fiftyone_ecif.devices import choose_device
+
+        pairs = [10_000] if quick else [10_000, 100_000, 1_000_000]
+        models = ["ViT-B-32"] if quick else ["ViT-B-32", "ViT-L-14"]
+        photographs = 512 if quick else 4096
+        result = stages.run(choose_device(device), pairs, models, photographs, partial(_keep, out))
+        if out:
+            (out / "report.md").write_text(stages.markdown(result))
+    print_result(result, as_json, stages.markdown)
 
 
 def _keep(out: Path | None, found: dict[str, Any]) -> None:

@@ -61,13 +61,14 @@ def direct_influence(
         the positive and the negative part, ``(len(vectors), N)`` each; positive = valuable
     """
     scores = torch.zeros(2, len(vectors), objective.pairs, dtype=torch.float64)
-    batches = objective.batches
-    own = objective.processes.share(range(len(batches)))
-    for done, index in enumerate(own, start=1):
-        batch, rows = batches[index], batches.partition[index]
+    batches, stacks = objective.batches, objective.stacks()
+    done, own = 0, sum(map(len, stacks))
+    for stack, batch in zip(stacks, batches.each(stacks), strict=True):
+        rows = batches.rows(stack)
         for number, vector in enumerate(vectors):
             parts = batch_influence(objective.scope, theta, batch, vector, objective.pairs, role)
             scores[:, number, rows] = torch.stack(parts).detach().cpu().double()
-        yield Progress("Scoring", done, len(own))
+        done += len(stack)
+        yield Progress("Scoring", done, own)
     positive, negative = objective.processes.total(scores).numpy()
     return positive, negative

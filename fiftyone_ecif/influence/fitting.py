@@ -13,10 +13,13 @@ from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.gradient_store import GradientStore
+from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.linear_solve import percent_of_the_way
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.progress import Progress
 
+# relative gradient norm, by whether it is in float64 and of the heads: looser ones would change the order of pairs
+_TOLERANCES = {(True, True): 1e-5, (True, False): 1e-5, (False, True): 1e-4, (False, False): 1e-3}
 _MAGNIFY = 1e8  # torch's L-BFGS forgets steps whose curvature product is below 1e-10
 
 
@@ -86,7 +89,7 @@ def stationary_point(
         return torch.from_numpy(known[0]).to(start), known[1]
     theta = start
     if fit:
-        tolerance = 1e-5 if start.dtype == torch.float64 else 1e-3
+        tolerance = _TOLERANCES[start.dtype == torch.float64, isinstance(objective.scope, HeadScope)]
         for fitted, relative in minimise(objective, tolerance):
             theta = fitted
             yield Progress("Fitting", percent_of_the_way(relative, tolerance), 100)

@@ -60,34 +60,34 @@ def removal_gradients(
         _side(features, head, scale, projection)
         for features, head, projection in zip(batch, scope.split(theta), projections, strict=True)
     )
-    cosine = images.embedding @ texts.embedding.T
+    cosine = images.embedding @ texts.embedding.mT
     similarity = scope.logits(theta, cosine)
     by_image = _Anchors(images, texts, cosine)
-    by_text = _Anchors(texts, images, cosine.T)
+    by_text = _Anchors(texts, images, cosine.mT)
     roles = []
     for of_images, of_captions in zip(
-        scope.loss.role_gradients(similarity, role), scope.loss.role_gradients(similarity.T, role), strict=True
+        scope.loss.role_gradients(similarity, role), scope.loss.role_gradients(similarity.mT, role), strict=True
     ):
         gradients = [(torch.zeros_like(by_image.along_anchor), torch.zeros_like(by_image.along_other))]
         gradients += [by_image.gradients(role_gradient) for role_gradient in of_images]
         gradients += [by_text.gradients(role_gradient)[::-1] for role_gradient in of_captions]
         blocks = [sum(parts) for parts in zip(*gradients, strict=True)]
-        roles.append(torch.cat(blocks, dim=1))
+        roles.append(torch.cat(blocks, dim=-1))
     if scope.with_scale:
         along_scale = scope.loss.removal_tangents(similarity, scale * cosine, role)
-        roles = [torch.cat([block, part[:, None]], dim=1) for block, part in zip(roles, along_scale, strict=True)]
+        roles = [torch.cat([block, part[..., None]], dim=-1) for block, part in zip(roles, along_scale, strict=True)]
     return roles[0], roles[1]
 
 
 def _side(features: Tensor, head: Tensor, scale: Tensor | float, projection: HeadProjection) -> _Side:
     embedding = features @ head
-    scaled_input = scale * (features @ projection.input) / embedding.norm(dim=1, keepdim=True)
-    return _Side(normalize(embedding, dim=1), scaled_input, projection.output)
+    scaled_input = scale * (features @ projection.input) / embedding.norm(dim=-1, keepdim=True)
+    return _Side(normalize(embedding, dim=-1), scaled_input, projection.output)
 
 
 def _outer(inputs: Tensor, outputs: Tensor) -> Tensor:
     """Row-wise outer products, ``(n, a)`` and ``(n, b)`` to ``(n, a * b)``."""
-    return (inputs[:, :, None] * outputs[:, None]).flatten(1)
+    return (inputs[..., :, None] * outputs[..., None, :]).flatten(-2)
 
 
 class _Anchors:
@@ -119,7 +119,7 @@ class _Anchors:
             - role_gradient.aggregate(to_centre)
             - along.aggregate(self.along_anchor)
         )
-        length = along.aggregate(torch.ones_like(self.cosine[:, :1]))
+        length = along.aggregate(torch.ones_like(self.cosine[..., :1]))
         own = role_gradient.aggregate(self.u_other) - length * self.v_other
         to_other = _outer(self.other.scaled_input, own) - role_gradient.aggregate(shared)
         return to_anchor, to_other
@@ -128,7 +128,7 @@ class _Anchors:
         """What the mean of the others does to the anchor, and to the others; role gradients with one mean share it."""
         if id(mean) not in self._centres:
             weighted = mean * self.cosine
-            off_centre = mean @ self.v_anchor - weighted.sum(1, keepdim=True) * self.u_anchor
+            off_centre = mean @ self.v_anchor - weighted.sum(-1, keepdim=True) * self.u_anchor
             shared = _outer(mean @ self.other.scaled_input, self.u_other) - weighted @ self.along_other
             self._centres[id(mean)] = mean, _outer(self.anchor.scaled_input, off_centre), shared
         return self._centres[id(mean)][1:]

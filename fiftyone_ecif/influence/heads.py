@@ -3,24 +3,30 @@
 A head maps the features in front of the final projection, ``x`` of shape
 ``(n, w)``, to an embedding ``x @ weight + bias`` of shape ``(n, d)``. Everything
 before it is frozen, so the features are computed once and every loss, gradient
-and Hessian product afterwards is a few matrix products in float64.
+and Hessian product afterwards is a few matrix products, in float64 where that
+is not slow.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 from torch.func import jvp
 from typing_extensions import override
 
+from fiftyone_ecif.devices import ON_CPU, Placement
+from fiftyone_ecif.influence.head_point import HeadPoint, Heads
 from fiftyone_ecif.influence.losses import BatchLoss, SoftmaxLoss
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
 
 Batch = tuple[Tensor, Tensor]
+_AT_ONCE = 2**16  # rows that are copied to a device
 
 
 class HeadScope(Scope):
@@ -35,6 +41,7 @@ class HeadScope(Scope):
         loss (SoftmaxLoss()): what the model is trained with.
         with_scale (False): whether ``logit_scale`` is attributed, as the last
             parameter, or held fixed.
+        placement (ON_CPU): where the parameters are, and in which precision.
 
     Attributes:
         start: the given weights, flat, shape ``(p,)``.
@@ -50,15 +57,24 @@ class HeadScope(Scope):
         bias: float = 0.0,
         loss: BatchLoss | None = None,
         with_scale: bool = False,
+        placement: Placement = ON_CPU,
     ) -> None:
         self.shapes = (image_head.shape, text_head.shape)
         parts = [image_head.flatten().double(), text_head.flatten().double()]
         if with_scale:
             parts.append(torch.tensor([math.log(scale)], dtype=torch.float64))
-        self.start = torch.cat(parts)
+        self.start = torch.cat([part.cpu() for part in parts]).to(placement.device, placement.dtype)
         self.loss = loss or SoftmaxLoss()
         self.with_scale = with_scale
         self._scale, self._bias = scale, bias
+
+    def at(self, theta: Tensor) -> Heads:
+        """Both heads and the temperature inside a flat vector, which may be a direction."""
+        return Heads(*self.split(theta), theta[-1] if self.with_scale else None)
+
+    def point(self, theta: Tensor, batch: Batch) -> HeadPoint:
+        """A batch, or a stack of batches, seen from ``theta``."""
+        return HeadPoint(self.loss, self.embed(theta, batch), self.scale(theta), self._bias)
 
     def split(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The two weight matrices inside a flat vector."""
@@ -94,27 +110,87 @@ class HeadScope(Scope):
 
 
 class FeatureBatches(Sequence[Batch]):
-    """Batches of cached features, in float64, read when they are asked for.
+    """Batches of cached features, read when they are asked for.
+
+    Several batches of one size are also given as a stack, which has a dimension
+    before the others: one large product instead of many small ones.
 
     Args:
-        images: image features, shape ``(N, w_image)``, in memory or not.
+        images: image features, shape ``(N, w_image)``, on the disk, in memory or on the device.
         texts: caption features, shape ``(N, w_text)``, likewise.
         partition: the row indices of each batch.
+        placement (ON_CPU): where batches are given, and in which precision.
     """
 
-    def __init__(self, images: Tensor | DiskMatrix, texts: Tensor | DiskMatrix, partition: Sequence[Tensor]) -> None:
-        self.images, self.texts, self.partition = images, texts, partition
+    def __init__(
+        self,
+        images: Tensor | DiskMatrix,
+        texts: Tensor | DiskMatrix,
+        partition: Sequence[Tensor],
+        placement: Placement = ON_CPU,
+    ) -> None:
+        self.images, self.texts, self.partition, self.placement = images, texts, partition, placement
 
     def regrouped(self, partition: Sequence[Tensor]) -> FeatureBatches:
         """The same pairs in other batches."""
-        return FeatureBatches(self.images, self.texts, partition)
+        return FeatureBatches(self.images, self.texts, partition, self.placement)
+
+    def stacks(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The numbers of batches, those that are given as one stack together: of one size, as many as suit."""
+        by_size: dict[int, list[int]] = {}
+        for number in numbers:
+            by_size.setdefault(len(self.partition[number]), []).append(number)
+        found = []
+        for size, alike in by_size.items():
+            most = max(1, self.placement.stacked // size**2)
+            found += [alike[start : start + most] for start in range(0, len(alike), most)]
+        return found
+
+    def rows(self, stack: Sequence[int]) -> Tensor:
+        """The row indices of a stack, shape ``(b, n)``."""
+        return torch.stack([self.partition[number] for number in stack])
+
+    def each(self, stacks: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """The features of each stack, ``(b, n, w_image)`` and ``(b, n, w_text)``; the next is read meanwhile."""
+        if isinstance(self.images, Tensor) and isinstance(self.texts, Tensor):
+            yield from map(self._read, map(self.rows, stacks))
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead: deque[Future[Batch]] = deque()
+            for stack in stacks:
+                ahead.append(pool.submit(self._read, self.rows(stack)))
+                if len(ahead) > 1:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def __len__(self) -> int:
         return len(self.partition)
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        rows = self.partition[index]
-        return self.images[rows].double(), self.texts[rows].double()
+        return self._read(self.partition[index])
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
+
+    def _read(self, rows: Tensor) -> Batch:
+        """Features of some rows, ``(..., w)``."""
+        images, texts = (self._placed(side, rows) for side in (self.images, self.texts))
+        return images, texts
+
+    def _placed(self, side: Tensor | DiskMatrix, rows: Tensor) -> Tensor:
+        if isinstance(side, Tensor):
+            return side[rows.to(side.device)].to(self.placement.device, self.placement.dtype)
+        found = side[rows.flatten()].view(*rows.shape, -1)
+        if self.placement.device != "cpu":
+            return found.pin_memory().to(self.placement.device, non_blocking=True).to(self.placement.dtype)
+        return found.to(self.placement.dtype)
+
+
+def resident(features: DiskMatrix, placement: Placement) -> Tensor | DiskMatrix:
+    """Features, ``(N, w)``, in float32 on the device that they are computed with if there is room; else as they are."""
+    if torch.device(placement.device).type == "cpu" or features.nbytes > placement.room:
+        return features
+    return torch.cat(
+        [features[start : start + _AT_ONCE].to(placement.device) for start in range(0, len(features), _AT_ONCE)]
+    )

@@ -2,6 +2,8 @@
 
 Pure functions of a similarity matrix ``S`` of shape ``(n, n)``: ``S[i, j]`` is
 the logit of image ``i`` and caption ``j`` (scaled cosine similarity, no unit).
+A stack of batches of one size, ``(b, n, n)``, is taken likewise: everything
+keeps its leading dimensions.
 Losses are in nats. Pair ``n`` enters the loss of its batch in two roles:
 
 * as a *positive*, through its own loss;
@@ -19,11 +21,13 @@ inverted; :class:`fiftyone_ecif.influence.roles.Role` has all forms.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.linalg import vecdot
+from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
@@ -38,20 +42,22 @@ class RoleGradient:
     is ``weight[k, n] * (e_n - mean[k])``, ``e_n`` being the n-th unit vector.
 
     Attributes:
-        weight: shape ``(n, n)``.
-        mean: shape ``(n, n)``; rows are probabilities, or zero.
+        weight: shape ``(..., n, n)``.
+        mean: shape ``(..., n, n)``; rows are probabilities, or zero.
     """
 
     weight: Tensor
     mean: Tensor
 
     def matrix(self) -> Tensor:
-        """``weight`` as a matrix, shape ``(n, n)``."""
+        """``weight`` as a matrix, shape ``(..., n, n)``."""
         return self.weight
 
     def aggregate(self, rows: Tensor) -> Tensor:
-        """``sum_k weight[k, n] rows[k]``: what anchors have, ``(n, ...)``, at the pairs whose role they carry."""
-        return self.weight.T @ rows
+        """``sum_k weight[k, n] rows[k]``: what anchors have, numbers or vectors, at the pairs whose role they carry."""
+        if rows.dim() < self.weight.dim():
+            return (self.weight.mT @ rows[..., None])[..., 0]
+        return self.weight.mT @ rows
 
     def scaled(self, factor: Tensor) -> RoleGradient:
         """The same with ``weight * factor``, ``factor`` of shape ``(n, n)``."""
@@ -59,8 +65,8 @@ class RoleGradient:
 
     def tangent(self, direction: Tensor) -> Tensor:
         """Change of the role of each pair when ``S`` moves along ``direction``, shape ``(n,)``."""
-        expected = (self.mean * direction).sum(1)
-        return (self.weight * direction).sum(0) - self.aggregate(expected)
+        expected = (self.mean * direction).sum(-1)
+        return (self.weight * direction).sum(-2) - self.aggregate(expected)
 
 
 @dataclass(frozen=True)
@@ -68,21 +74,24 @@ class SingleRoleGradient(RoleGradient):
     """A role gradient whose anchors carry the role of one pair each, which takes no products of matrices.
 
     Attributes:
-        weight: shape ``(n,)``: that of ``pair[k]`` at anchor ``k``; all others are zero.
+        weight: shape ``(..., n)``: that of ``pair[k]`` at anchor ``k``; all others are zero.
         mean: as above.
-        pair: shape ``(n,)``.
+        pair: shape ``(..., n)``.
     """
 
     pair: Tensor
 
     @override
     def matrix(self) -> Tensor:
-        return torch.zeros_like(self.mean).scatter(1, self.pair[:, None], self.weight[:, None])
+        return torch.zeros_like(self.mean).scatter(-1, self.pair[..., None], self.weight[..., None])
 
     @override
     def aggregate(self, rows: Tensor) -> Tensor:
-        weighted = self.weight.view(-1, *[1] * (rows.dim() - 1)) * rows
-        return torch.zeros_like(weighted).index_add(0, self.pair, weighted)
+        weighted = (self.weight if rows.dim() == self.weight.dim() else self.weight[..., None]) * rows
+        deep, size = self.pair.dim(), self.pair.shape[-1]
+        stacked = torch.arange(self.pair.numel() // size, device=rows.device).view(*self.pair.shape[:-1], 1)
+        flat = weighted.flatten(0, deep - 1)
+        return torch.zeros_like(flat).index_add(0, (self.pair + size * stacked).flatten(), flat).view_as(weighted)
 
     @override
     def scaled(self, factor: Tensor) -> SingleRoleGradient:
@@ -90,10 +99,23 @@ class SingleRoleGradient(RoleGradient):
 
     @override
     def tangent(self, direction: Tensor) -> Tensor:
-        return self.aggregate(self._of_pair(direction) - (self.mean * direction).sum(1))
+        return self.aggregate(self._of_pair(direction) - (self.mean * direction).sum(-1))
 
     def _of_pair(self, matrix: Tensor) -> Tensor:
-        return matrix.gather(1, self.pair[:, None])[:, 0]
+        return matrix.gather(-1, self.pair[..., None])[..., 0]
+
+
+@dataclass(frozen=True)
+class LossCurvature:
+    """The first and second derivative of a batch's loss with respect to ``S``.
+
+    Attributes:
+        slope: the gradient, shape ``(..., n, n)``.
+        product: maps a change of ``S`` to the change of the slope, shapes ``(..., n, n)``.
+    """
+
+    slope: Tensor
+    product: Callable[[Tensor], Tensor]
 
 
 RoleGradients = tuple[list[RoleGradient], list[RoleGradient]]
@@ -111,6 +133,10 @@ class BatchLoss(ABC):
     @abstractmethod
     def pair_losses(self, similarity: Tensor) -> Tensor:
         """Each pair's share of the loss, shape ``(n,)``; the loss of the batch is their sum."""
+
+    @abstractmethod
+    def curvature(self, similarity: Tensor) -> LossCurvature:
+        """The derivatives of the loss of the batch with respect to ``S``."""
 
     @abstractmethod
     def own_losses(self, similarity: Tensor) -> Tensor:
@@ -166,13 +192,13 @@ class BatchLoss(ABC):
         """
         parts = []
         for images, captions in zip(
-            self.role_gradients(similarity, role), self.role_gradients(similarity.T, role), strict=True
+            self.role_gradients(similarity, role), self.role_gradients(similarity.mT, role), strict=True
         ):
-            part = torch.zeros_like(direction[0])
+            part = torch.zeros_like(direction[..., 0, :])
             for role_gradient in images:
                 part = part + role_gradient.tangent(direction)
             for role_gradient in captions:
-                part = part + role_gradient.tangent(direction.T)
+                part = part + role_gradient.tangent(direction.mT)
             parts.append(part)
         return parts[0], parts[1]
 
@@ -202,7 +228,21 @@ class SoftmaxLoss(BatchLoss):
 
     @override
     def pair_losses(self, similarity: Tensor) -> Tensor:
-        return similarity.logsumexp(1) + similarity.logsumexp(0) - 2 * similarity.diagonal()
+        return similarity.logsumexp(-1) + similarity.logsumexp(-2) - 2 * _diagonal(similarity)
+
+    @override
+    def curvature(self, similarity: Tensor) -> LossCurvature:
+        by_image, by_caption = similarity.softmax(-1), similarity.softmax(-2)
+        slope = by_image + by_caption
+        _diagonal(slope).sub_(2)
+
+        def product(direction: Tensor) -> Tensor:
+            change = slope * direction
+            _diagonal(change).add_(_diagonal(direction), alpha=2)
+            change.addcmul_(by_image, vecdot(by_image, direction, dim=-1)[..., :, None], value=-1)
+            return change.addcmul_(by_caption, vecdot(by_caption, direction, dim=-2)[..., None, :], value=-1)
+
+        return LossCurvature(slope, product)
 
     @override
     def own_losses(self, similarity: Tensor) -> Tensor:
@@ -216,19 +256,19 @@ class SoftmaxLoss(BatchLoss):
         the rest of the row and not by subtraction, so duplicate captions need
         no clamping.
         """
-        mean = similarity.softmax(1)
-        each = torch.arange(len(mean), device=mean.device)
-        positive: list[RoleGradient] = [SingleRoleGradient(-torch.ones_like(mean[0]), mean, each)]
-        if len(mean) == 1:
+        mean = similarity.softmax(-1)
+        each = _numbers(mean)
+        positive: list[RoleGradient] = [SingleRoleGradient(-torch.ones_like(mean[..., 0, :]), mean, each)]
+        if mean.shape[-1] == 1:
             negative: list[RoleGradient] = [RoleGradient(torch.zeros_like(mean), mean)]
         elif approximation == "taylor":
-            negative = [RoleGradient(mean.clone().fill_diagonal_(0), mean)]
+            negative = [RoleGradient(_without_own(mean.clone()), mean)]
         elif approximation == "as_printed":
-            negative = [RoleGradient(-mean.reciprocal().fill_diagonal_(0), mean)]
+            negative = [RoleGradient(-_without_own(mean.reciprocal()), mean)]
         else:
-            most, top = mean.max(1)
-            rest = similarity.scatter(1, top[:, None], -torch.inf).softmax(1)
-            light = mean.scatter(1, top[:, None], 0).fill_diagonal_(0)
+            most, top = mean.max(-1)
+            rest = similarity.scatter(-1, top[..., None], -torch.inf).softmax(-1)
+            light = _without_own(mean.scatter(-1, top[..., None], 0))
             negative = [
                 RoleGradient(light / (1 - light), mean),
                 SingleRoleGradient(most.masked_fill(top == each, 0), rest, top),
@@ -256,13 +296,20 @@ class SigmoidLoss(BatchLoss):
 
     @override
     def pair_losses(self, similarity: Tensor) -> Tensor:
-        others = softplus(similarity)
-        negative = others.sum(0) + others.sum(1) - 2 * others.diagonal()
+        others = -logsigmoid(-similarity)  # torch's softplus is off by 2e-9 above 20
+        negative = others.sum(-2) + others.sum(-1) - 2 * _diagonal(others)
         return self.own_losses(similarity) + negative / 2
 
     @override
+    def curvature(self, similarity: Tensor) -> LossCurvature:
+        slope, rest = similarity.sigmoid(), (-similarity).sigmoid()  # 1 - slope would lose what is small
+        curved = slope * rest
+        _diagonal(slope).copy_(-_diagonal(rest))
+        return LossCurvature(slope, curved.mul)
+
+    @override
     def own_losses(self, similarity: Tensor) -> Tensor:
-        return softplus(-similarity.diagonal())
+        return -logsigmoid(_diagonal(similarity))
 
     @override
     def check_role(self, role: str) -> Role:
@@ -274,7 +321,23 @@ class SigmoidLoss(BatchLoss):
     @override
     def both_roles(self, similarity: Tensor, approximation: Approximation) -> RoleGradients:
         none = torch.zeros_like(similarity)
-        own = -(-similarity.diagonal()).sigmoid() / 2  # half with images, half with captions as anchors
-        positive: list[RoleGradient] = [SingleRoleGradient(own, none, torch.arange(len(own), device=own.device))]
-        negative: list[RoleGradient] = [RoleGradient(similarity.sigmoid().fill_diagonal_(0), none)]
+        own = -(-_diagonal(similarity)).sigmoid() / 2  # half with images, half with captions as anchors
+        positive: list[RoleGradient] = [SingleRoleGradient(own, none, _numbers(none))]
+        negative: list[RoleGradient] = [RoleGradient(_without_own(similarity.sigmoid()), none)]
         return positive, negative
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    """A view, shape ``(..., n)``."""
+    return matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def _without_own(matrix: Tensor) -> Tensor:
+    """The same matrix with zeros on its diagonal."""
+    _diagonal(matrix).zero_()
+    return matrix
+
+
+def _numbers(matrix: Tensor) -> Tensor:
+    """The number of each row in its batch, shape ``(..., n)``."""
+    return torch.arange(matrix.shape[-1], device=matrix.device).expand(matrix.shape[:-1])

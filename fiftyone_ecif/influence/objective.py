@@ -21,7 +21,10 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
+from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.scope import Scope
+
+_GRADIENTS = 16  # of all parameters each, at a time
 
 
 class Batches(Protocol):
@@ -35,6 +38,15 @@ class Batches(Protocol):
 
     def regrouped(self, partition: Sequence[Tensor]) -> Batches:
         """The same pairs in other batches."""
+
+    def stacks(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The numbers of batches, those that are given as one together."""
+
+    def rows(self, stack: Sequence[int]) -> Tensor:
+        """The row indices of a stack of batches, shape ``(n,)``, or ``(b, n)`` where these come in stacks."""
+
+    def each(self, stacks: Sequence[Sequence[int]]) -> Iterator[Any]:
+        """Each stack, as :meth:`Scope.similarity` takes it."""
 
     def __len__(self) -> int: ...
 
@@ -106,7 +118,7 @@ class ContrastiveLoss:
         """The value, a scalar, in nats."""
         value, offset = theta.new_zeros(()), theta - self.scope.start
         with torch.no_grad():
-            for batch in self.own_batches():
+            for batch in self.own_stacks():
                 value = value + self._batch_mean(theta, batch)
         return self.processes.total(value) + self.proximal / 2 * offset.dot(offset)
 
@@ -114,8 +126,12 @@ class ContrastiveLoss:
         """The gradient, shape ``(p,)``, and the value, a scalar."""
         offset = theta - self.scope.start
         gradient, value = torch.zeros_like(theta), theta.new_zeros(())
-        for batch in self.own_batches():
-            part, loss = grad_and_value(self._batch_mean)(theta, batch)
+        for batch in self.own_stacks():
+            if isinstance(self.scope, HeadScope):
+                at = self.scope.point(theta, batch)
+                part, loss = at.gradient(batch, self.scope.with_scale) / self.pairs, at.loss / self.pairs
+            else:
+                part, loss = grad_and_value(self._batch_mean)(theta, batch)
             gradient, value = gradient + part, value + loss
         gradient, value = self.processes.total(gradient), self.processes.total(value)
         return gradient + self.proximal * offset, value + self.proximal / 2 * offset.dot(offset)
@@ -142,15 +158,20 @@ class ContrastiveLoss:
         squared norms (Hutchinson's estimator).
         """
         total = theta.new_zeros(())
-        for index in self._shared():
-            signs = self._signs(self.batches.partition[index], torch.Generator().manual_seed(index)).to(theta)
-            total = total + grad(self._weighted_loss)(theta, self.batches[index], signs).square().sum()
+        stacks, gradient = self.stacks(), grad(self._weighted_loss)
+        of_each = torch.vmap(gradient, in_dims=(None, 0, 0), chunk_size=_GRADIENTS)
+        for stack, batch in zip(stacks, self.batches.each(stacks), strict=True):
+            signs = torch.stack(
+                [self._signs(self.batches.partition[n], torch.Generator().manual_seed(n)) for n in stack]
+            ).to(theta)
+            found = gradient(theta, batch, signs[0]) if len(stack) == 1 else of_each(theta, batch, signs)
+            total = total + found.square().sum()
         return (self.processes.total(total) / self.pairs).sqrt()
 
     def hessian_product(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The exact Hessian at ``theta`` times ``vector``, forward over reverse, shape ``(p,)``."""
         product = torch.zeros_like(vector)
-        for batch in self.own_batches():
+        for batch in self.own_stacks():
             gradient = partial(grad(self._batch_mean), batch=batch)
             product = product + jvp(gradient, (theta,), (vector,))[1]
         return self.processes.total(product) + self.proximal * vector
@@ -166,16 +187,20 @@ class ContrastiveLoss:
         def batch_loss(similarity: Tensor) -> Tensor:
             return self.scope.loss.pair_losses(similarity).sum() / self.pairs
 
-        for batch in self.own_batches():
+        for batch in self.own_stacks():
             similarity = partial(self.scope.similarity, batch=batch)
             value, direction = jvp(similarity, (theta,), (vector,))[:2]
             curved = jvp(grad(batch_loss), (value,), (direction,))[1]
             product = product + vjp(similarity, theta)[1](curved)[0]
         return self.processes.total(product) + self.proximal * vector
 
-    def own_batches(self, start: int = 0) -> Iterator[Any]:
-        """Those that this process takes, from the first or a later one on."""
-        return (self.batches[index] for index in self._shared()[start:])
+    def stacks(self) -> list[list[int]]:
+        """The numbers of the batches that this process takes, by the stack that they are given in."""
+        return self.batches.stacks(self._shared())
+
+    def own_stacks(self) -> Iterator[Any]:
+        """The batches that this process takes, in stacks."""
+        return self.batches.each(self.stacks())
 
     def _shared(self) -> Sequence[int]:
         """The numbers of the batches that this process takes."""
@@ -189,4 +214,4 @@ class ContrastiveLoss:
         return self.scope.loss.pair_losses(self.scope.similarity(theta, batch)).sum() / self.pairs
 
     def _weighted_loss(self, theta: Tensor, batch: Any, weights: Tensor) -> Tensor:
-        return self.scope.loss.pair_losses(self.scope.similarity(theta, batch)) @ weights
+        return (self.scope.loss.pair_losses(self.scope.similarity(theta, batch)) * weights).sum()

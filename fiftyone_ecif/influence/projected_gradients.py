@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def keep_gradients(
     for done, (name, start) in enumerate(missing, start=1):
         numbers = range(start, min(start + _BATCHES_A_PART, len(sources[name])))
         if name is None:
-            rows = [_pair_rows(scope, theta, batches, number, projection, role) for number in numbers]
+            rows = [_pair_rows(scope, theta, batches, stack, projection, role) for stack in batches.stacks(numbers)]
             store.write_pairs(start, rows)
         else:
             store.write_target(name, start, [_target_rows(targets[name], theta, n, projection) for n in numbers])
@@ -59,21 +59,22 @@ def keep_gradients(
 
 
 def _pair_rows(
-    scope: Scope, theta: Tensor, batches: Batches, number: int, projection: Projection, role: str
+    scope: Scope, theta: Tensor, batches: Batches, stack: Sequence[int], projection: Projection, role: str
 ) -> PairRows:
-    """What is kept of one batch."""
-    batch, rows = batches[number], batches.partition[number]
+    """What is kept of a stack of batches."""
+    (batch,), rows = batches.each([stack]), batches.rows(stack)
     positive, negative = projection.removal_gradients(theta, batch, role)
-    images, captions = (normalize(part, dim=1) for part in scope.embed(theta, batch))
-    cosine = images @ captions.T
+    images, captions = (normalize(part, dim=-1) for part in scope.embed(theta, batch))
+    cosine = images @ captions.mT
+    losses = scope.loss.own_losses(scope.logits(theta, cosine))
     return PairRows(
-        row=_array(rows),
-        batch=np.full_like(_array(rows), number),
-        image=_array(images.float()),
-        cosine=_array(cosine.diagonal()),
-        loss=_array(scope.loss.own_losses(scope.logits(theta, cosine))),
-        positive=_array(positive.float()),
-        negative=_array(negative.float()),
+        row=_array(rows.flatten()),
+        batch=np.repeat(np.asarray(stack, dtype=np.int64), rows.shape[-1]),
+        image=_array(images.float().flatten(0, -2)),
+        cosine=_array(cosine.diagonal(dim1=-2, dim2=-1).flatten()),
+        loss=_array(losses.flatten()),
+        positive=_array(positive.float().flatten(0, -2)),
+        negative=_array(negative.float().flatten(0, -2)),
     )
 
 

@@ -16,7 +16,7 @@ kept as its coordinates in a subspace of orthonormal directions:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -200,13 +200,16 @@ class KroneckerProjection(Projection):
     @classmethod
     def choose(cls, objective: ContrastiveLoss, theta: Tensor, targets: Sequence[Batches]) -> KroneckerProjection:
         """Those in which the training pairs vary most, whatever the targets."""
-        scope, own = cast(HeadScope, objective.scope), objective.own_batches()
+        scope, own = cast(HeadScope, objective.scope), objective.own_stacks()
         return principal_projection(scope, theta, own, processes=objective.processes)
 
     @override
     @classmethod
     def from_state(cls, scope: Scope, state: Mapping[str, Tensor]) -> KroneckerProjection:
-        image, text = (HeadProjection(state[f"{head}-input"], state[f"{head}-output"]) for head in ("image", "text"))
+        image, text = (
+            HeadProjection(*(state[f"{head}-{side}"].to(scope.start) for side in ("input", "output")))
+            for head in ("image", "text")
+        )
         return cls(cast(HeadScope, scope), image, text)
 
     def __init__(self, scope: HeadScope, image: HeadProjection, text: HeadProjection) -> None:
@@ -307,7 +310,7 @@ class _MovedHeads:
         self.loss = projection.scope.loss
         self.start = theta.new_zeros(projection.rank)
 
-    def batches(self, batches: Batches) -> list[tuple[Tensor, _MovedSide, _MovedSide]]:
+    def batches(self, batches: Batches) -> _MovedBatches:
         """The same batches as inner products of the embeddings at ``theta``, and both sides."""
         scope, outputs = self.projection.scope, [head.output for head in self.projection.heads]
         made = []
@@ -320,7 +323,7 @@ class _MovedHeads:
                 )
             )
             made.append((embeddings[0] @ embeddings[1].T, images, captions))
-        return made
+        return _MovedBatches(made)
 
     def similarity(self, theta: Tensor, batch: tuple[Tensor, _MovedSide, _MovedSide]) -> Tensor:
         """``S`` of a batch at these coordinates, shape ``(n, n)``."""
@@ -335,6 +338,16 @@ class _MovedHeads:
         if scope.with_scale:
             at = torch.cat([at[:-1], at[-1:] + theta[-1:]])
         return scope.logits(at, inner * (image_unit[:, None] * caption_unit))
+
+
+class _MovedBatches(list[tuple[Tensor, _MovedSide, _MovedSide]]):
+    """Batches of :class:`_MovedHeads`, each on its own."""
+
+    def stacks(self, numbers: Sequence[int]) -> list[list[int]]:
+        return [[number] for number in numbers]
+
+    def each(self, stacks: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, _MovedSide, _MovedSide]]:
+        return (self[number] for (number,) in stacks)
 
 
 def principal_projection(
@@ -358,7 +371,7 @@ def principal_projection(
     for batch in batches:
         sides = [side for features, head in zip(batch, heads, strict=True) for side in (features, features @ head)]
         for place, rows in enumerate(sides):
-            rows = normalize(rows, dim=1) if place % 2 else rows
+            rows = (normalize(rows, dim=-1) if place % 2 else rows).flatten(0, -2)
             second_moments[place] += rows.T @ rows
     image_input, image_output, text_input, text_output = (
         torch.linalg.eigh(processes.total(moment)).eigenvectors[:, -rank:] for moment in second_moments

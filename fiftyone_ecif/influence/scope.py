@@ -54,7 +54,7 @@ class Scope(ABC):
 
     def compare(self, theta: Tensor, images: Tensor, captions: Tensor) -> Tensor:
         """``S`` of embeddings before normalisation, shape ``(n, n)``."""
-        return self.logits(theta, normalize(images, dim=1) @ normalize(captions, dim=1).T)
+        return self.logits(theta, normalize(images, dim=-1) @ normalize(captions, dim=-1).mT)
 
     def embed(self, theta: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """Image and caption embeddings of a batch before normalisation, ``(n, d)`` each."""

@@ -130,8 +130,8 @@ def _smallest_norm(objective: ContrastiveLoss, theta: Tensor) -> float:
     """The shortest embedding over the median, before normalisation; the smaller of both towers."""
     with torch.no_grad():
         own = [
-            torch.stack([part.norm(dim=1) for part in objective.scope.embed(theta, objective.batches[index])], dim=1)
-            for index in objective.processes.share(range(len(objective.batches)))
+            torch.stack([part.norm(dim=-1).flatten() for part in objective.scope.embed(theta, batch)], dim=1)
+            for batch in objective.own_stacks()
         ]
     norms = torch.cat(objective.processes.gather([part.cpu() for part in own]))
     smallest = (norms.min(0).values / norms.median(0).values).min().item()

@@ -5,19 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from fiftyone_ecif.devices import Placement
 from fiftyone_ecif.influence.heads import FeatureBatches
 from fiftyone_ecif.influence.losses import BatchLoss
 from fiftyone_ecif.influence.objective import Batches
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import ScopeChoice
-from fiftyone_ecif.models.inputs import Images, ImageTextBatches, collate
+from fiftyone_ecif.models.inputs import Images, ImageTextBatches, loaded
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
 
 _PROMPTS_AT_ONCE = 128
@@ -37,15 +36,28 @@ class DualEncoder(ABC):
         loss: what the model is trained with.
         fingerprint: hex digest of all that the features depend on: features
             are cached under it.
-        preprocess: makes of a PIL image what the image tower takes of it, a
-            tensor of one shape for all images. Other processes call it.
+        preprocess_jpeg: makes of a decoded JPEG file, uint8 of shape ``(3, h, w)``, what :meth:`preprocess` makes of
+            the image, faster; None if such files are read like all others.
     """
 
     name: str
     device: str
     loss: BatchLoss
     fingerprint: str
-    preprocess: Callable[[Image.Image], Tensor]
+    preprocess_jpeg: Callable[[Tensor], Tensor] | None = None
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Preprocessed images, ``(n, ...)``, on the device, as the image tower takes them: by default as they are."""
+        return images
+
+    @property
+    def placement(self) -> Placement:
+        """Where the heads are computed, and in which precision."""
+        return Placement.of_heads(self.device)
+
+    @abstractmethod
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Makes an image a tensor of one shape for all, which :meth:`finish` takes; several threads call it."""
 
     @abstractmethod
     def tokens(self, captions: Sequence[str]) -> Tensor:
@@ -57,7 +69,7 @@ class DualEncoder(ABC):
 
         Args:
             tower: ``"image"`` or ``"text"``.
-            inputs: preprocessed images or tokens, ``n`` of them, at least one; on any device.
+            inputs: images as they come out of ``preprocess``, or tokens, ``n`` of them, at least one; on any device.
 
         Returns:
             shape ``(n, w)``, float32, on the CPU, without gradient; the last
@@ -107,30 +119,33 @@ class DualEncoder(ABC):
             EcifError: if a file cannot be written
         """
 
+    @property
+    def batch_size(self) -> int:
+        """Inputs that are worth encoding at once."""
+        return 512 if self.device.startswith("cuda") else 128
+
     def image_features(
         self, paths: Sequence[str], batch_size: int, num_workers: int
     ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-        """Encodes image files, which other processes load in the meantime.
+        """Encodes image files, which threads read in the meantime.
 
         Args:
             paths: of the files.
             batch_size: images at once.
-            num_workers: processes that load them; 0 for none but this one.
+            num_workers: threads that read them; 0 for none but this one.
 
         Yields:
             for each batch, the indices into ``paths`` that were read, their
             features of shape ``(n, w)`` in float32, and ``{index: reason}`` of
             those that could not be read
         """
-        loader: DataLoader[Any] = DataLoader(
-            Images(paths, self.preprocess),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=self.device.startswith("cuda"),
-        )
-        for indices, images, failures in loader:
+        pin = self.device.startswith("cuda")
+        for indices, images, failures in loaded(self.images(paths), batch_size, num_workers, pin):
             yield indices, self.features("image", images) if indices else images, failures
+
+    def images(self, paths: Sequence[str]) -> Images:
+        """Image files, to be read when they are asked for."""
+        return Images(paths, self.preprocess, self.preprocess_jpeg)
 
     def text_features(self, captions: Sequence[str], batch_size: int) -> Iterator[Tensor]:
         """Encodes captions; a caption longer than the model's context is cut, as in training.
@@ -149,11 +164,12 @@ class DualEncoder(ABC):
         """Texts as the text tower of a scope takes them.
 
         Returns:
-            features of shape ``(n, w)`` in float64 for the heads, else tokens
+            features of shape ``(n, w)`` where heads are computed, else tokens
             of shape ``(n, t)`` on the device
         """
         if choice.heads:
-            return torch.cat(list(self.text_features(texts, _PROMPTS_AT_ONCE))).double()
+            features = torch.cat(list(self.text_features(texts, _PROMPTS_AT_ONCE)))
+            return features.to(self.placement.device, self.placement.dtype)
         return self.tokens(texts)
 
     def batches(
@@ -176,5 +192,5 @@ class DualEncoder(ABC):
         """
         if choice.heads:
             assert features is not None
-            return FeatureBatches(*features, partition)
-        return ImageTextBatches(Images(paths, self.preprocess), self.tokens(captions), self.device, partition)
+            return FeatureBatches(*features, partition, self.placement)
+        return ImageTextBatches(self.images(paths), self.tokens(captions), self.device, partition, self.finish)

@@ -21,8 +21,7 @@ from fiftyone_ecif.store.disk_matrix import DiskMatrix
 from fiftyone_ecif.store.keys import PairKey, digest
 from fiftyone_ecif.store.tables import Store, Table
 
-_BATCH = 128
-_PART = 8 * _BATCH  # rows computed between two writes to the store
+_PART = 1024  # rows computed between two writes to the store
 
 
 def cached_features(
@@ -80,14 +79,14 @@ def _encode_images(
     features: list[Tensor] = []
     done = 0
     paths = [wanted[key] for key in missing]
-    for indices, rows, reasons in encoder.image_features(paths, _BATCH, num_workers):
+    for indices, rows, reasons in encoder.image_features(paths, encoder.batch_size, num_workers):
         found += [missing[index] for index in indices]
         features += [rows] if indices else []
         failures |= {missing[index]: reason for index, reason in reasons.items()}
         if failures and not skip_failures:
             break
         done += len(indices) + len(reasons)
-        if done % _PART == 0:
+        if sum(map(len, features)) >= _PART:
             _write(table, found, features)
             found, features = [], []
         yield Progress("Encoding images", done, len(missing))
@@ -109,7 +108,7 @@ def _encode_captions(
     for start in range(0, len(missing), _PART):
         keys = missing[start : start + _PART]
         features = []
-        for rows in encoder.text_features([wanted[key] for key in keys], _BATCH):
+        for rows in encoder.text_features([wanted[key] for key in keys], encoder.batch_size):
             features.append(rows)
             done += len(rows)
             yield Progress("Encoding captions", done, len(missing))

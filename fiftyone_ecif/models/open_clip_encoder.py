@@ -13,23 +13,29 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import CenterCropOrPad, MaybeConvertMode, PreprocessCfg
+from PIL import Image
 from torch import Tensor
 from torch.func import functional_call
+from torchvision.transforms import CenterCrop, Compose, Normalize, Resize
+from torchvision.transforms.functional import pil_to_tensor
+from typing_extensions import override
 
+from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.checkpoint import PREPROCESSING, load_adapters, load_preprocessing, save_checkpoint
-from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.dual_encoder import DualEncoder
+from fiftyone_ecif.models.inputs import resize_pixels
 from fiftyone_ecif.models.open_clip_names import brings_weights, check_names
 from fiftyone_ecif.models.projection_heads import HEAD_PATHS, Head, named_head
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
@@ -37,6 +43,7 @@ from fiftyone_ecif.models.towers import Tower, causal_mask
 from fiftyone_ecif.store.keys import digest
 
 logger = logging.getLogger(__name__)
+_TAKES_TENSORS = Resize, CenterCrop, CenterCropOrPad, MaybeConvertMode  # of what open_clip does to images
 
 
 class OpenClipEncoder(DualEncoder):
@@ -72,7 +79,7 @@ class OpenClipEncoder(DualEncoder):
         self.device = choose_device(device)
         check_names(model, pretrained)
         try:
-            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+            self.model, _, transform = open_clip.create_model_and_transforms(
                 model,
                 pretrained=pretrained,
                 device=self.device,
@@ -84,6 +91,12 @@ class OpenClipEncoder(DualEncoder):
                 f"open_clip could not load model {model!r} with pretrained={pretrained!r}: {error}"
             ) from error
         self.model.eval().requires_grad_(False)
+        self._geometry, self._normalise = _split(transform)
+        steps = self._geometry.transforms
+        if all(isinstance(step, _TAKES_TENSORS) for step in steps):
+            self.preprocess_jpeg = Compose(
+                [partial(resize_pixels, step) if isinstance(step, Resize) else step for step in steps]
+            )
         self.loss = SoftmaxLoss() if getattr(self.model, "logit_bias", None) is None else SigmoidLoss()
         self.name = model
         unusable = [name for name, value in self.model.named_parameters() if not value.sum().isfinite()]
@@ -100,8 +113,8 @@ class OpenClipEncoder(DualEncoder):
     def scope(self, choice: ScopeChoice, seed: int = 0) -> Scope:
         """The parameters that a choice means, as they were loaded.
 
-        The heads are float64 on the CPU; every other scope is in the model's
-        own precision on its device.
+        The heads are in float64, or in float32 on a device where that is slow;
+        every other scope is in the model's own precision.
 
         Args:
             choice: which.
@@ -119,7 +132,7 @@ class OpenClipEncoder(DualEncoder):
         scale = self.model.logit_scale.detach().double().exp().item()
         bias = getattr(self.model, "logit_bias", None)
         shift = 0.0 if bias is None else bias.detach().double().item()
-        return HeadScope(image, text, scale, shift, self.loss, choice.with_scale)
+        return HeadScope(image, text, scale, shift, self.loss, choice.with_scale, self.placement)
 
     def scope_names(self, choice: ScopeChoice) -> list[str]:
         """Names of the model's parameters in a scope, or of those that have an adapter in it.
@@ -199,6 +212,17 @@ class OpenClipEncoder(DualEncoder):
             name: made[name.removeprefix("image_")] for name in PREPROCESSING if name.removeprefix("image_") in made
         }
 
+    @override
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Resizes and crops as open_clip does, to uint8 of shape ``(3, h, w)``."""
+        pixels: Tensor = pil_to_tensor(self._geometry(image))
+        return pixels
+
+    @override
+    def finish(self, images: Tensor) -> Tensor:
+        finished: Tensor = self._normalise(images.float().div(255))
+        return finished
+
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """What the text tower takes, on the device, shape ``(n, t)``.
 
@@ -230,7 +254,8 @@ class OpenClipEncoder(DualEncoder):
         while start < len(inputs):
             part = inputs[start : start + self._at_once]
             try:
-                features = self._run_half(tower, part.to(self.device, non_blocking=True))
+                part = part.to(self.device, non_blocking=True)
+                features = self._run_half(tower, self.finish(part) if tower == "image" else part)
             except torch.OutOfMemoryError as error:
                 if len(part) == 1:
                     raise EcifError(
@@ -316,6 +341,13 @@ class OpenClipEncoder(DualEncoder):
                 yield value.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
         return digest(parts())
+
+
+def _split(transform: Compose) -> tuple[Compose, Normalize]:
+    """What open_clip does to an image before it is a tensor of floats, and after."""
+    *geometry, _, normalise = transform.transforms  # between them is the step to floats in [0, 1]
+    assert isinstance(normalise, Normalize)
+    return Compose(geometry), normalise
 
 
 def _without_padding(tokens: Tensor) -> Tensor:

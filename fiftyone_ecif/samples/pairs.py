@@ -71,6 +71,8 @@ def check_collection(samples: Any, caption_field: str | None) -> None:
         raise EcifError(f"A FiftyOne dataset or view is needed, got {type(samples).__name__}")
     if samples._dataset._is_generated or samples._is_generated:
         raise EcifError("Patches, frames and clips views are not supported. Use a view of whole images")
+    if samples.media_type == "group" and samples._is_dynamic_groups:
+        raise EcifError("The view shows groups of samples, made by group_by. Use its samples: view.flatten()")
     if samples.media_type == "group":
         raise EcifError("A grouped dataset was given. Choose a slice: select_group_slices(media_type='image')")
     if len(samples) == 0:
@@ -82,14 +84,28 @@ def check_collection(samples: Any, caption_field: str | None) -> None:
     if caption_field is None:
         return
     field = samples.get_field(caption_field)
-    offer = ", ".join(caption_fields(samples)) or "none; add one with dataset.add_sample_field"
+    offer = ", ".join(caption_fields(samples)) or f"none. {advice_on_captions(samples)}"
     if field is None:
         raise EcifError(f"There is no field {caption_field!r}. String fields of this dataset: {offer}")
     if not isinstance(field, fof.StringField):
         raise EcifError(
             f"Captions must be in a string field, but {caption_field!r} is a {type(field).__name__}. "
             f"String fields of this dataset: {offer}"
+            + (f". {advice_on_captions(samples)}" if isinstance(field, fof.ListField) else "")
         )
+
+
+def advice_on_captions(samples: Any) -> str:
+    """How to make a string field of captions: from a field of lists of texts where there is one."""
+    schema = samples.get_field_schema(ftype=fof.ListField)
+    lists = [name for name, field in schema.items() if name != "tags" and isinstance(field.field, fof.StringField)]
+    if not lists:
+        return "Add one: dataset.set_values('caption', texts)"
+    name = lists[0]
+    return (
+        f"Make one of the lists in {name!r}: "
+        f"dataset.set_values('caption', [texts[0] if texts else None for texts in dataset.values({name!r})])"
+    )
 
 
 def read_pairs(samples: Any, caption_field: str, skip_failures: bool = True) -> Pairs:

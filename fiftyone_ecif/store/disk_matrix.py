@@ -15,6 +15,7 @@ from torch import Tensor
 from fiftyone_ecif.errors import EcifError
 
 _ITEM = 4  # bytes of a float32
+_AT_ONCE = 4096  # rows that are copied
 
 
 class DiskMatrix:
@@ -47,6 +48,11 @@ class DiskMatrix:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows."""
+        return self.shape[0] * self.shape[1] * _ITEM
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         """Some rows as a tensor, shape ``(n, w)``.
@@ -81,6 +87,20 @@ class DiskMatrix:
         rows = np.asarray(rows)
         other._places = rows if self._places is None else self._places[rows]
         other.shape = (len(rows), self.shape[1])
+        return other
+
+    def in_order(self, rows: Tensor | np.ndarray) -> DiskMatrix:
+        """The same matrix with its rows in the file in the order in which they are read: one long stretch.
+
+        Args:
+            rows: all of them, each once, shape ``(N,)``.
+        """
+        order = np.asarray(rows)
+        other = DiskMatrix(*self.shape, self._folder)
+        for start in range(0, len(order), _AT_ONCE):
+            chosen = order[start : start + _AT_ONCE]
+            other.write(range(start, start + len(chosen)), self[torch.from_numpy(chosen)].numpy())
+        other._places = np.argsort(order)
         return other
 
     def _read(self, values: np.ndarray) -> None:

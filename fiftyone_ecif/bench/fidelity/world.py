@@ -24,7 +24,7 @@ from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.influence.target_losses import Contrastive
 from fiftyone_ecif.influence.targets import Target
-from fiftyone_ecif.models.inputs import Images, ImageTextBatches
+from fiftyone_ecif.models.inputs import ImageTextBatches
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.models.tower_scope import TowerScope
 from fiftyone_ecif.store.files import cache_folder
@@ -76,9 +76,9 @@ class World:
         if parse_scope(text).heads:
             images, texts = self.features
             return FeatureBatches(images[rows], texts[rows], partition)
-        files = Images([self.paths[row] for row in rows.tolist()], self.encoder.preprocess)
+        files = self.encoder.images([self.paths[row] for row in rows.tolist()])
         tokens = self.encoder.tokens([self.pairs[row].caption for row in rows.tolist()])
-        return _Double(files, tokens, self.encoder.device, partition)
+        return _Double(files, tokens, self.encoder.device, partition, self.encoder.finish)
 
     def target(self, text: str, scope: Scope, batch_size: int, count: int | None = None) -> Target:
         """The contrastive loss of the first validation pairs, all by default."""

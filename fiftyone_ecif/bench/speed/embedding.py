@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -12,37 +11,18 @@ from typing import Any
 
 import fiftyone as fo
 import fiftyone.utils.open_clip as fouo
-import fiftyone.utils.torch as fout
 import numpy as np
 import open_clip
 import torch
-from PIL import Image
 
 from fiftyone_ecif.api.influence import influence_steps
+from fiftyone_ecif.bench.speed.caches import fresh_cache
+from fiftyone_ecif.bench.speed.photographs import make_photographs
 from fiftyone_ecif.bench.speed.stopwatch import side_by_side
-from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
-from fiftyone_ecif.models.towers import Tower
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 
 Row = dict[str, Any]
-_WORDS = [
-    "a",
-    "two",
-    "red",
-    "small",
-    "old",
-    "dog",
-    "cat",
-    "boat",
-    "man",
-    "child",
-    "on",
-    "under",
-    "near",
-    "field",
-    "river",
-]
 _BATCH = 128
 _ZOO = {  # the zoo's "open-clip-torch", but for the prompt before each caption and its list of classes
     "embeddings_layer": "visual",
@@ -64,15 +44,12 @@ def photographs(pairs: int, model: str, size: tuple[int, int] = (640, 480)) -> I
     Yields:
         the dataset, which is deleted afterwards with the files, and the checkpoint's path
     """
-    random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="ecif-speed-") as name, fresh_cache(Path(name)):
-        samples = []
-        for number in range(pairs):
-            path = Path(name) / f"{number:06d}.jpg"
-            coarse = Image.fromarray(random.integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8))
-            coarse.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
-            caption = " ".join(random.choice(_WORDS, random.integers(6, 15)))
-            samples.append(fo.Sample(filepath=str(path), caption=caption, tags=["train" if number % 8 else "val"]))
+        paths, captions = make_photographs(Path(name), pairs, size)
+        samples = [
+            fo.Sample(filepath=path, caption=caption, tags=["train" if number % 8 else "val"])
+            for number, (path, caption) in enumerate(zip(paths, captions, strict=True))
+        ]
         torch.manual_seed(0)
         checkpoint = str(Path(name) / "model.pt")
         torch.save(open_clip.create_model(model).state_dict(), checkpoint)
@@ -82,21 +59,6 @@ def photographs(pairs: int, model: str, size: tuple[int, int] = (640, 480)) -> I
             yield dataset, checkpoint
         finally:
             dataset.delete()
-
-
-@contextlib.contextmanager
-def fresh_cache(folder: Path) -> Iterator[None]:
-    """Makes a folder the cache for a while, so that nothing is found there and nothing left behind."""
-    name = "FIFTYONE_ECIF_CACHE_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = str(folder / "cache")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def theirs(dataset: Any, model: str, checkpoint: str) -> Row:
@@ -138,47 +100,6 @@ def embed(pairs: int, repeats: int, model: str = "ViT-B-32") -> list[Row]:
             },
         )
     return [{"who": who, "pairs": pairs, "total": _median(runs)} | _median_stages(runs) for who, runs in stages.items()]
-
-
-def encoder(model: str, pairs: int) -> list[Row]:
-    """Pairs a second of an encoder with random weights from files, beside those of its forward pass; GPU only.
-
-    ``utilisation`` is the share of the time that the forward pass alone would take.
-    """
-    if not torch.cuda.is_available():
-        return []
-    with photographs(pairs, model) as (dataset, checkpoint):
-        made = OpenClipEncoder(model, checkpoint)
-        paths, captions = dataset.values(["filepath", "caption"])
-        pixels = torch.stack([made.preprocess(Image.open(path)) for path in paths[:_BATCH]]).to(made.device)
-        tokens = made.tokens(captions[:_BATCH])
-        workers = fout.recommend_num_workers()
-
-        def encode() -> None:
-            for _ in made.image_features(paths, _BATCH, workers):
-                pass
-            for _ in made.text_features(captions, _BATCH):
-                pass
-
-        @torch.no_grad()
-        def forward() -> None:
-            with torch.autocast("cuda", torch.float16):
-                for _ in range(0, pairs, _BATCH):
-                    Tower(made.model, "image")(pixels)
-                    Tower(made.model, "text")(tokens)
-            torch.cuda.synchronize()
-
-        forward()
-        found = side_by_side(3, {"encode": encode, "forward": forward})
-    rate = {name: pairs / seconds for name, seconds in found.items()}
-    return [
-        {
-            "model": model,
-            "pairs_per_second": rate["encode"],
-            "forward_pairs_per_second": rate["forward"],
-            "utilisation": rate["encode"] / rate["forward"],
-        }
-    ]
 
 
 def _median(runs: Sequence[Row]) -> float:

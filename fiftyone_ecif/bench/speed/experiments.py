@@ -37,7 +37,6 @@ class Sizes:
 
     Attributes:
         photographs: pairs that are embedded and scored.
-        models: open_clip models of the encoder's throughput, on a GPU.
         scopes: of direct scoring.
         batch: pairs in its batch.
         width, layers: of both towers of the model.
@@ -48,7 +47,6 @@ class Sizes:
     """
 
     photographs: int = 768
-    models: tuple[str, ...] = ("ViT-B-32", "ViT-L-14")
     scopes: tuple[str, ...] = ("heads", "lora", "blocks:2", ".")
     batch: int = 256
     width: int = 192
@@ -61,7 +59,6 @@ class Sizes:
 
 QUICK = Sizes(
     photographs=256,
-    models=("ViT-B-32",),
     width=128,
     layers=4,
     deep_batch=16,
@@ -71,7 +68,6 @@ QUICK = Sizes(
 
 TITLES = {
     "embed": "From images and captions to scores, beside FiftyOne's embeddings (seconds)",
-    "encoders": "The encoder on a GPU, beside its plain forward pass",
     "direct": "Direct scoring, beside a plain forward pass and autograd (CPU seconds of one thread)",
     "cached": "Stored gradients of both roles, beside LoGra by hooks (CPU seconds of one thread)",
     "store": "Scoring from the store, beside reading its files",
@@ -93,7 +89,6 @@ def run(
     """
     sections: dict[str, Callable[[], list[Row]]] = {
         "embed": lambda: embedding.embed(sizes.photographs, max(1, sizes.repeats - 2)),
-        "encoders": lambda: [row for model in sizes.models for row in embedding.encoder(model, sizes.photographs)],
         "direct": lambda: [
             passes.direct(scope, sizes.batch, sizes.width, sizes.layers, sizes.repeats) for scope in sizes.scopes
         ],

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from fiftyone_ecif.api.progress_bar import follow
-from fiftyone_ecif.bench.speed.embedding import fresh_cache
+from fiftyone_ecif.bench.speed.caches import fresh_cache
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.objective import random_partition
 from fiftyone_ecif.influence.scoring import score_pairs
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.target_losses import Contrastive
+from fiftyone_ecif.progress import result_of
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
 from fiftyone_ecif.store.tables import Store
 
@@ -68,7 +68,7 @@ def _score(pairs: int) -> dict[str, Any]:
         start = time.perf_counter()
         store = Store("growth")
         store.ensure_writable()
-        scores = follow(score_pairs(store, heads, batches, {"target": target}, ScoringOptions()), progress=False)
+        scores = result_of(score_pairs(store, heads, batches, {"target": target}, ScoringOptions()))
         seconds = time.perf_counter() - start
     products = scores.diagnostics["solve_iterations"]
     return {

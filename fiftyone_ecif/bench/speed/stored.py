@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fiftyone_ecif.bench.speed.embedding import fresh_cache
+from fiftyone_ecif.bench.speed.caches import fresh_cache
 from fiftyone_ecif.bench.speed.stopwatch import side_by_side
 from fiftyone_ecif.influence.gradient_store import Effects, GradientStore, PairRows
 from fiftyone_ecif.store.tables import Store

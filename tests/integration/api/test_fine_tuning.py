@@ -84,7 +84,9 @@ def changed(before, after):
 def inputs(encoder, samples):
     """Pixels and tokens of all pairs."""
     paths, captions = samples.values(["filepath", "caption"])
-    return torch.stack([encoder.preprocess(Image.open(path)) for path in paths]), encoder.tokenizer(captions)
+    return encoder.finish(torch.stack([encoder.preprocess(Image.open(path)) for path in paths])), encoder.tokenizer(
+        captions
+    )
 
 
 def first_step(work, without=()):

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
 from fiftyone_ecif.bench.speed import embedding, growth, library_jobs, passes, stored
@@ -116,7 +115,6 @@ def test_the_command_reports_every_section(monkeypatch, tmp_path):
     assert [row["who"] for row in found["embed"]] == ["fiftyone", "ecif"]
     assert found["embed"][1]["Solving"] > 0
     assert found["peers"] == []
-    assert found["encoders"] == [] or torch.cuda.is_available()
     assert set(found["memory_mib"]) == {"600"}
     assert "| lora:2:1 |" in (tmp_path / "report.md").read_text()
 

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.demo import training
+from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.heads import FeatureBatches
@@ -18,7 +19,6 @@ from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.checkpoint import save_checkpoint
-from fiftyone_ecif.models.device import choose_device
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -110,7 +110,7 @@ def run_features(encoder, paths):
 
 def run_model(model, encoder, paths):
     """The model's own embeddings before normalisation, and its similarity matrix."""
-    pixels = torch.stack([encoder.preprocess(Image.open(path)) for path in paths])
+    pixels = encoder.finish(torch.stack([encoder.preprocess(Image.open(path)) for path in paths]))
     tokens = encoder.tokenizer(CAPTIONS)
     with torch.no_grad():
         images, texts, scale, *bias = model(pixels, tokens)
@@ -181,7 +181,7 @@ def test_a_changed_tower_survives_a_checkpoint(load, paths, tmp_path):
     path = tmp_path / "adapted.pt"
     save_checkpoint(path, encoder.changed_state(scope, theta), scope.adapters(theta))
     written = open_clip.create_model("ecif-test-vit", pretrained=str(path)).eval()
-    pixels = torch.stack([encoder.preprocess(Image.open(path)) for path in paths])
+    pixels = encoder.finish(torch.stack([encoder.preprocess(Image.open(path)) for path in paths]))
     similarity = scope.similarity(theta, (pixels, encoder.tokens(CAPTIONS)))
     torch.testing.assert_close(similarity, run_model(written, encoder, paths)[2], rtol=1e-3, atol=1e-3)
 
@@ -217,7 +217,7 @@ def test_a_model_without_a_linear_head_is_refused_for_the_heads_only(choice, loa
     expected_images, _, similarity = run_model(encoder.model, encoder, paths)
     torch.testing.assert_close(images, expected_images)
     scope = encoder.scope(parse_scope("blocks:1"))
-    pixels = torch.stack([encoder.preprocess(Image.open(path)) for path in paths])
+    pixels = encoder.finish(torch.stack([encoder.preprocess(Image.open(path)) for path in paths]))
     found = scope.similarity(scope.start, (pixels, encoder.tokens(CAPTIONS)))
     torch.testing.assert_close(found, similarity, rtol=1e-4, atol=1e-4)
 

@@ -778,6 +778,43 @@ def test_a_form_starts_with_the_run_where_that_is_newer(dataset, score):
     assert (form["model"]["default"], form["pretrained"]["default"]) == (config.model, config.pretrained)
 
 
+def test_the_slice_that_the_app_shows_is_scored(grouped, options):
+    params = {"caption_field": "caption", "target": "tag: val", "limit": "count", "count": 200}
+    for slice_, pairs in (("right", 96), ("left", 96)):
+        form = resolve(grouped, "detect_misalignment", params, group_slice=slice_)
+        assert not form["caption_field"].get("invalid")
+        assert form["counts"]["view"]["label"] == f"{pairs} pairs will be scored"
+    told = run_in_the_app(grouped, {**options, **params}, group_slice="right")
+    assert dict(told)["notify"]["variant"] == "success"
+    right = grouped.select_group_slices("right")
+    assert right.count("ecif_influence") == len(right.match_tags("train")) == 72
+    assert grouped.select_group_slices("left").count("ecif_influence") == 0
+
+
+def test_a_view_of_groups_is_taken_apart(dataset, options):
+    view = dataset.match_tags("train").group_by("spoiled")
+    form = resolve(dataset, "detect_misalignment", {"caption_field": "caption"}, view=view._serialize())
+    assert form["counts"]["view"]["label"] == "72 pairs will be scored"
+    with pytest.raises(EcifError, match=r"Use its samples: view.flatten\(\)"):
+        compute_misalignment(view, model=options["model"], pretrained=options["pretrained"])
+    compute_misalignment(view.flatten(), model=options["model"], pretrained=options["pretrained"], batch_size=24)
+
+
+def test_captions_in_lists_get_advice_that_works(dataset, options):
+    dataset.add_sample_field("captions", fo.ListField, subfield=fo.StringField)
+    dataset.set_values("captions", [[text, "another"] for text in dataset.values("caption")])
+    dataset.delete_sample_fields(["caption", "spoiled"])
+    said = resolve(dataset, "compute_influence", {})["no_captions"]["error_message"]
+    train = dataset.match_tags("train")
+    with pytest.raises(EcifError, match="Captions must be in a string field, but 'captions' is a ListField") as failed:
+        compute_misalignment(train, "captions", options["model"], options["pretrained"])
+    advice = said.partition("Make one of the lists in 'captions': ")[2]
+    assert advice
+    assert str(failed.value).endswith(advice)
+    exec(advice, {"dataset": dataset})
+    compute_misalignment(train, model=options["model"], pretrained=options["pretrained"], batch_size=24)
+
+
 def test_one_selected_pair_cannot_be_scored(dataset):
     one = [dataset.first().id]
     for name in ("compute_influence", "detect_misalignment"):

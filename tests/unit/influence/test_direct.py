@@ -42,7 +42,7 @@ def test_influence_predicts_leave_one_out_retraining():
     scope, (images, texts), held_out = make_problem()
     partition = random_partition(96, 32, seed=0)
     objective = ContrastiveLoss(scope, FeatureBatches(images, texts, partition), 96, proximal=1.0)
-    target = ContrastiveLoss(scope, [held_out], 48)
+    target = ContrastiveLoss(scope, FeatureBatches(*held_out, [torch.arange(48)]), 48)
     theta = fitted(objective)
     gradient, before = target.gradient_and_value(theta)
     *_, solution = conjugate_gradient(lambda v: objective.hessian_product(theta, v), gradient)

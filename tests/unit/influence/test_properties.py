@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gradient_store import make_cached
 
-from fiftyone_ecif.influence import curvature
+from fiftyone_ecif import devices
 from fiftyone_ecif.influence.curvature import gauss_newton_at, hessian_at
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradients
@@ -223,13 +223,13 @@ class Loss(torch.nn.MSELoss):
 
 
 @cases(20)
-@given(objectives(), seeds, st.sampled_from([0, 10_000, curvature._KEPT_BYTES]))
+@given(objectives(), seeds, st.sampled_from([0, 10_000, devices._KEPT_ON_CPU]))
 def test_curvature_products_are_those_of_curvlinops(objective, seed, kept):
     scope = objective.scope
     vector = normal(seed)(len(scope.start))
     data = [({"images": images, "texts": texts}, torch.zeros(len(images))) for images, texts in objective.batches]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curvature, "_KEPT_BYTES", kept)  # none of the graphs, some or all
+        patch.setattr(devices, "_KEPT_ON_CPU", kept)  # nothing of the batches, some or all
         hessian, ggn = (at(objective, scope.start) for at in (hessian_at, gauss_newton_at))
     for operator, product in (
         (HessianLinearOperator, lambda v: objective.hessian_product(scope.start, v)),

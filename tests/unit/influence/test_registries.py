@@ -83,14 +83,31 @@ class Towers(Scope):
         return self.heads.logits(theta, cosine)
 
 
+class OneByOne(FeatureBatches):
+    """As the inputs of towers come: a batch at a time, without a dimension before the others."""
+
+    def regrouped(self, partition):
+        return OneByOne(self.images, self.texts, partition)
+
+    def stacks(self, numbers):
+        return [[number] for number in numbers]
+
+    def rows(self, stack):
+        return self.partition[stack[0]]
+
+    def each(self, stacks):
+        return (self[number] for (number,) in stacks)
+
+
 @pytest.fixture(params=["heads", "towers"])
 def problem(request):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     heads = HeadScope(draw(4, 3), draw(3, 3), 3.0)
     scope = heads if request.param == "heads" else Towers(heads)
-    batches = FeatureBatches(draw(PAIRS, 4), draw(PAIRS, 3), random_partition(PAIRS, 7, 0))
-    held_out = FeatureBatches(draw(HELD_OUT, 4), draw(HELD_OUT, 3), random_partition(HELD_OUT, 5, 1))
+    kind = FeatureBatches if request.param == "heads" else OneByOne
+    batches = kind(draw(PAIRS, 4), draw(PAIRS, 3), random_partition(PAIRS, 7, 0))
+    held_out = kind(draw(HELD_OUT, 4), draw(HELD_OUT, 3), random_partition(HELD_OUT, 5, 1))
     return scope, batches, held_out
 
 
