@@ -115,14 +115,20 @@ def likely_caption_field(dataset: Any, fields: Sequence[str]) -> str:
 def pairs_to_act_on(ctx: Any) -> Any:
     """The samples that a form is about: of grouped data the slice that the App shows, of a ``group_by`` all samples."""
     samples = ctx.target_view()
-    if samples.media_type != "group":
+    return samples.flatten() if samples._is_dynamic_groups else _in_shown_slice(ctx, samples)
+
+
+def _in_shown_slice(ctx: Any, samples: Any) -> Any:
+    """Those of some samples that are in the slice that the App shows, or in any of images if that has none."""
+    dataset = ctx.dataset
+    if dataset.media_type != "group":
         return samples
-    if samples._is_dynamic_groups:
-        return samples.flatten()
-    shown = ctx.group_slice or samples.default_group_slice
-    if samples.group_media_types.get(shown) == "image":
-        return samples.select_group_slices(shown)
-    return samples.select_group_slices(media_type="image")
+    shown = ctx.group_slice or dataset.default_group_slice
+    is_of_images = dataset.group_media_types.get(shown) == "image"
+    if samples.media_type == "group":
+        chosen = {"slices": shown} if is_of_images else {"media_type": "image"}
+        return samples.select_group_slices(**chosen)
+    return samples.match(ViewField(f"{dataset.group_field}.name") == shown) if is_of_images else samples
 
 
 def ask_pairs(inputs: Any, ctx: Any) -> Any:
@@ -223,7 +229,7 @@ def split(ctx: Any, samples: Any) -> tuple[Any, Any]:
         every_sample(ctx.dataset).match_tags(HELD_OUT_TAG).untag_samples(HELD_OUT_TAG)
         every_sample(ctx.dataset).select(drawn).tag_samples(HELD_OUT_TAG)
         name = f"tag: {HELD_OUT_TAG}"
-    target_pairs = target_view(ctx.dataset, name)
+    target_pairs = _in_shown_slice(ctx, target_view(ctx.dataset, name))
     if ctx.params.get("leave_out", True) and _shared(samples, target_pairs):
         kind, _, tag = name.partition(": ")
         # by the tag where there is one, as a view that names many samples one by one cannot be recorded
@@ -254,7 +260,7 @@ def _ask_target(inputs: Any, ctx: Any, offered: Iterable[str]) -> tuple[Any, Any
     chosen = ctx.params.get("target")
     if chosen not in offered or chosen == HOLD_OUT:
         return None, target
-    target_pairs = target_view(ctx.dataset, chosen)
+    target_pairs = _in_shown_slice(ctx, target_view(ctx.dataset, chosen))
     if len(target_pairs) < 2:
         refuse(target, f"The target needs at least 2 pairs, it has {len(target_pairs)}")
     return target_pairs, target

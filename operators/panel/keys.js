@@ -8,14 +8,14 @@
   document.addEventListener("keydown", (event) => {
     const sign = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!sign || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
-    if (event.key.startsWith("Arrow") && event.target.closest("[role=tab]")) return; // which moves among the tabs
     if (event.target.closest(TYPING) || document.querySelector("[role=dialog], [data-cy=modal]")) return;
     const buttons = [...document.querySelectorAll(`${PANEL} button:not([disabled])`)];
     const button = buttons.find((each) => each.textContent.trim().endsWith(sign) && each.offsetParent);
     if (!button) return;
     event.preventDefault();
+    event.stopPropagation(); // else arrows would also move from tab to tab
     button.click();
-  });
+  }, true);
 
   // The App makes the slider anew whenever its value changes: the new one gets the focus of the old one.
   let slid = 0;

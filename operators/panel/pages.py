@@ -282,7 +282,7 @@ def review(events: Any, ctx: Any, page: Any) -> None:
         name="so_far",
     )
     if get(ctx, "learning"):
-        page.md(f"**Learning from {tags.aligned + tags.misaligned:,} tags …**", name="learning")
+        page.md(f"**Learning from {tags.aligned + tags.misaligned:,} tags …**", name="learns")
         page.view("learn_now", types.TimerView(timeout=_SOON, on_timeout=events.learn_now))
         return
     asking = place < len(queue)

@@ -154,6 +154,13 @@ class Form:
             box.fill(str(value))
         return self
 
+    def holds(self, **values):
+        """Waits until the inputs with these labels, whose spaces are underscores, hold these values."""
+        for label, value in values.items():
+            box = self.body.locator(f"xpath=.//p[.='{label.replace('_', ' ')}']/following::input[1]")
+            expect(box).to_have_value(value, timeout=15_000)
+        return self
+
     def choose(self, label, option):
         _choose(self._page, self.body, label, option)
         return self

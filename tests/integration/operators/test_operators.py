@@ -784,6 +784,8 @@ def test_the_slice_that_the_app_shows_is_scored(grouped, options):
         form = resolve(grouped, "detect_misalignment", params, group_slice=slice_)
         assert not form["caption_field"].get("invalid")
         assert form["counts"]["view"]["label"] == f"{pairs} pairs will be scored"
+    form = resolve(grouped, "compute_influence", params, group_slice="right")
+    assert form["counts"]["view"]["label"] == "72 pairs will be scored towards 24 validation pairs"
     told = run_in_the_app(grouped, {**options, **params}, group_slice="right")
     assert dict(told)["notify"]["variant"] == "success"
     right = grouped.select_group_slices("right")
