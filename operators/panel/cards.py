@@ -11,7 +11,7 @@ from fiftyone_ecif.runs.sidebar import HARMFUL, HELPFUL
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.samples.review_tags import ALIGNED, MISALIGNED
 
-from .state import current_field, get, is_misalignment, pairs_of, plain, score_table, values_of
+from .state import current_direction, current_field, get, is_misalignment, pairs_of, plain, score_table, values_of
 
 #: The colour of a number that says that a pair harms, and that it helps.
 TOWARDS = {-1: HARMFUL, 1: HELPFUL}
@@ -151,4 +151,4 @@ def _line(place: Any, name: str, text: str, colour: str | None) -> None:
 
 def tag_of(ctx: Any) -> str:
     """The tag that a card's first button gives: that of the end that is looked at."""
-    return "suspect" if is_misalignment(ctx) else str(get(ctx, "direction") or "harmful")
+    return "suspect" if is_misalignment(ctx) else current_direction(ctx)

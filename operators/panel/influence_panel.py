@@ -21,6 +21,7 @@ from .cards import COLUMN, FULL
 from .pages import DRAW, PROPOSALS, head, jobs_bar, nothing_left, nothing_yet
 from .state import (
     current_cut,
+    current_direction,
     current_field,
     current_page,
     get,
@@ -294,12 +295,13 @@ class InfluencePanel(foo.Panel):
 
         It also draws anew what was overtaken: of two quick clicks the answer to the first may arrive last.
         """
-        if wish := take_wish(ctx):
+        if not _is_idle(ctx):
+            if show_finished_jobs(ctx) or not running_jobs(ctx):
+                self.refresh(ctx)
+        elif wish := take_wish(ctx):  # after what jobs wanted done, which draws the panel anew
             _follow_wish(ctx, wish)
-        elif _is_idle(ctx):
+        else:
             _draw(ctx)
-        elif show_finished_jobs(ctx) or not running_jobs(ctx):
-            self.refresh(ctx)
 
     def render(self, ctx: Any) -> types.Property:
         """The page."""
@@ -339,12 +341,13 @@ def _follow_runs(ctx: Any) -> list[str]:
 
 def _follow_wish(ctx: Any, wish: dict[str, str]) -> None:
     """Turns to the run and page where an operator left something to see."""
-    show_finished_jobs(ctx)
     ctx.dataset.reload()
-    _follow_runs(ctx)
-    if wish["key"] in run_keys(ctx):
-        ctx.panel.set_state({"runs": run_keys(ctx), "written": written_fields(ctx), "traced": 0})
+    if wish["key"] not in run_keys(ctx):
+        return
+    ctx.panel.set_state("traced", 0)
+    if wish["key"] != get(ctx, "key"):
         _choose_run(ctx, wish["key"])
+    if wish["page"] != current_page(ctx):
         ctx.panel.set_state("turns", (get(ctx, "turns") or 0) + 1)
         _turn_to(ctx, wish["page"])
 
@@ -410,7 +413,7 @@ def _draw_histogram(ctx: Any) -> None:
 
     if not _has_scores(ctx):
         return
-    bars = histogram_bars(score_table(ctx), current_field(ctx), get(ctx, "direction"), current_cut(ctx).threshold)
+    bars = histogram_bars(score_table(ctx), current_field(ctx), current_direction(ctx), current_cut(ctx).threshold)
     ctx.panel.set_data("histogram", bars)
 
 
@@ -474,7 +477,7 @@ def _show_bins(ctx: Any, bins: list[int]) -> None:
 
 def _towards_end(ctx: Any) -> int:
     """1 if ascending scores begin with those furthest at the chosen end, -1 if descending ones do."""
-    return 1 if get(ctx, "direction") == "harmful" else -1
+    return 1 if current_direction(ctx) == "harmful" else -1
 
 
 def _take_selected(ctx: Any) -> None:

@@ -17,6 +17,7 @@ from ..wording import in_words
 from .cards import COLUMN, TOWARDS, cards_of, draw_card, leaf, say_scores, start, tag_of
 from .state import (
     current_cut,
+    current_direction,
     current_field,
     current_page,
     get,
@@ -148,7 +149,7 @@ def overview(events: Any, ctx: Any, page: Any) -> None:
     """How a score is distributed, what a cut takes, and the score against another one."""
     from .plots import histogram_layout, scatter_layout
 
-    field, direction = current_field(ctx), get(ctx, "direction")
+    field, direction = current_field(ctx), current_direction(ctx)
     page.md(f"{ctx.dataset.get_field(field).description}.", name="meaning")
     page.plot(
         "histogram",
@@ -204,7 +205,7 @@ def overview(events: Any, ctx: Any, page: Any) -> None:
 
 
 def _ends(events: Any, ctx: Any, page: Any) -> None:
-    direction = get(ctx, "direction")
+    direction = current_direction(ctx)
     if direction == "suspicious":  # the other end of misalignment is of no interest
         return
     ends = page.btn_group("ends")
@@ -221,7 +222,7 @@ def _ends(events: Any, ctx: Any, page: Any) -> None:
 def ranking(events: Any, ctx: Any, page: Any) -> None:
     """The pairs at the chosen end of the score, some at a time."""
     field, board, first = current_field(ctx), score_table(ctx), get(ctx, "first") or 0
-    direction = get(ctx, "direction")
+    direction = current_direction(ctx)
     _ends(events, ctx, page)
     ranked = board.cut(field, direction, 1.0).ids
     shown = ranked[first : first + _ROWS]
@@ -368,7 +369,7 @@ def run(events: Any, ctx: Any, page: Any) -> None:
     next_steps = start(page, "next")
     run = {"brain_key": key}
     offers = [
-        ("tag_by_influence", "Tag", {"field": current_field(ctx), "direction": get(ctx, "direction")}),
+        ("tag_by_influence", "Tag", {"field": current_field(ctx), "direction": current_direction(ctx)}),
         ("export_pairs", "Export", {"caption_field": results.config.caption_field}),
         ("manage_influence_runs", "Manage runs", run),
     ]

@@ -90,9 +90,16 @@ def current_field(ctx: Any) -> str:
     return field if field in fields else next(iter(fields), "")
 
 
+def current_direction(ctx: Any) -> str:
+    """The end of the score that is looked at; what was remembered may belong to another kind of run."""
+    if is_misalignment(ctx):
+        return "suspicious"
+    return "valuable" if get(ctx, "direction") == "valuable" else "harmful"
+
+
 def current_cut(ctx: Any) -> Any:
     """The pairs that the slider takes."""
-    return score_table(ctx).cut(current_field(ctx), get(ctx, "direction"), (get(ctx, "share") or 0) / 100)
+    return score_table(ctx).cut(current_field(ctx), current_direction(ctx), (get(ctx, "share") or 0) / 100)
 
 
 def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:
