@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import fiftyone as fo
 import open_clip
 import pytest
-from driver import PATIENCE, Form, expect, open_app
+from driver import PATIENCE, Form, expect, open_app, press
 
 from fiftyone_ecif import compute_misalignment
 from fiftyone_ecif.api.tracing import trace
@@ -229,7 +229,7 @@ def test_select_mistakes_trace(app, dataset, scored):
     chosen_ids, captions = ([values[0], values[2]] for values in chosen)
     app.form("Trace predictions").says("The 2 selected samples").run()
     app.said("Traced 2 validation pairs: ")
-    panel = app.panel()
+    panel = app.page.locator("[data-cy=panel-content-influence_panel]")  # which opens by itself
     panel.get_by_text("Mistake 1 of 2, loss").or_(panel.get_by_text("Validation pair 1 of 2, loss")).wait_for()
     dataset.reload()
     traces = trace(scored, chosen_ids, 5, progress=False)
@@ -240,12 +240,12 @@ def test_select_mistakes_trace(app, dataset, scored):
     worst = traces[0]
     for one in (worst, *worst.culprits, *worst.helpers):
         expect(panel.locator(f"img[alt='{dataset[one.id].caption}']").first).to_be_visible()
-    panel.get_by_role("button", name="Next", exact=True).click()
+    press(panel.get_by_role("button", name="Next", exact=True))
     panel.get_by_text("2 of 2, loss").wait_for()
     app.page.reload()  # what was traced can be looked at again
     app.turn_to("Trace")
     panel.get_by_text("of 2, loss").wait_for()
-    panel.get_by_role("button", name="Previous", exact=True).click()
+    press(panel.get_by_role("button", name="Previous", exact=True))
     panel.get_by_text("1 of 2, loss").wait_for()
     expect(panel.locator(f"img[alt='{dataset[worst.culprits[0].id].caption}']").first).to_be_visible()
     shown = app.thumbnails(expected, "caption", "ecif_trace")
