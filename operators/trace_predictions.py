@@ -54,6 +54,7 @@ class TracePredictions(FormOperator):
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.api.tracing import mark_traces, trace
         from fiftyone_ecif.runs.manage import load_run
+        from fiftyone_ecif.runs.sidebar import show_fields
 
         key = ctx.params.get("brain_key", _KEY)
         results = load_run(ctx.dataset, key)
@@ -61,6 +62,7 @@ class TracePredictions(FormOperator):
         limit = None if queries else ctx.params.get("limit", _LIMIT)
         traces = trace(results, queries or None, ctx.params.get("count", _COUNT), limit=limit, progress=False)
         view = mark_traces(results, traces)
+        show_fields(ctx.dataset, key, [f"{key}_trace"])  # in a colour that says neither harmful nor helpful
         keep_trace(ctx, str(ctx.dataset._doc.brain_methods[key].id), traces)
         wish(ctx, key, "trace")
         ctx.ops.open_panel("influence_panel", layout="horizontal")

@@ -12,6 +12,7 @@ from test_operators import operator, resolve, run_in_the_app, shown_ids
 from fiftyone_ecif import EcifError, edit_model, trace
 from fiftyone_ecif.api.tracing import Culprit, Trace, mark_traces
 from fiftyone_ecif.demo import training
+from fiftyone_ecif.runs.sidebar import HARMFUL, HELPFUL
 from fiftyone_ecif.store.tables import Store
 
 
@@ -70,6 +71,13 @@ def test_culprits_stand_beside_the_mistakes(run):
     assert [row["query"] for row in rows] == [1] * 7 + [2] * 7
     assert rows[1]["relative_influence"] == f"{first.culprits[0].relative_influence:.2e}"
     assert rows[1]["caption"] == dataset[first.culprits[0].id].caption
+
+
+def test_harms_and_helps_are_not_both_in_the_colour_of_one_of_them(run):
+    dataset, _ = run
+    told = dict(in_the_app(dataset, {"brain_key": "ecif", "count": 2, "limit": 1})[1])
+    colours = {entry["path"]: entry["fieldColor"] for entry in told["set_color_scheme"]["fields"]}
+    assert colours["ecif_trace"] not in (HARMFUL, HELPFUL)
 
 
 def test_the_app_is_told_what_to_show(run):
