@@ -25,11 +25,13 @@ from .state import (
     current_field,
     current_page,
     get,
+    pages_of,
     run_config,
     run_fields,
     run_keys,
     run_results,
     score_table,
+    tabs_name,
     written_fields,
 )
 
@@ -81,6 +83,8 @@ class InfluencePanel(foo.Panel):
             and not has_wish(ctx)
             and get(ctx, "drawn") == _what_to_draw(ctx)
         ):
+            return None
+        if method == "choose_page" and _is_of_itself(ctx):
             return None
         try:
             return super().execute(ctx)
@@ -339,6 +343,12 @@ def _follow_runs(ctx: Any) -> list[str]:
     return [renamed.get(key) or key for key in get(ctx, "runs") or []]
 
 
+def _is_of_itself(ctx: Any) -> bool:
+    """Whether tabs fire because they were drawn, or were drawn before others took their place."""
+    tabs = ctx.params.get("path")
+    return tabs is not None and (tabs != tabs_name(ctx) or ctx.params["value"] == current_page(ctx))
+
+
 def _follow_wish(ctx: Any, wish: dict[str, str]) -> None:
     """Turns to the run and page where an operator left something to see."""
     ctx.dataset.reload()
@@ -366,6 +376,8 @@ def _what_to_draw(ctx: Any) -> list[Any]:
 
 def _choose_run(ctx: Any, key: str | None) -> None:
     ctx.panel.set_state({"key": key, "head.key": key, "queue": None, "learned": None})
+    if key is not None and get(ctx, "page") not in (None, *pages_of(ctx)):  # it is a page of the other kind of run
+        ctx.panel.set_state({"page": "overview", "turns": (get(ctx, "turns") or 0) + 1})
     fields = [] if key is None else run_fields(ctx)
     if fields:
         _choose_field(ctx, fields[0])

@@ -28,6 +28,7 @@ from .state import (
     run_keys,
     run_results,
     score_table,
+    tabs_name,
 )
 from .trace_page import draw_trace
 
@@ -141,8 +142,7 @@ def head(events: Any, ctx: Any, page: Any) -> None:
     pages = types.TabsView()
     for name, label in pages_of(ctx).items():
         pages.add_choice(name, label=label)
-    name = f"page_{get(ctx, 'turns') or 0}"  # tabs follow only what is clicked: another page needs other tabs
-    page.enum(name, pages.values(), default=current_page(ctx), view=pages, on_change=events.choose_page)
+    page.enum(tabs_name(ctx), pages.values(), default=current_page(ctx), view=pages, on_change=events.choose_page)
 
 
 def overview(events: Any, ctx: Any, page: Any) -> None:

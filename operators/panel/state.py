@@ -31,6 +31,11 @@ def current_page(ctx: Any) -> str:
     return page if page in pages_of(ctx) else "overview"
 
 
+def tabs_name(ctx: Any) -> str:
+    """Of the tabs: they follow only what is clicked, so that another page needs other tabs."""
+    return f"page_{get(ctx, 'turns') or 0}"
+
+
 def pages_of(ctx: Any) -> dict[str, str]:
     """The pages that the run that is shown has, with their titles."""
     kind = run_config(ctx).type

@@ -443,6 +443,16 @@ def test_what_was_traced_can_be_looked_at_again(both):
     assert "**1 of 2**" in again.text
 
 
+def test_tabs_that_fire_as_they_are_drawn_turn_no_page(both):
+    panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review", path="page_0")
+    assert panel.state["page"] == "review"
+    assert panel.send("choose_page", value="review", path="page_0").asked == []  # drawn anew
+    panel.send("choose_run", value="ecif")  # which has no such page
+    assert (panel.state["page"], panel.state["turns"]) == ("overview", 1)
+    assert panel.send("choose_page", value="review", path="page_0").asked == []  # tabs that are gone
+    assert panel.send("choose_page", value="run", path="page_1").state["page"] == "run"
+
+
 def test_showing_sets_what_the_thumbnails_say_and_a_drag_is_undone(both):
     panel = Panel(both).send("choose_run", value="ecif")
     scored = both.exists("ecif_influence").sort_by("ecif_influence").values("id")
