@@ -25,7 +25,6 @@ from .state import (
     current_field,
     current_page,
     get,
-    pages_of,
     run_config,
     run_fields,
     run_keys,
@@ -376,8 +375,6 @@ def _what_to_draw(ctx: Any) -> list[Any]:
 
 def _choose_run(ctx: Any, key: str | None) -> None:
     ctx.panel.set_state({"key": key, "head.key": key, "queue": None, "learned": None})
-    if key is not None and get(ctx, "page") not in (None, *pages_of(ctx)):  # it is a page of the other kind of run
-        ctx.panel.set_state({"page": "overview", "turns": (get(ctx, "turns") or 0) + 1})
     fields = [] if key is None else run_fields(ctx)
     if fields:
         _choose_field(ctx, fields[0])

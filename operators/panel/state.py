@@ -32,8 +32,8 @@ def current_page(ctx: Any) -> str:
 
 
 def tabs_name(ctx: Any) -> str:
-    """Of the tabs: they follow only what is clicked, so that another page needs other tabs."""
-    return f"page_{get(ctx, 'turns') or 0}"
+    """Of the tabs: they follow only what is clicked, so that a page or a run with other pages needs other tabs."""
+    return f"page_{get(ctx, 'turns') or 0}_{run_config(ctx).type}"
 
 
 def pages_of(ctx: Any) -> dict[str, str]:
