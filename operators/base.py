@@ -82,7 +82,7 @@ class JobOperator(FormOperator):
 
     def execute(self, ctx: Any) -> Iterator[Any]:
         """Runs the job, reporting progress and failures in a way that the App shows."""
-        yield from run_job(ctx, self.resolve_run_name(ctx), self.work)
+        yield from run_job(ctx, self.identifier, self.resolve_run_name(ctx), self.work)
 
     @abstractmethod
     def work(self, ctx: Any, job: Job) -> Iterator[Any]:

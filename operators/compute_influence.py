@@ -15,7 +15,7 @@ from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 
 from .base import JobOperator
-from .estimates import estimate, remember
+from .estimates import Plan, estimate
 from .forms import (
     advanced,
     ask_background,
@@ -25,16 +25,16 @@ from .forms import (
     ask_model,
     ask_option,
     ask_pairs,
-    ask_target,
-    blocked,
+    ask_split,
     chosen,
     dropdown,
     is_from_form,
+    pairs_to_act_on,
     refuse,
-    target_names,
-    target_view,
+    split,
 )
 from .jobs import Job, call, report, show, with_progress
+from .memory import entered_before, wish
 
 _DEFAULTS = {**InfluenceSettings.defaults(), **JobSettings.defaults(), "brain_key": "ecif", "pretrained": ""}
 _SCOPES = ("heads", "heads+logit_scale", "lora:4", "blocks:1")
@@ -55,20 +55,16 @@ class ComputeInfluence(JobOperator):
         samples = ask_pairs(inputs, ctx)
         if samples is None:
             return
-        if not target_names(ctx.dataset):
-            blocked(inputs, "no_target", "Tag some validation pairs, or save a view of them: influence needs a target")
-            return
-        target_pairs = ask_target(inputs, ctx, samples)
-        if target_pairs is not None:
-            counts = f"{len(samples):,} pairs will be scored towards {len(target_pairs):,} validation pairs"
-            params = _DEFAULTS | ctx.params
-            takes = estimate(_kind(params), len(samples) + len(target_pairs), params["model"], params["scope"])
-            inputs.view("counts", types.Notice(label=counts, description=takes))
+        counts = ask_split(inputs, ctx, samples)
+        if counts is not None:
+            said = f"{counts[0]:,} pairs will be scored towards {counts[1]:,} validation pairs"
+            takes = estimate(_plan(_DEFAULTS | ctx.params, sum(counts)))
+            inputs.view("counts", types.Notice(label=said, description=takes))
         if not ask_embeddings(inputs, ctx, InfluenceSettings):
             ask_model(inputs, ctx, _DEFAULTS["model"])
         described = "Names the run and its fields: KEY_influence, KEY_positive, KEY_negative"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, InfluenceConfig())
-        _how(inputs, ctx)
+        _how(inputs, ctx, len(samples))
         ask_background(inputs)
 
     @override
@@ -82,49 +78,55 @@ class ComputeInfluence(JobOperator):
         params = _DEFAULTS | {name: value for name, value in ctx.params.items() if value is not None}
         if is_from_form(ctx.params) and not _needs_labels(params["target_loss"]):
             params["label_field"] = None
-        samples = ctx.target_view()
+        samples = pairs_to_act_on(ctx)
         if len(samples) == 0:
             raise EcifError("No samples are selected")
+        samples, target = split(ctx, samples)
+        plan = _plan(params, len(samples) + len(target))
         work = influence_steps(
             samples,
-            target_view(ctx.dataset, ctx.params["target"]),
+            target,
             *chosen(ctx, params, InfluenceSettings),
             params["brain_key"],
         )
-        results = yield from with_progress(ctx, job, work)
-        remember(_kind(params), len(results.ids) + results.diagnostics["target_pairs"], job.watch)
+        results = yield from with_progress(ctx, job, plan, work)
 
         key = params["brain_key"]
         done = f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}"
         yield report(ctx, done, 1.0)
         if not ctx.delegated:
             field = f"{key}_influence"
-            yield from show(ctx, samples.exists(field).sort_by(field), params["caption_field"], field, f"{key}_rank")
+            yield from show(ctx, samples.exists(field).sort_by(field), params["caption_field"], f"{key}_rank")
+            wish(ctx, key, "overview")
             yield ctx.ops.notify(f"{done}. The most harmful come first", variant="success")
 
     def __call__(self, samples: Any, target: str, delegate: bool = False, **options: Any) -> Any:
         """Scores a dataset or view; ``target`` is ``"tag: NAME"`` or ``"saved view: NAME"``.
 
-        The other options are those of :func:`fiftyone_ecif.compute_influence`, and
+        With ``target="hold out"``, ``held_out`` per cent of the pairs are drawn with
+        ``held_out_seed``, tagged and left out. So are validation pairs that are among
+        the samples, unless ``leave_out=False``. The other options are those of
+        :func:`fiftyone_ecif.compute_influence`, and
         so are the errors.
         """
         return call(self.uri, samples, delegate, {"target": target, **_DEFAULTS, **options})
 
 
-def _kind(params: dict[str, Any]) -> str:
-    """All that a run's pace depends on."""
-    return " ".join(map(str, ("influence", *(params.get(name) for name in ("model", "scope", "fit", "n_partitions")))))
+def _plan(params: dict[str, Any], pairs: int) -> Plan:
+    kind = " ".join(map(str, ("influence", *(params.get(name) for name in ("model", "scope", "fit")))))
+    partitions = params.get("n_partitions")
+    return Plan(kind, pairs, params["model"], params["scope"], partitions if isinstance(partitions, int) else 1)
 
 
-def _how(inputs: Any, ctx: Any) -> None:
-    ask_option(inputs, ctx, InfluenceSettings, "fit")
+def _how(inputs: Any, ctx: Any, pairs: int) -> None:
+    ask_option(inputs, ctx, InfluenceSettings, "fit", default=entered_before(ctx).get("fit", InfluenceSettings.fit))
     _what_loss(inputs, ctx)
     if not advanced(inputs, ctx):
         return
     _what_scope(inputs, ctx)
     for name in ("solver", "damping", "n_partitions"):
         ask_option(inputs, ctx, InfluenceSettings, name)
-    ask_fit_and_batches(inputs, ctx, InfluenceSettings)
+    ask_fit_and_batches(inputs, ctx, InfluenceSettings, pairs)
 
 
 def _what_scope(inputs: Any, ctx: Any) -> None:

@@ -16,7 +16,7 @@ from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 
 from .base import JobOperator
-from .estimates import estimate, remember
+from .estimates import Plan, estimate
 from .forms import (
     advanced,
     ask_background,
@@ -26,14 +26,17 @@ from .forms import (
     ask_model,
     ask_option,
     ask_pairs,
+    ask_percent,
     ask_target,
     chosen,
     is_from_form,
+    pairs_to_act_on,
     refuse,
     target_names,
     target_view,
 )
 from .jobs import Job, call, report, show, with_progress
+from .memory import wish
 
 _DEFAULTS = {
     **MisalignmentSettings.defaults(),
@@ -66,7 +69,7 @@ class DetectMisalignment(JobOperator):
         if samples is None:
             return
         params = _DEFAULTS | ctx.params
-        takes = estimate(_kind(params), len(samples), params["model"], "heads")
+        takes = estimate(_plan(params, len(samples)))
         inputs.view("counts", types.Notice(label=f"{len(samples):,} pairs will be scored", description=takes))
         if not ask_embeddings(inputs, ctx, MisalignmentSettings):
             ask_model(inputs, ctx, _DEFAULTS["model"])
@@ -77,7 +80,7 @@ class DetectMisalignment(JobOperator):
         if advanced(inputs, ctx):
             _ask_detector(inputs, ctx, samples)
             ask_option(inputs, ctx, MisalignmentSettings, "fit")
-            ask_fit_and_batches(inputs, ctx, MisalignmentSettings)
+            ask_fit_and_batches(inputs, ctx, MisalignmentSettings, len(samples))
         ask_background(inputs)
 
     @override
@@ -89,7 +92,7 @@ class DetectMisalignment(JobOperator):
         from fiftyone_ecif.api.misalignment import misalignment_steps
 
         params = _DEFAULTS | {name: value for name, value in _entered(ctx.params).items() if value is not None}
-        samples = ctx.target_view()
+        samples = pairs_to_act_on(ctx)
         if len(samples) == 0:
             raise EcifError("No samples are selected")
         work = misalignment_steps(
@@ -99,8 +102,7 @@ class DetectMisalignment(JobOperator):
             target=target_view(ctx.dataset, params["target"]) if params["target"] else None,
             **{name: params[name] for name in ("tag", "share", "threshold")},
         )
-        results = yield from with_progress(ctx, job, work)
-        remember(_kind(params), len(results.ids), job.watch)
+        results = yield from with_progress(ctx, job, _plan(params, len(samples)), work)
 
         key = params["brain_key"]
         yield report(ctx, f"Scored {len(results.ids):,} pairs, skipped {len(results.skipped):,}", 1.0)
@@ -108,6 +110,7 @@ class DetectMisalignment(JobOperator):
             field = f"{key}_misalignment"
             view = samples.exists(field).sort_by(field, reverse=True)
             yield from show(ctx, view, params["caption_field"], field, f"{key}_reason")
+            wish(ctx, key, "overview")
             yield ctx.ops.notify(_summary(results, params["tag"]), variant="success")
 
     def __call__(self, samples: Any, delegate: bool = False, **options: Any) -> Any:
@@ -119,9 +122,9 @@ class DetectMisalignment(JobOperator):
         return call(self.uri, samples, delegate, {**_DEFAULTS, **options})
 
 
-def _kind(params: dict[str, Any]) -> str:
-    """All that a run's pace depends on."""
-    return " ".join(map(str, ("misalignment", *(params.get(name) for name in ("model", "detector", "fit")))))
+def _plan(params: dict[str, Any], pairs: int) -> Plan:
+    kind = " ".join(map(str, ("misalignment", *(params.get(name) for name in ("model", "detector", "fit")))))
+    return Plan(kind, pairs, params["model"], "heads")
 
 
 def _knows_the_pairs(ctx: Any) -> bool:
@@ -144,17 +147,17 @@ def _ask_tag(inputs: Any, ctx: Any) -> None:
     if tagging == "estimated":
         return
     if tagging == "share":
-        limit = inputs.float("share", required=True, default=0.1, label="Share, from 0 to 1")
-    else:
-        limit = inputs.float(
-            "threshold",
-            required=True,
-            default=0.5,
-            label="Probability, from 0 to 1",
-            description="That image and caption do not belong together; by another detector than the default, the "
-            "share of the pairs that are less suspicious",
-        )
-    if not 0 <= (ctx.params.get(tagging) or 0) <= 1:
+        ask_percent(inputs, ctx)
+        return
+    limit = inputs.float(
+        "threshold",
+        required=True,
+        default=0.5,
+        label="Probability, from 0 to 1",
+        description="That image and caption do not belong together; by another detector than the default, the "
+        "share of the pairs that are less suspicious",
+    )
+    if not 0 <= (ctx.params.get("threshold") or 0) <= 1:
         refuse(limit, "Must be from 0 to 1")
 
 
@@ -186,6 +189,8 @@ def _entered(params: dict[str, Any]) -> dict[str, Any]:
     stale = {name for name in ("share", "threshold") if name != tagging}
     stale |= {"tag"} if tagging == "none" else set()
     stale |= {"target"} if not _detector(params).needs_target else set()
+    if tagging == "share" and params.get("percent") is not None:
+        params = {**params, "share": params["percent"] / 100}
     return {name: value for name, value in params.items() if name not in stale}
 
 

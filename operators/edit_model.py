@@ -10,13 +10,16 @@ import fiftyone.operators.types as types
 from typing_extensions import override
 
 from fiftyone_ecif.samples.pairs import every_sample
+from fiftyone_ecif.store.files import user_path
 
 from .base import JobOperator
+from .estimates import Plan
 from .forms import (
     ask_background,
     ask_new_file,
     blocked,
     dropdown,
+    may_replace,
     new_file,
     refuse,
     target_names,
@@ -24,6 +27,7 @@ from .forms import (
     warning,
 )
 from .jobs import Job, call, report, with_progress
+from .memory import wish
 
 _KEY, _SELECTION = "ecif", "selection"
 _FORMATS = (".pt", ".pth", ".safetensors")
@@ -52,6 +56,7 @@ class EditModel(JobOperator):
             ctx,
             "edited.pt",
             _FORMATS,
+            ctx.dataset.get_brain_info(key if key in runs else default).config.pretrained,
             label="Checkpoint",
             description=f"A file to write on the machine that runs FiftyOne; ends in {' or '.join(_FORMATS)}",
         )
@@ -69,11 +74,14 @@ class EditModel(JobOperator):
         key = ctx.params.get("brain_key", _KEY)
         removed = _removed(ctx, ctx.params["remove"]).exists(f"{key}_influence").values("id")
         results = load_run(ctx.dataset, key)
-        work = edit_steps(results, removed, str(new_file(ctx)), overwrite=ctx.params.get("overwrite", False))
-        edit = yield from with_progress(ctx, job, work)
+        config, path = results.config, new_file(ctx)
+        work = edit_steps(results, removed, str(path), overwrite=may_replace(ctx, str(path)))
+        plan = Plan(f"edit {config.model} {config.scope}", len(results.ids), config.model, config.scope)
+        edit = yield from with_progress(ctx, job, plan, work)
         yield report(ctx, str(edit), 1.0)
         if not ctx.delegated:
             yield ctx.ops.notify(str(edit), variant="success")
+            wish(ctx, key, "run")
 
     def __call__(
         self,
@@ -92,7 +100,7 @@ class EditModel(JobOperator):
         """
         params = {
             "remove": remove,
-            "path": os.path.abspath(os.path.expanduser(path)),
+            "path": os.path.abspath(user_path(path)),
             "brain_key": brain_key,
             "overwrite": overwrite,
         }

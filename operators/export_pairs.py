@@ -8,8 +8,10 @@ from typing import Any
 import fiftyone.operators.types as types
 from typing_extensions import override
 
+from fiftyone_ecif.store.files import user_path
+
 from .base import FormOperator
-from .forms import ask_new_file, blocked, dropdown, new_file
+from .forms import ask_caption_field, ask_new_file, may_replace, new_file, pairs_to_act_on
 from .jobs import call
 
 
@@ -25,15 +27,11 @@ class ExportPairs(FormOperator):
     def ask(self, inputs: Any, ctx: Any) -> None:
         """Fills the form."""
         from fiftyone_ecif.samples.export import EXPORT_FORMATS
-        from fiftyone_ecif.samples.pairs import caption_fields
 
         inputs.view_target(ctx, action_description="Export")
-        inputs.view("counts", types.Notice(label=f"{len(ctx.target_view()):,} pairs will be exported"))
-        fields = caption_fields(ctx.dataset)
-        if not fields:
-            blocked(inputs, "no_captions", "This dataset has no string field that could hold captions")
+        inputs.view("counts", types.Notice(label=f"{len(pairs_to_act_on(ctx)):,} pairs will be exported"))
+        if ask_caption_field(inputs, ctx, pairs_to_act_on(ctx)) is None:
             return
-        dropdown(inputs, "caption_field", fields, "caption", label="Caption field")
         ask_new_file(
             inputs,
             ctx,
@@ -49,7 +47,7 @@ class ExportPairs(FormOperator):
 
         path = new_file(ctx)
         caption_field = ctx.params.get("caption_field", "caption")
-        count = export_pairs(ctx.target_view(), path, caption_field, overwrite=ctx.params.get("overwrite", False))
+        count = export_pairs(pairs_to_act_on(ctx), path, caption_field, overwrite=may_replace(ctx, str(path)))
         ctx.ops.notify(f"Exported {count:,} pairs to {path}", variant="success")
         return {"path": str(path), "count": count}
 
@@ -62,5 +60,5 @@ class ExportPairs(FormOperator):
 
     def __call__(self, samples: Any, path: str, **params: Any) -> Any:
         """Exports a dataset or view; the options are those of :func:`fiftyone_ecif.export_pairs`."""
-        params = {"caption_field": "caption", "path": os.path.abspath(os.path.expanduser(path)), **params}
+        params = {"caption_field": "caption", "path": os.path.abspath(user_path(path)), **params}
         return call(self.uri, samples, False, params)

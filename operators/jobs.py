@@ -20,7 +20,10 @@ from fiftyone.operators.executor import ExecutionError
 from fiftyone_ecif.api.progress_bar import explain
 from fiftyone_ecif.errors import EcifError
 
-from .estimates import Watch
+from .estimates import Course, Plan, remember, say_left
+from .memory import keep_entered, keep_outcome
+from .view_fields import fields_of_runs
+from .wording import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ _FRESH = 60  # seconds in which who started a job still expects the grid to chan
 _REMEMBER = 86400  # seconds that the end of a job waits for someone to see it
 KEPT = "Stopped. What was computed so far is kept: run it again to go on from there"
 
+_PERCENT = ("Fitting", "Solving")  # stages whose steps are no things to count
 _UNFORESEEN = "This is a fault of the plugin or of what it uses: `fiftyone-ecif doctor` looks for the latter"
 
 
@@ -90,14 +94,10 @@ class Job:
     Args:
         ctx: of the operator.
         name: what it is called.
-
-    Attributes:
-        watch: what its stages take.
     """
 
     def __init__(self, ctx: Any, name: str) -> None:
         self._store, self._key, self._name = ctx.store(_STORE), uuid4().hex, name
-        self.watch = Watch()
         self.tell("Starting", 0.0)
 
     def tell(self, label: str, progress: float) -> None:
@@ -127,7 +127,7 @@ class Job:
         self._store.update_ttl(self._key, seconds)  # which setting leaves as it was
 
 
-def run_job(ctx: Any, name: str, work: Callable[[Any, Job], Iterator[Any]]) -> Iterator[Any]:
+def run_job(ctx: Any, operator: str, name: str, work: Callable[[Any, Job], Iterator[Any]]) -> Iterator[Any]:
     """Runs a job: at once with a progress bar, or in the background, where the panel shows it.
 
     The progress bar of the App covers everything until the job ends, and cannot be
@@ -135,27 +135,48 @@ def run_job(ctx: Any, name: str, work: Callable[[Any, Job], Iterator[Any]]) -> I
 
     Args:
         ctx: of the operator, whose parameter ``background`` says which.
+        operator: its name.
         name: of the job.
         work: does it, given the context and the job.
     """
     job = Job(ctx, name)
+    keep_entered(ctx)
     if not ctx.delegated:
         yield ctx.ops.open_panel("influence_panel", layout="horizontal")
     if ctx.delegated or not ctx.params.get("background"):
         try:
-            yield from _run(ctx, job, work)
+            yield from _run_and_remember(ctx, operator, name, job, work)
         finally:
             job.end()
         return
-    Thread(target=_run_in_background, args=(ctx, job, work), daemon=True).start()
+    Thread(target=_run_in_background, args=(ctx, operator, name, job, work), daemon=True).start()
     yield ctx.ops.notify("Running in the background. The Influence panel shows how far it is", variant="info")
 
 
-def _run_in_background(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> None:
+def _run_in_background(ctx: Any, operator: str, name: str, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> None:
     """Runs a job and leaves what it asks of the App to the panel."""
-    requests = [message.body for message in _run(ctx, job, work)]
+    requests = [message.body for message in _run_and_remember(ctx, operator, name, job, work)]
     asked = [{"operator": request.operator_uri, "params": request.params} for request in requests]
     job.end([request for request in asked if request["operator"] != "set_progress"])
+
+
+def _run_and_remember(
+    ctx: Any, operator: str, name: str, job: Job, work: Callable[[Any, Job], Iterator[Any]]
+) -> Iterator[Any]:
+    """Runs a job, and keeps what it said at its end for the panel."""
+    said, failed = "It ended before it was done", True
+    try:
+        for message in _run(ctx, job, work):
+            if message is not None and message.body.operator_uri == "notify":
+                said, failed = message.body.params["message"], message.body.params["variant"] != "success"
+            yield message
+        if ctx.delegated:  # it has nobody to notify
+            said, failed = "It is done", False
+    except Exception as error:  # of a delegated job, which FiftyOne records
+        said, failed = in_words(error), True
+        raise
+    finally:
+        keep_outcome(ctx, operator, name, said, failed)
 
 
 def _run(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> Iterator[Any]:
@@ -172,7 +193,7 @@ def _run(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> Itera
         if ctx.delegated:
             raise
         error = explain(error) or error
-        message = str(error)
+        message = in_words(error)
         if not isinstance(error, EcifError):
             logger.exception("%s failed", work.__module__.rpartition(".")[2])
             message = f"{type(error).__name__}: {error}. {_UNFORESEEN}"
@@ -180,12 +201,13 @@ def _run(ctx: Any, job: Job, work: Callable[[Any, Job], Iterator[Any]]) -> Itera
         yield ctx.ops.notify(message, variant="error")
 
 
-def with_progress(ctx: Any, job: Job, steps: Any) -> Generator[Any, None, Any]:
-    """Shows the job's progress, at most twice a second, with rate and remaining time.
+def with_progress(ctx: Any, job: Job, plan: Plan, steps: Any) -> Generator[Any, None, Any]:
+    """Shows the job's progress, at most twice a second, with its pace and the time that the whole of it still takes.
 
     Args:
         ctx: of the operator.
         job: that it is.
+        plan: what it is about.
         steps: a generator of :class:`fiftyone_ecif.progress.Progress`.
 
     Returns:
@@ -194,30 +216,39 @@ def with_progress(ctx: Any, job: Job, steps: Any) -> Generator[Any, None, Any]:
     Raises:
         StoppedError: if the user stops it
     """
-    stage, since, last, overall = None, 0.0, 0.0, 0.0
+    course, shown, last = Course(plan), None, 0.0
     try:
         while True:
             step = next(steps)
-            job.watch.see(step)
+            course.see(step)
             now = time.monotonic()
-            if step.stage != stage:
-                stage, since = step.stage, now
-            elif now - last < 0.5 and step.done < step.total:
+            if step.stage == shown and now - last < 0.5 and (step.partitions > 1 or step.done < step.total):
                 continue
-            last = now
-            label = f"{step.stage}: {step.done:,} of {step.total:,}" if step.total > 1 else step.stage
-            if step.done and step.total > 1 and now > since:
-                rate = step.done / (now - since)
-                label += f" ({rate:,.0f} a second, {(step.total - step.done) / rate:,.0f} s left)"
-            overall = max(overall, step.overall)  # a solve can start again
-            job.tell(label, overall)
-            yield report(ctx, label, overall)
+            shown, last = step.stage, now
+            label = _say(step, course)
+            job.tell(label, course.share)
+            yield report(ctx, label, course.share)
             if job.is_to_stop:
                 raise StoppedError(KEPT)
     except StopIteration as end:
+        remember(course, plan.pairs)
         return end.value
     finally:
         steps.close()
+
+
+def _say(step: Any, course: Course) -> str:
+    """Where a job is, in a line."""
+    said = step.stage
+    if step.stage in _PERCENT and step.total > 1:
+        said += f": {step.done / step.total:.0%} of the way"
+    elif step.total > 1:
+        said += f": {step.done:,} of {step.total:,}"
+        if course.rate:
+            said += f" ({course.rate:,.0f} a second)" if course.rate >= 1 else f" ({60 * course.rate:,.1f} a minute)"
+    if step.partitions > 1:
+        said = f"Partition {step.partition:,} of {step.partitions:,}. {said}"
+    return said if course.left is None else f"{said}, {say_left(course.left)}"
 
 
 def report(ctx: Any, label: str, progress: float) -> Any:
@@ -228,17 +259,26 @@ def report(ctx: Any, label: str, progress: float) -> Any:
     return ctx.ops.set_progress(label=label, progress=progress)
 
 
+def thumbnail_fields(key: str, config: Any) -> list[str]:
+    """What the thumbnails say of a run: the rank, as many influences look alike when they are rounded."""
+    ends = ("misalignment", "reason") if config.type == "misalignment" else ("rank",)
+    return [f"{key}_{end}" for end in ends]
+
+
+def set_thumbnails(ctx: Any, *fields: str) -> Any:
+    """Has the thumbnails show these fields, in place of what other runs wrote there."""
+    ours = fields_of_runs(ctx.dataset)
+    kept = [name for name in ctx.active_fields or [] if name not in ours]
+    return ctx.ops.set_active_fields(list(dict.fromkeys([*kept, *fields])))
+
+
 def show(ctx: Any, view: Any, *fields: str) -> Iterator[Any]:
     """Brings a view to the grid, with these fields on the thumbnails in place of what other runs wrote there."""
-    dataset = ctx.dataset
-    runs = dataset.list_brain_runs(method="ecif")
-    ours = {name for key in runs for name in dataset.get_brain_info(key).config.fields(key)}
-    kept = [name for name in ctx.active_fields or [] if name not in ours]
     yield ctx.ops.reload_dataset()
-    colours = dataset.app_config.color_scheme
+    colours = ctx.dataset.app_config.color_scheme
     if colours is not None:  # else the App takes note of new colours only when the page is loaded anew
         yield ctx.trigger("set_color_scheme", {"fields": [dict(field) for field in colours.fields or []]})
-    yield ctx.ops.set_active_fields(list(dict.fromkeys([*kept, *fields])))
+    yield set_thumbnails(ctx, *fields)
     yield ctx.ops.set_view(view=view)
 
 

@@ -16,6 +16,8 @@ from fiftyone_ecif.errors import EcifError
 from .base import FormOperator
 from .forms import blocked, dropdown, refuse, warning
 from .jobs import call
+from .view_fields import follow_fields
+from .wording import in_words
 
 if TYPE_CHECKING:
     from fiftyone_ecif.runs.manage import RunEntry, Stale
@@ -58,7 +60,7 @@ class ManageInfluenceRuns(FormOperator):
             if key := ctx.params.get("brain_key"):
                 refuse(chosen, f"There is no run {key!r}. Runs: {', '.join(runs)}")
         elif action == "describe":
-            about = describe_run(ctx.dataset, run.key)
+            about = in_words(describe_run(ctx.dataset, run.key))
             inputs.md(about, name=f"about_{run.key}")  # the App keeps the text that a name had first
         elif action == "rename":
             _ask_new_key(inputs, ctx, run)
@@ -73,17 +75,22 @@ class ManageInfluenceRuns(FormOperator):
 
         action, key, dataset = ctx.params.get("action", "describe"), ctx.params.get("brain_key"), ctx.dataset
         if action == "describe":
-            return {"about": describe_run(dataset, key)}
+            return {"about": in_words(describe_run(dataset, key))}
+        fates: dict[str, str | None] = {}
         if action == "rename":
             new_key = ctx.params["new_key"]
             rename_run(dataset, key, new_key)
+            config = dataset.get_brain_info(new_key).config
+            fates = dict(zip(config.fields(key), config.fields(new_key), strict=True))
             result, said = {"brain_key": new_key}, f"The run {key!r} is now {new_key!r}"
         elif action == "delete":
             gone = delete_run(dataset, key)
+            fates = dict.fromkeys(gone.fields)
             result, said = gone._asdict(), f"Deleted the run {key!r}, with {gone}"
         else:
             freed = free_disk()
             result, said = {"cache_bytes": freed}, f"Freed {size_text(freed)}"
+        follow_fields(ctx, fates)
         ctx.ops.reload_dataset()
         ctx.ops.notify(said, variant="success")
         return {**result, "about": said}

@@ -11,10 +11,11 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import every_sample
 
 from .base import FormOperator
-from .forms import blocked, dropdown, refuse, warning
+from .forms import ask_percent, blocked, dropdown, pairs_to_act_on, refuse
 from .jobs import call
 
 _LIMITS = {"count": "A number of pairs", "share": "A share of the pairs", "threshold": "All beyond a score"}
+_WHICH = {"harmful": "harmful: without them the model does better", "valuable": "valuable: without them it does worse"}
 
 
 class TagByInfluence(FormOperator):
@@ -29,7 +30,7 @@ class TagByInfluence(FormOperator):
     def ask(self, inputs: Any, ctx: Any) -> None:
         """Fills the form."""
         from fiftyone_ecif.samples.review_tags import check_score_tag
-        from fiftyone_ecif.samples.selection import DIRECTIONS, score_fields, select_by_influence
+        from fiftyone_ecif.samples.selection import score_fields, select_by_influence
 
         inputs.view_target(ctx, action_description="Tag among")
         fields = score_fields(ctx.dataset)
@@ -39,12 +40,9 @@ class TagByInfluence(FormOperator):
         ours = [field for end in ("_influence", "_misalignment") for field in fields if field.endswith(end)]
         default = (ours or fields)[0]
         dropdown(inputs, "field", fields, default, label="Score")
-        is_misalignment = (ctx.params.get("field") or default).endswith("_misalignment")
-        dropdown(
-            inputs, "direction", list(DIRECTIONS), "suspicious" if is_misalignment else "harmful", label="Which end"
-        )
-        if is_misalignment and DIRECTIONS.get(ctx.params.get("direction")) == "lowest":
-            warning(inputs, "end", "The lowest scores of misalignment are those of the least suspicious pairs")
+        field = ctx.params.get("field") or default
+        if not _is_misalignment(field):
+            dropdown(inputs, "direction", _WHICH, "harmful", label="Which pairs")
         choice = types.RadioGroup()
         for name, label in _LIMITS.items():
             choice.add_choice(name, label=label)
@@ -52,33 +50,35 @@ class TagByInfluence(FormOperator):
         limit = ctx.params.get("limit", "count")
         if limit == "count":
             value = inputs.int("count", required=True, default=100, label="Pairs")
-        elif limit == "share":
-            value = inputs.float("share", required=True, default=0.1, label="Share, from 0 to 1")
-        else:
+        elif limit == "threshold":
             value = inputs.float("threshold", required=True, default=0.0, label="Score")
-        tag = inputs.str("tag", required=True, default=ctx.params.get("direction", "harmful"), label="Tag")
+        elif ctx.params.get("share") is not None:  # from Python
+            value = inputs.float("share")
+        else:
+            value = ask_percent(inputs, ctx)
+        direction = _direction(ctx, field)
+        tag = inputs.str("tag", label="Tag", description=f"{direction!r} if left empty")
         try:
             check_score_tag(ctx.params.get("tag"))
         except EcifError as error:
             refuse(tag, str(error))
-        if ctx.params.get(limit) is not None and ctx.params.get("field") and ctx.params.get("direction"):
+        if (how_many := _limit(ctx)) is not None and not value.invalid:
             try:
-                selected = select_by_influence(
-                    ctx.target_view(), ctx.params["field"], ctx.params["direction"], **{limit: ctx.params[limit]}
-                )
-                inputs.view("preview", types.Notice(label=f"{len(selected):,} pairs will be tagged"))
+                selected = select_by_influence(pairs_to_act_on(ctx), field, direction, **{limit: how_many})
             except EcifError as error:
                 refuse(value, str(error))
+            else:
+                _say_how_many(inputs, ctx, field, direction, len(selected))
 
     @override
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.samples.selection import DIRECTIONS, tag_by_influence
 
-        direction = ctx.params.get("direction", "harmful")
-        tag = ctx.params.get("tag") or direction
-        limit = ctx.params.get("limit", "count")
         field = ctx.params.get("field", "ecif_influence")
-        view = tag_by_influence(ctx.target_view(), field, tag, direction, **{limit: ctx.params.get(limit)})
+        direction = _direction(ctx, field)
+        tag = (ctx.params.get("tag") or "").strip() or direction
+        limit = ctx.params.get("limit", "count")
+        view = tag_by_influence(pairs_to_act_on(ctx), field, tag, direction, **{limit: _limit(ctx)})
         count = len(view)
         ctx.ops.reload_dataset()
         tagged = every_sample(ctx.dataset).match_tags(tag).exists(field)
@@ -97,5 +97,44 @@ class TagByInfluence(FormOperator):
         """Tags pairs of a dataset or view; the options are those of :func:`fiftyone_ecif.tag_by_influence`."""
         given = [name for name in _LIMITS if params.get(name) is not None]
         defaults = {"field": "ecif_influence", "direction": "harmful", "limit": given[0] if given else "count"}
-        params = {**defaults, "tag": params.get("direction", "harmful"), **params}
-        return call(self.uri, samples, False, params)
+        return call(self.uri, samples, False, {**defaults, **params})
+
+
+def _is_misalignment(field: str) -> bool:
+    return field.endswith("_misalignment")
+
+
+def _direction(ctx: Any, field: str) -> str:
+    """Which end of the score is taken: one of a choice that belongs to the field."""
+    chosen: str = ctx.params.get("direction") or "harmful"
+    return "suspicious" if _is_misalignment(field) else chosen
+
+
+def _limit(ctx: Any) -> Any:
+    """How many are taken, in the unit of the library; None while nothing is entered."""
+    limit = ctx.params.get("limit", "count")
+    if limit == "share" and ctx.params.get("share") is None:
+        percent = ctx.params.get("percent")
+        return None if percent is None else percent / 100
+    return ctx.params.get(limit)
+
+
+def _say_how_many(inputs: Any, ctx: Any, field: str, direction: str, taken: int) -> None:
+    """Says how many will be tagged, and what keeps them from being as many as was asked for."""
+    from fiftyone_ecif.samples.selection import select_by_influence
+
+    among, everything = pairs_to_act_on(ctx), every_sample(ctx.dataset)
+    scored = len(among.exists(field))
+    right, right_of_all = (
+        len(select_by_influence(view, field, direction, share=1.0)) if len(view.exists(field)) else 0
+        for view in (among, everything)
+    )
+    wanted = ctx.params["count"] if ctx.params.get("limit", "count") == "count" else None
+    said = f"{taken:,} pairs will be tagged"
+    if wanted is not None and taken < wanted:
+        said += f", not {wanted:,}: of the {len(among):,} samples to choose among, {scored:,} have this score"
+        if direction != "suspicious":
+            said += f", and {right:,} of those are {direction}"
+        if right_of_all > right:
+            said += f". The whole dataset has {right_of_all:,}: choose it under 'Tag among'"
+    inputs.view("preview", types.Notice(label=said))

@@ -13,17 +13,12 @@ from fiftyone_ecif.samples.pairs import pairs_now
 from .base import FormOperator
 from .forms import blocked, dropdown, refuse, warning
 from .jobs import call, show
+from .memory import keep_trace, wish
 
 if TYPE_CHECKING:
     from fiftyone_ecif.api.tracing import Trace
 
 _KEY, _COUNT, _LIMIT = "ecif", 5, 5
-_COLUMNS = {
-    "query": "Number",
-    "effect": "Effect",
-    "caption": "Caption",
-    "relative_influence": "Relative influence",
-}
 
 
 class TracePredictions(FormOperator):
@@ -42,8 +37,7 @@ class TracePredictions(FormOperator):
             blocked(
                 inputs,
                 "no_run",
-                f"Run {any_run[0]!r} kept no gradients: run Compute ECIF influence with scope 'heads', or from Python "
-                "with keep_gradients=True"
+                f"Run {any_run[0]!r} kept no gradients: run Compute ECIF influence with scope 'heads'"
                 if any_run
                 else "Nothing to trace with yet: run Compute ECIF influence first",
             )
@@ -60,6 +54,7 @@ class TracePredictions(FormOperator):
     def execute(self, ctx: Any) -> dict[str, Any]:
         from fiftyone_ecif.api.tracing import mark_traces, trace
         from fiftyone_ecif.runs.manage import load_run
+        from fiftyone_ecif.runs.sidebar import show_fields
 
         key = ctx.params.get("brain_key", _KEY)
         results = load_run(ctx.dataset, key)
@@ -67,6 +62,10 @@ class TracePredictions(FormOperator):
         limit = None if queries else ctx.params.get("limit", _LIMIT)
         traces = trace(results, queries or None, ctx.params.get("count", _COUNT), limit=limit, progress=False)
         view = mark_traces(results, traces)
+        show_fields(ctx.dataset, key, [f"{key}_trace"])  # in a colour that says neither harmful nor helpful
+        keep_trace(ctx, str(ctx.dataset._doc.brain_methods[key].id), traces)
+        wish(ctx, key, "trace")
+        ctx.ops.open_panel("influence_panel", layout="horizontal")
         caption_field = results.config.caption_field
         for _ in show(ctx, view, caption_field, f"{key}_trace"):
             pass
@@ -78,15 +77,6 @@ class TracePredictions(FormOperator):
         )
         pairs = pairs_now(ctx.dataset, caption_field, view.values("id"))
         return {"pairs": _rows(traces, {sample: caption for sample, (_, caption) in pairs.items()})}
-
-    @override
-    def resolve_output(self, ctx: Any) -> types.Property:
-        outputs = types.Object()
-        table = types.TableView()
-        for name, label in _COLUMNS.items():
-            table.add_column(name, label=label)
-        outputs.list("pairs", types.Object(), view=table)
-        return types.Property(outputs, view=types.View(label=self.title))
 
     def __call__(
         self, samples: Any, queries: Any = None, brain_key: str = _KEY, count: int = _COUNT, limit: int = _LIMIT
@@ -166,7 +156,7 @@ def _at_least_one(ctx: Any, name: str, prop: Any) -> None:
 
 
 def _rows(traces: list[Trace], captions: dict[str, str]) -> list[dict[str, Any]]:
-    """The table below the result: each query, then what harms and what helps it."""
+    """What came of it, for Python: each query, then what harms and what helps it."""
     rows: list[dict[str, Any]] = []
     numbers = {sample: number for number, sample in enumerate(dict.fromkeys(one.id for one in traces), start=1)}
     for one in traces:

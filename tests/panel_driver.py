@@ -14,13 +14,14 @@ class Panel:
 
     def __init__(self, dataset):
         self.dataset, self.state = dataset, {}
+        self.view = []
         self.send("on_load")
 
     def send(self, method, selected=(), **params):
-        """Fires an event; what is asked of the App and what is drawn is kept."""
+        """Fires an event; what is asked of the App, what is drawn, and the view that comes to the grid, is kept."""
         asked = {
             "dataset_name": self.dataset.name,
-            "view": [],
+            "view": self.view,
             "selected": list(selected),
             "params": {"panel_id": "p", "__method__": method, "panel_state": self.state, **params},
         }
@@ -28,6 +29,7 @@ class Panel:
         foo.get_operator(URI).execute(context)
         requests = [request.to_json() for request in context.executor._requests]
         self.asked = [(request["operator_uri"], request["params"]) for request in requests]
+        self.view = next((params["view"] for uri, params in self.asked[::-1] if uri == "set_view"), self.view)
         drawn = [params for uri, params in self.asked if uri == "show_panel_output"]
         self.text = json.dumps(drawn[-1], ensure_ascii=False) if drawn else ""
         return self

@@ -105,3 +105,19 @@ def score(made):
         return compute_influence(samples, target=target, **(defaults | options))
 
     return run
+
+
+@pytest.fixture
+def grouped(made):
+    """Each image in a slice of its own for two cameras, of which the other has another caption."""
+    dataset = fo.Dataset()
+    dataset.add_group_field("group", default="left")
+    samples = []
+    for sample in made[0]:
+        group = fo.Group()
+        for slice_, caption in (("left", "nothing"), ("right", sample.caption)):
+            element = {"group": group.element(slice_), "tags": sample.tags, "caption": caption}
+            samples.append(fo.Sample(sample.filepath, **element))
+    dataset.add_samples(samples, progress=False)
+    yield dataset
+    dataset.delete()

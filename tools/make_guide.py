@@ -121,9 +121,9 @@ class Walk:
             if number == 6:
                 self.shoot("review")
             sample = paths[unquote(panel.locator("img").first.get_attribute("src")).split("filepath=")[1]]
-            panel.get_by_role("button", name="Misaligned" if sample.spoiled else "Aligned", exact=True).click()
+            app.page.keyboard.press("m" if sample.spoiled else "a")
         panel.get_by_text("That was the last one.").wait_for()
-        panel.get_by_role("button", name="Learn from the tags").click()
+        panel.get_by_role("button", name="Learn from the 20 tags").click()
         app.said("Learned from")
         app.wait_for_count(PAIRS)
         self.shoot("learned")
@@ -132,7 +132,7 @@ class Walk:
         app = self.app
         app.form("Trace predictions").run()
         app.said("Traced ")
-        app.close()
+        app.panel().get_by_text("Mistake 1 of 5, loss").wait_for()
         self.shoot("traced")
 
     def edit(self):
@@ -145,9 +145,7 @@ class Walk:
         self.shoot("edit-form")
         form.run()
         app.said("Removed 50 pairs in ")
-        app.choose("Run", "ecif: influence")
-        app.turn_to("Run")
-        app.said("Last edit of the model")
+        app.panel().get_by_text("Last edit of the model").wait_for()  # the panel turns to it by itself
         self.shoot("edited")
 
     def manage(self):

@@ -146,7 +146,8 @@ def edit_model(
 
     Raises:
         EcifError: if a pair was not scored, all would be removed, the run's
-            pairs changed since, or the file exists or cannot be written
+            pairs changed since, or the file exists, is the checkpoint that the
+            run was made from, or cannot be written
     """
     return follow(edit_steps(results, removed, path, overwrite=overwrite, device=device), progress)
 
@@ -155,7 +156,7 @@ def edit_steps(
     results: InfluenceResults, removed: Any, path: str, *, overwrite: bool = False, device: str | None = None
 ) -> Generator[Progress, None, Edit]:
     """:func:`edit_model` as a generator of its progress."""
-    out = new_checkpoint(path, overwrite)
+    out = new_checkpoint(path, overwrite, results.config.pretrained)
     rows = _rows(results, removed)
     prepared, objective, theta = yield from reopen(results, device)
     prepared.encoder.check_saves(prepared.choice)

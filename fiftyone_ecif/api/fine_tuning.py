@@ -105,7 +105,7 @@ def fit_steps(
     choice = parse_scope(settings.scope)
     choose_device(device)
     check_collection(samples, settings.caption_field)
-    path = new_checkpoint(path, overwrite)
+    path = new_checkpoint(path, overwrite, settings.pretrained)
 
     yield Progress("Reading pairs", 0, 1)
     pairs = read_pairs(samples, settings.caption_field, settings.skip_failures)

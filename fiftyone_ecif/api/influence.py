@@ -16,7 +16,7 @@ from fiftyone_ecif.distributed import ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.scoring import Scores, score_pairs
-from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.progress import Progress, partition
 from fiftyone_ecif.runs.base import check_key, check_view
 from fiftyone_ecif.runs.diagnostics import diagnose
 from fiftyone_ecif.runs.influence import (
@@ -141,9 +141,9 @@ def influence_steps(
     for number in range(settings.n_partitions):
         if number:  # in the first one's folder, so that they are deleted with it
             store = home.inside(f"partition-{number}")
-        scores = yield from score_pairs(
-            store, prepared.scope, prepared.batches(settings.seed + number), prepared.targets, options, processes
-        )
+        batches = prepared.batches(settings.seed + number)
+        steps = score_pairs(store, prepared.scope, batches, prepared.targets, options, processes)
+        scores = yield from partition(steps, number + 1, settings.n_partitions)
         _check_scores(prepared.pairs, scores)
         found.append(scores)
         options = replace(options, keep_gradients=False)  # one partition's are enough

@@ -17,6 +17,7 @@ from fiftyone_ecif.errors import EcifError
 if TYPE_CHECKING:
     from fiftyone_ecif.distributed import ProcessGroup
 
+SLICE = click.option("--slice", help="Of grouped data: the slice that holds the images.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -78,19 +79,25 @@ def load_dataset_in_turn(name: str, processes: ProcessGroup) -> Any:
     return found
 
 
-def narrow(dataset: Any, tags: tuple[str, ...], view: str | None) -> Any:
-    """The samples of a dataset that have a tag, of all or of a saved view.
+def narrow(dataset: Any, tags: tuple[str, ...], view: str | None, slice: str | None = None) -> Any:
+    """The samples of a dataset that have a tag, of all or of a saved view, of a slice of grouped data.
 
     Args:
         dataset: a FiftyOne dataset.
         tags: at least one of which they have; all samples where none is given.
         view: the name of a saved view, or None.
+        slice: the name of a slice of images, or None.
 
     Raises:
-        EcifError: if there is no such view, with those that are
+        EcifError: if there is no such view or slice, with those that are
     """
     if view is not None and not dataset.has_saved_view(view):
         known = ", ".join(dataset.list_saved_views()) or "none"
         raise EcifError(f"{dataset.name!r} has no saved view {view!r}. Saved views: {known}")
     samples = dataset.load_saved_view(view) if view else dataset.view()
+    if slice is not None:
+        slices = dataset.group_slices or []
+        if slice not in slices:
+            raise EcifError(f"{dataset.name!r} has no slice {slice!r}. Slices: {', '.join(slices) or 'none'}")
+        samples = samples.select_group_slices(slice)
     return samples.match_tags(list(tags)) if tags else samples

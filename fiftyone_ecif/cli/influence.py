@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, load_dataset_in_turn, narrow, print_result
+from fiftyone_ecif.cli.console import AS_JSON, SLICE, job, load_dataset, load_dataset_in_turn, narrow, print_result
 from fiftyone_ecif.cli.flags import flags
 from fiftyone_ecif.settings.fine_tuning import FitSettings
 from fiftyone_ecif.settings.influence import InfluenceSettings
@@ -20,6 +20,7 @@ from fiftyone_ecif.settings.job import JobSettings
 @click.option("--view", help="Score this saved view only.")
 @click.option("--target-tag", "target_tags", multiple=True, help="Measure influence on samples with this tag.")
 @click.option("--target-view", help="Measure influence on this saved view.")
+@SLICE
 @click.option("--key", default="ecif", show_default=True, help="Names the run and its fields.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be scored.")
 @AS_JSON
@@ -29,6 +30,7 @@ def score(
     view: str | None,
     target_tags: tuple[str, ...],
     target_view: str | None,
+    slice: str | None,
     key: str,
     strict: bool,
     as_json: bool,
@@ -50,8 +52,8 @@ def score(
         from fiftyone_ecif.api.influence import compute_influence  # brings FiftyOne
 
         results = compute_influence(
-            narrow(found, tags, view),
-            target=narrow(found, target_tags, target_view),
+            narrow(found, tags, view, slice),
+            target=narrow(found, target_tags, target_view, slice),
             brain_key=key,
             skip_failures=not strict,
             progress=None if processes.first else False,
@@ -79,6 +81,7 @@ def score(
 @flags(FitSettings)
 @click.option("--tag", "tags", multiple=True, help="Train on samples with this tag only.")
 @click.option("--view", help="Train on this saved view only.")
+@SLICE
 @click.option("--device", help="cpu or cuda.")
 @click.option("--strict", is_flag=True, help="Fail at the first sample that cannot be trained on.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint.")
@@ -88,6 +91,7 @@ def fit(
     path: str,
     tags: tuple[str, ...],
     view: str | None,
+    slice: str | None,
     strict: bool,
     as_json: bool,
     **options: Any,
@@ -101,7 +105,8 @@ def fit(
     with job():
         from fiftyone_ecif.api.fine_tuning import fit_model
 
-        result = fit_model(narrow(load_dataset(dataset), tags, view), path, skip_failures=not strict, **options)
+        samples = narrow(load_dataset(dataset), tags, view, slice)
+        result = fit_model(samples, path, skip_failures=not strict, **options)
     print_result(
         result,
         as_json,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, narrow, print_result
+from fiftyone_ecif.cli.console import AS_JSON, SLICE, job, load_dataset, narrow, print_result
 from fiftyone_ecif.cli.flags import flags
 from fiftyone_ecif.misalignment.judgement import TRUSTED
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
@@ -20,6 +20,7 @@ from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 @flags(MisalignmentSettings, JobSettings)
 @click.option("--tag", "tags", multiple=True, help="Look at samples with this tag only.")
 @click.option("--view", help="Look at this saved view only.")
+@SLICE
 @click.option("--key", default="audit", show_default=True, help="Names the run and its fields.")
 @click.option(
     "--target-tag", "target_tags", multiple=True, help="Validation pairs with this tag, for global_influence."
@@ -38,6 +39,7 @@ def misalignment(
     dataset: str,
     tags: tuple[str, ...],
     view: str | None,
+    slice: str | None,
     key: str,
     target_tags: tuple[str, ...],
     target_view: str | None,
@@ -55,8 +57,8 @@ def misalignment(
 
         found = load_dataset(dataset)
         results = compute_misalignment(
-            narrow(found, tags, view),
-            target=narrow(found, target_tags, target_view) if target_tags or target_view else None,
+            narrow(found, tags, view, slice),
+            target=narrow(found, target_tags, target_view, slice) if target_tags or target_view else None,
             brain_key=key,
             tag=mark,
             skip_failures=not strict,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, narrow, print_result
+from fiftyone_ecif.cli.console import AS_JSON, SLICE, job, load_dataset, narrow, print_result
 
 
 @click.command()
@@ -19,8 +19,11 @@ from fiftyone_ecif.cli.console import AS_JSON, job, load_dataset, narrow, print_
 @click.option("--share", type=float, help="Which share of the scored pairs.")
 @click.option("--threshold", type=float, help="All pairs beyond this score.")
 @click.option("--tag", help="The tag; by default the direction.")
+@SLICE
 @AS_JSON
-def tag(dataset: str, field: str, direction: str, tag: str | None, as_json: bool, **limit: Any) -> None:
+def tag(
+    dataset: str, field: str, direction: str, tag: str | None, slice: str | None, as_json: bool, **limit: Any
+) -> None:
     """Tag the most harmful or the most valuable pairs of DATASET.
 
     Example: fiftyone-ecif tag my-pairs --count 100
@@ -28,7 +31,7 @@ def tag(dataset: str, field: str, direction: str, tag: str | None, as_json: bool
     with job():
         from fiftyone_ecif.samples.selection import tag_by_influence
 
-        view = tag_by_influence(load_dataset(dataset), field, tag, direction, **limit)
+        view = tag_by_influence(narrow(load_dataset(dataset), (), None, slice), field, tag, direction, **limit)
         result = {"dataset": dataset, "tag": tag or direction, "tagged": len(view)}
     print_result(result, as_json, lambda r: f"Tagged {r['tagged']} pairs of {dataset!r} as {r['tag']!r}")
 
@@ -38,6 +41,7 @@ def tag(dataset: str, field: str, direction: str, tag: str | None, as_json: bool
 @click.argument("path")
 @click.option("--tag", "tags", multiple=True, help="Export samples with this tag only.")
 @click.option("--view", help="Export this saved view only.")
+@SLICE
 @click.option("--caption-field", default="caption", show_default=True, help="The string field of the captions.")
 @click.option("--overwrite", is_flag=True, help="Replace the file.")
 @AS_JSON
@@ -46,6 +50,7 @@ def export(
     path: str,
     tags: tuple[str, ...],
     view: str | None,
+    slice: str | None,
     caption_field: str,
     overwrite: bool,
     as_json: bool,
@@ -57,7 +62,8 @@ def export(
     with job():
         from fiftyone_ecif.samples.export import export_pairs
 
-        count = export_pairs(narrow(load_dataset(dataset), tags, view), path, caption_field, overwrite=overwrite)
+        samples = narrow(load_dataset(dataset), tags, view, slice)
+        count = export_pairs(samples, path, caption_field, overwrite=overwrite)
     print_result(
         {"dataset": dataset, "path": path, "exported": count}, as_json, lambda r: f"Exported {count} pairs to {path}"
     )

@@ -28,7 +28,7 @@ from fiftyone_ecif.influence.projected_gradients import keep_gradients
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.targets import Target
-from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.progress import Progress, piece
 from fiftyone_ecif.store.tables import Store
 
 
@@ -82,12 +82,13 @@ def score_pairs(
     solutions: list[Solution] = []
     gradients: list[Tensor] = []
     losses: list[float] = []
-    for target in targets.values():
+    for number, target in enumerate(targets.values()):
         gradient, loss = target.gradient_and_value(theta)
         gradients.append(gradient)
         losses.append(loss.item())
         if product is not None:
-            solutions.append((yield from solving(solve(product, gradient, options.damping))))
+            steps = solving(solve(product, gradient, options.damping))
+            solutions.append((yield from piece(steps, number, len(targets))))
     diagnostics: dict[str, Any] = {
         "parameters": len(theta),
         "relative_gradient_norm": relative_gradient_norm,

@@ -10,7 +10,7 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs
 from fiftyone_ecif.misalignment.findings import Findings
-from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.progress import Progress, piece
 
 
 def run_detectors(inputs: DetectorInputs, names: Sequence[str]) -> Generator[Progress, None, Findings]:
@@ -31,12 +31,13 @@ def run_detectors(inputs: DetectorInputs, names: Sequence[str]) -> Generator[Pro
             raise EcifError(f"detector={detector.name!r} needs a target: a view of validation pairs")
     found = Findings()
     compared = sum(_depth(detector) == 0 for detector in detectors)
+    refitting = [detector for detector in detectors if detector.refits]
     for done, detector in enumerate(sorted(detectors, key=_depth)):
         if done < compared:
             yield Progress("Comparing pairs", done, compared)
         scores = detector.score(inputs, found)
         if isinstance(scores, Generator):
-            scores = yield from scores
+            scores = yield from piece(scores, refitting.index(detector), len(refitting))
         found.scores[detector.name] = np.asarray(scores, dtype=np.float64)
     return found
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.store.files import atomic_path, make_writable
+from fiftyone_ecif.store.files import atomic_path, make_writable, user_path
 
 Adapters = dict[str, tuple[Tensor, Tensor]]
 #: How images are prepared, as arguments of ``open_clip.create_model_and_transforms``.
@@ -26,19 +26,22 @@ _CHOICES = {
 }
 
 
-def new_checkpoint(path: str | os.PathLike[str], overwrite: bool) -> Path:
+def new_checkpoint(path: str | os.PathLike[str], overwrite: bool, source: str | None = None) -> Path:
     """The path of a checkpoint that is to be written, known to be one that can be.
 
     Args:
         path: of the file; ``~`` stands for the user's home. Its folder is made.
         overwrite: whether there may be such a file.
+        source (None): what the weights were loaded from, which is never written over.
 
     Raises:
-        EcifError: if it is a folder or a file that is there, or cannot be written
+        EcifError: if it is a folder, a file that is there or the source, or cannot be written
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_dir():
         raise EcifError(f"{path} is a folder. Give the path of the checkpoint to write, such as {path / 'model.pt'}")
+    if source is not None and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
+        raise EcifError(f"{path} is the checkpoint that the model was loaded from. Choose another name")
     if path.exists() and not overwrite:
         raise EcifError(f"There is a file {path} already. Choose another name, or set overwrite=True")
     make_writable(path.parent, "Choose a path in one that can")

@@ -11,6 +11,7 @@ import open_clip
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.models.checkpoint_file import check_checkpoint_file
 from fiftyone_ecif.models.transformers_weights import uses_quick_gelu
 from fiftyone_ecif.models.weights import check_weights
 
@@ -70,6 +71,8 @@ def check_names(model: str, pretrained: str | None) -> None:
             f"pretrained={pretrained!r} is neither a file nor a tag of {model}. Give {offer} or a checkpoint"
         )
     check_weights(pretrained)
+    if Path(pretrained).is_file():
+        check_checkpoint_file(pretrained)
     quick = uses_quick_gelu(Path(pretrained) if Path(pretrained).is_dir() else Path(pretrained).parent)
     if quick is not None and quick != bool((open_clip.get_model_config(model) or {}).get("quick_gelu")):
         other = f"{model}-quickgelu" if quick else model.removesuffix("-quickgelu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fiftyone_ecif.misalignment.detectors import DETECTORS
@@ -12,6 +13,8 @@ _FAR_FROM_STATIONARY = 0.01  # relative gradient norm
 _REACHED = 1e-3  # likewise, of a fit
 _POORLY_CACHED = 0.5  # correlation of scores and stored gradients
 _SHARED = 0.01  # of the target pairs
+_LEAKED = 0.5  # of the target pairs, more of which among the scored ones make scores worthless
+_OUTDATED = 0.25  # of the scored pairs
 
 
 class Remark(NamedTuple):
@@ -46,6 +49,43 @@ def diagnose(config: Any, found: dict[str, Any]) -> list[Remark]:
         *_misalignment(found),
     ]
     return sorted(remarks, key=lambda remark: remark.fine)
+
+
+class Verdict(NamedTuple):
+    """What to think of a run, in a sentence.
+
+    Attributes:
+        trust: ``"trust"``, ``"care"`` or ``"do not"``.
+        title: the same, to be read.
+        why: a sentence or two.
+    """
+
+    trust: str
+    title: str
+    why: str
+
+
+def judge(remarks: Sequence[Remark], found: Mapping[str, Any], pairs: int, stale: Any) -> Verdict:
+    """How far to trust a run.
+
+    Args:
+        remarks: of :func:`diagnose`.
+        found: its diagnostics.
+        pairs: how many were scored.
+        stale: of :func:`fiftyone_ecif.runs.manage.staleness`, which counts what happened to them since.
+    """
+    since = (stale.changed or 0) + stale.deleted
+    if since > _OUTDATED * pairs:
+        return Verdict("do not", "Do not trust it any more", f"Since it was made: {stale}. Run it again.")
+    if found.get("shared_pairs", 0) > _LEAKED * found.get("target_pairs", 0):
+        why = next(remark.text for remark in remarks if not remark.fine and "validation pairs" in remark.text)
+        return Verdict("do not", "Do not trust it", f"{why}.")
+    against = [f"{remark.text}." for remark in remarks if not remark.fine]
+    if stale:
+        against.append(f"Since it was made: {stale}. Run it again for scores of the pairs as they are now.")
+    if against:
+        return Verdict("care", "Trust it with care", " ".join(against))
+    return Verdict("trust", "Trust it", "Nothing speaks against these numbers.")
 
 
 def _needs_minimum(config: Any) -> bool:

@@ -18,7 +18,7 @@ from fiftyone import ViewField
 
 from fiftyone_ecif.runs.manage import finished_runs
 from fiftyone_ecif.samples.pairs import every_sample
-from fiftyone_ecif.samples.selection import DIRECTIONS, whole_pairs
+from fiftyone_ecif.samples.selection import DIRECTIONS, SIGNS, whole_pairs
 
 
 class Histogram(NamedTuple):
@@ -85,6 +85,10 @@ class ScoreTable:
         counts, edges = np.histogram(values[np.isfinite(values)], bins)
         return Histogram(edges, counts)
 
+    def scored(self, field: str) -> list[str]:
+        """The samples with a score."""
+        return list(self.ids[np.isfinite(self.columns[field])])
+
     def between(self, field: str, low: float, high: float) -> list[str]:
         """The samples with a score in ``[low, high]``."""
         values = self.columns[field]
@@ -125,13 +129,16 @@ class ScoreTable:
         Args:
             field: the score.
             direction: one of :data:`fiftyone_ecif.samples.selection.DIRECTIONS`.
-            share: of the scored pairs, in [0, 1]; rounded up to whole pairs, as
+            share: of the scored pairs at most, in [0, 1]; rounded up to whole
+                pairs, and none that are of the other sign, as
                 :func:`fiftyone_ecif.select_by_influence` does.
         """
         order = self._ascending(field)
         if DIRECTIONS[direction] == "highest":
             order = order[::-1]
         rows = order[: whole_pairs(share, len(order))]
+        if sign := SIGNS.get(direction):
+            rows = rows[sign * self.columns[field][rows] > 0]
         return Cut(list(self.ids[rows]), float(self.columns[field][rows[-1]]) if len(rows) else None)
 
     def _ascending(self, field: str) -> np.ndarray:

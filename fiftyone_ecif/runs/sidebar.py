@@ -13,15 +13,17 @@ from fiftyone.core.odm import ColorScheme, SidebarGroupDocument
 
 GROUP = "influence"
 _GENERATED = ("primitives", "other")  # the groups that FiftyOne puts fields in by itself
-_COLOURS = {
+#: What colours mean wherever the plugin uses them: a pair that harms, one that helps, one that looks misaligned.
+HARMFUL, HELPFUL, SUSPICIOUS = "#d9534f", "#3fa66a", "#e08a2e"
+_COLOURS = {  # of fields: none that says harmful or helpful, as a field holds both
     "influence": "#19b5fe",
-    "positive": "#3fa66a",
+    "positive": "#5f9fc4",
     "negative": "#9b6bd3",
     "rank": "#6b7f99",
-    "misalignment": "#e08a2e",
+    "misalignment": SUSPICIOUS,
     "reason": "#c46a00",
     "duplicate": "#8a7350",
-    "trace": "#d9534f",
+    "trace": "#8a94a6",
 }
 
 

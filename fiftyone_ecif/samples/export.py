@@ -8,15 +8,15 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import check_collection
 from fiftyone_ecif.samples.selection import score_fields
-from fiftyone_ecif.store.files import atomic_path
+from fiftyone_ecif.store.files import atomic_path, user_path
 
 EXPORT_FORMATS = (".csv", ".json")
+_BESIDE = {"_influence": ("_rank",), "_misalignment": ("_reason", "_duplicate")}  # ends of names, of scores and others
 #: What a spreadsheet may take for the start of a formula, in full width too, also after blanks.
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n\0]")
 
@@ -38,7 +38,8 @@ def export_pairs(
         samples: a FiftyOne dataset or view; the order is kept, and repeats are left out.
         path: a file that ends in ``.csv`` or ``.json``.
         caption_field ("caption"): the field of the captions.
-        fields (None): further fields; by default all float fields.
+        fields (None): further fields; by default all float fields, and what runs say beside scores: rank, reason
+            and duplicate.
         overwrite (False): whether to replace the file.
 
     Returns:
@@ -48,12 +49,12 @@ def export_pairs(
         EcifError: if the file cannot be written, or a field does not exist
     """
     check_collection(samples, caption_field)
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.suffix not in EXPORT_FORMATS:
         raise EcifError(f"{path.name!r} must end in {' or '.join(EXPORT_FORMATS)}")
     if path.exists() and not overwrite:
         raise EcifError(f"There is a file {path} already. Choose another name, or set overwrite=True")
-    fields = score_fields(samples) if fields is None else list(fields)
+    fields = [*score_fields(samples), *_told_beside(samples)] if fields is None else list(fields)
     for field in fields:
         if samples.get_field(field) is None:
             raise EcifError(f"There is no field {field!r} to export")
@@ -73,6 +74,19 @@ def export_pairs(
     except (OSError, ValueError) as error:  # the latter of a text that is no Unicode, or a path with a NUL
         raise EcifError(f"{path} cannot be written ({error})") from error
     return len(rows)
+
+
+def _told_beside(samples: Any) -> list[str]:
+    """The fields beside the scores of runs that say more of a pair."""
+    names = set(samples.get_field_schema())
+    return [
+        f"{score.removesuffix(end)}{told}"
+        for end, beside in _BESIDE.items()
+        for score in score_fields(samples)
+        if score.endswith(end)
+        for told in beside
+        if f"{score.removesuffix(end)}{told}" in names
+    ]
 
 
 def _plain(value: Any) -> Any:

@@ -92,6 +92,8 @@ def check_collection(samples: Any, caption_field: str | None) -> None:
         raise EcifError(f"A FiftyOne dataset or view is needed, got {type(samples).__name__}")
     if samples._dataset._is_generated or samples._is_generated:
         raise EcifError("Patches, frames and clips views are not supported. Use a view of whole images")
+    if samples.media_type == "group" and samples._is_dynamic_groups:
+        raise EcifError("The view shows groups of samples, made by group_by. Use its samples: view.flatten()")
     if samples.media_type == "group":
         raise EcifError("A grouped dataset was given. Choose a slice: select_group_slices(media_type='image')")
     if len(samples) == 0:
@@ -103,14 +105,28 @@ def check_collection(samples: Any, caption_field: str | None) -> None:
     if caption_field is None:
         return
     field = samples.get_field(caption_field)
-    offer = ", ".join(caption_fields(samples)) or "none; add one with dataset.add_sample_field"
+    offer = ", ".join(caption_fields(samples)) or f"none. {advice_on_captions(samples)}"
     if field is None:
         raise EcifError(f"There is no field {caption_field!r}. String fields of this dataset: {offer}")
     if not isinstance(field, fof.StringField):
         raise EcifError(
             f"Captions must be in a string field, but {caption_field!r} is a {type(field).__name__}. "
             f"String fields of this dataset: {offer}"
+            + (f". {advice_on_captions(samples)}" if isinstance(field, fof.ListField) else "")
         )
+
+
+def advice_on_captions(samples: Any) -> str:
+    """How to make a string field of captions: from a field of lists of texts where there is one."""
+    schema = samples.get_field_schema(ftype=fof.ListField)
+    lists = [name for name, field in schema.items() if name != "tags" and isinstance(field.field, fof.StringField)]
+    if not lists:
+        return "Add one: dataset.set_values('caption', texts)"
+    name = lists[0]
+    return (
+        f"Make one of the lists in {name!r}: "
+        f"dataset.set_values('caption', [texts[0] if texts else None for texts in dataset.values({name!r})])"
+    )
 
 
 def read_pairs(samples: Any, caption_field: str, skip_failures: bool = True) -> Pairs:
@@ -132,7 +148,7 @@ def read_pairs(samples: Any, caption_field: str, skip_failures: bool = True) -> 
     for sample_id, path, caption in sorted(
         zip(*samples.values(["id", "filepath", caption_field]), strict=True), key=lambda row: row[0]
     ):
-        reason = _what_is_wrong(path, caption, open_image=not skip_failures)
+        reason = _what_is_wrong(path, caption, caption_field, open_image=not skip_failures)
         if reason is None:
             pairs.ids.append(sample_id)
             pairs.paths.append(path)
@@ -154,11 +170,11 @@ def warn_skipped(skipped: Mapping[str, str], what: str) -> None:
         logger.warning("Skipped %d %s samples; the first is %s (%s)", len(skipped), what, sample_id, reason)
 
 
-def _what_is_wrong(path: str, caption: Any, open_image: bool) -> str | None:
+def _what_is_wrong(path: str, caption: Any, field: str, open_image: bool) -> str | None:
     if caption is None or not str(caption).strip():
-        return "caption: empty"
+        return f"{field}: empty"
     if not isinstance(caption, str):
-        return f"caption: not text but {type(caption).__name__} {caption!r}"
+        return f"{field}: not text but {type(caption).__name__} {caption!r}"
     if not os.path.isfile(path):
         return f"image: there is no file {path}"
     if open_image:

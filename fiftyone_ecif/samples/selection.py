@@ -14,6 +14,8 @@ from fiftyone_ecif.samples.review_tags import check_score_tag
 
 #: Which end of a score each direction means: of influence, then of misalignment.
 DIRECTIONS = {"harmful": "lowest", "valuable": "highest", "suspicious": "highest"}
+#: The sign that a score must have for that; a pair that helps is not harmful, however few do more harm.
+SIGNS = {"harmful": -1, "valuable": 1}
 
 
 def score_fields(samples: Any) -> list[str]:
@@ -36,10 +38,11 @@ def select_by_influence(
         samples: a FiftyOne dataset or view.
         field: a score, such as ``ecif_influence``. Samples without one are
             never selected.
-        direction ("harmful"): ``"harmful"`` (lowest scores), ``"valuable"``
-            (highest scores) or, of misalignment, ``"suspicious"`` (highest).
-        count (None): how many.
-        share (None): which share of the scored samples, in (0, 1].
+        direction ("harmful"): ``"harmful"`` (lowest scores, below zero),
+            ``"valuable"`` (highest scores, above zero) or, of misalignment,
+            ``"suspicious"`` (highest).
+        count (None): how many at most.
+        share (None): which share of the scored samples at most, in (0, 1].
         threshold (None): harmful: scores below it; otherwise: scores above it.
 
     Returns:
@@ -62,7 +65,10 @@ def select_by_influence(
     # NaN exists, and sorts below all numbers
     scored = each_once(samples).exists(field).match(ViewField(field) > -math.inf)
     lowest = DIRECTIONS[direction] == "lowest"
-    ordered = scored.sort_by(field, reverse=not lowest)
+    right = scored
+    if sign := SIGNS.get(direction):
+        right = scored.match(ViewField(field) * sign > 0)
+    ordered = right.sort_by(field, reverse=not lowest)
     if threshold is not None:
         if not math.isfinite(threshold):
             raise EcifError(f"threshold={threshold} must be a number")

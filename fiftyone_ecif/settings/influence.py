@@ -41,6 +41,7 @@ class InfluenceSettings(Settings):
         "a pretrained tag of the model, or the path of a checkpoint; needed unless the model name brings its own "
         "weights (local-dir:..., hf-hub:...)",
         label="Pretrained",
+        path=True,
     )
     embeddings: tuple[str, ...] = option(
         (),

@@ -11,6 +11,7 @@ from textwrap import fill
 from typing import Any, TypeVar
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.store.files import bare, looks_like_a_path, user_path
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound="Settings")
@@ -30,6 +31,7 @@ class Option:
         why_least: what is said of a lower one, if it is more than that it is too low.
         kind: of the value: ``str``, ``bool``, ``int`` or ``float``.
         many: whether it is a sequence of such values.
+        path: whether it can be a path, whose blanks and quotes are taken off and whose ``~`` is the home.
         flag: of the shell, if it is not the name; ``""`` if it has none.
     """
 
@@ -42,6 +44,7 @@ class Option:
     above: float | None = None
     why_least: str = ""
     many: bool = False
+    path: bool = False
     flag: str | None = None
 
     def problem(self, value: Any) -> str | None:
@@ -105,6 +108,8 @@ class Settings:
                 raise EcifError(f"{name}={value!r} {wrong}")
             if known.choices is not None and not known.others:
                 check_choices(name, value, known.choices())
+            if known.path and isinstance(value, str):
+                self._set(name, str(user_path(value)) if looks_like_a_path(bare(value)) else bare(value))
             if known.many:
                 self._set(name, tuple(value))
             elif known.kind in (int, float):

@@ -26,6 +26,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fiftyone-ecif"
 
 
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """A path as a person gives it: without blanks and quotes around it, ``~`` for the home."""
+    return Path(bare(os.fspath(text))).expanduser()
+
+
+def bare(text: str) -> str:
+    """A text without the blanks and quotes around it that come with what is pasted."""
+    text = text.strip()
+    while len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip()
+    return text
+
+
+def looks_like_a_path(text: str) -> bool:
+    """Whether a text that may be a name or a path can only be meant as a path."""
+    endings = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+    return "/" in text or "\\" in text or Path(text).suffix in endings
+
+
 def make_writable(folder: Path, remedy: str) -> None:
     """Creates a folder, and tries to write into it.
 

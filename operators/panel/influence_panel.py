@@ -10,13 +10,18 @@ from fiftyone import ViewField
 from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.samples.pairs import every_sample
+from fiftyone_ecif.samples.pairs import every_sample, pairs_now
 
 from ..forms import MISSING
-from ..jobs import has_jobs, running_jobs, show_finished_jobs, stop_job
+from ..jobs import has_jobs, running_jobs, set_thumbnails, show_finished_jobs, stop_job, thumbnail_fields
+from ..memory import dismiss_outcome, has_wish, last_outcome, take_wish
+from ..view_fields import follow_fields
+from ..wording import in_words
+from .cards import COLUMN, FULL
 from .pages import DRAW, PROPOSALS, head, jobs_bar, nothing_left, nothing_yet
 from .state import (
     current_cut,
+    current_direction,
     current_field,
     current_page,
     get,
@@ -26,11 +31,14 @@ from .state import (
     run_keys,
     run_results,
     score_table,
+    tabs_name,
+    written_fields,
 )
 
 _GROUPS = 5  # tags with a colour of their own
-_MARGIN = {"componentsProps": {"container": {"sx": {"px": 2, "pt": 1, "pb": 4}}}}
-_WITHOUT_RUN = {"on_load", "on_change_dataset", "refresh", "prompt", "stop", "look_for_jobs"}
+_MEANINGS = ("harmful", "valuable", "suspect", "misaligned", "aligned")  # tags that come before the others
+_MARGIN = {"componentsProps": {"container": {"sx": {**FULL, "px": 2, "pt": 1, "pb": 4}}, "grid": {"sx": COLUMN}}}
+_WITHOUT_RUN = {"on_load", "on_change_dataset", "refresh", "prompt", "stop", "look_for_jobs", "dismiss"}
 _SET_HERE = {"choose_run": "key", "choose_field": "field"}
 _URI = "@ecif/fiftyone-ecif/"
 _HELP = """**Overview**: how a score is distributed. Drag over a plot to see those pairs in the grid; move the slider to
@@ -38,7 +46,9 @@ see what a cut would tag.
 
 **Ranking**: the pairs at the chosen end of the score, the most extreme ones first.
 
-**Pair**: one pair in depth. Select one sample in the grid, or press *Look* in the ranking.
+**Pair**: one pair in depth. Select one sample in the grid, or open a card.
+
+**Trace**: from mistakes of the model back to the training pairs that harm and help.
 
 **Review**: say of proposed pairs whether image and caption belong together, then let the score learn from it.
 
@@ -67,12 +77,19 @@ class InfluencePanel(foo.Panel):
             return None  # the run is gone meanwhile; the next look for jobs draws what is left
         if method in _SET_HERE and ctx.params["value"] == get(ctx, _SET_HERE[method]):
             return None  # the App fires these when the panel itself has set an input, too
-        if method == "look_for_jobs" and _is_idle(ctx) and get(ctx, "drawn") == _what_to_draw(ctx):
+        if (
+            method == "look_for_jobs"
+            and _is_idle(ctx)
+            and not has_wish(ctx)
+            and get(ctx, "drawn") == _what_to_draw(ctx)
+        ):
+            return None
+        if method == "choose_page" and _is_of_itself(ctx):
             return None
         try:
             return super().execute(ctx)
         except EcifError as error:
-            ctx.ops.notify(str(error), variant="error")
+            ctx.ops.notify(in_words(error), variant="error")
             return None
 
     # what happens in the App
@@ -82,6 +99,7 @@ class InfluencePanel(foo.Panel):
         show_finished_jobs(ctx, moving=False)
         keys = run_keys(ctx)
         ctx.panel.set_state("runs", keys)
+        ctx.panel.set_state("written", written_fields(ctx))
         _choose_run(ctx, get(ctx, "key") if get(ctx, "key") in keys else keys[-1] if keys else None)
 
     def on_change_dataset(self, ctx: Any) -> None:
@@ -177,6 +195,15 @@ class InfluencePanel(foo.Panel):
         """Looks at the pair of a button."""
         _look(ctx, ctx.params["id"])
 
+    def show_ranked(self, ctx: Any) -> None:
+        """Shows all scored pairs, those at the chosen end first."""
+        field = current_field(ctx)
+        _bring(ctx, every_sample(ctx.dataset).exists(field).sort_by(field, reverse=_towards_end(ctx) < 0))
+
+    def show_all(self, ctx: Any) -> None:
+        """Shows every sample of the dataset."""
+        _bring(ctx, every_sample(ctx.dataset).view())
+
     def show_pairs(self, ctx: Any) -> None:
         """Shows the pairs of a button."""
         _show(ctx, ctx.params["ids"])
@@ -208,19 +235,56 @@ class InfluencePanel(foo.Panel):
         set_review_tag(ctx.dataset, get(ctx, "queue")[place], None)
 
     def learn(self, ctx: Any) -> None:
+        """Says that the score is refitted to what was said; the page then asks for it."""
+        ctx.panel.set_state("learning", True)
+
+    def learn_now(self, ctx: Any) -> None:
         """Refits the score to what was said."""
+        ctx.panel.set_state("learning", False)
         _learn(ctx)
+
+    # cards
+
+    def toggle_tag(self, ctx: Any) -> None:
+        """Gives the pair of a card a tag, or takes it away."""
+        _toggle(ctx, ctx.params["id"], ctx.params["tag"])
+
+    def give_verdict(self, ctx: Any) -> None:
+        """Says of the pair of a card that it is aligned or misaligned; said again, it is taken back."""
+        from fiftyone_ecif.samples.review_tags import set_review_tag
+
+        sample, tag = ctx.params["id"], ctx.params["tag"]
+        is_said = tag in every_sample(ctx.dataset)[sample].tags
+        set_review_tag(ctx.dataset, sample, None if is_said else tag)
+        ctx.ops.reload_samples()
+
+    def turn_trace(self, ctx: Any) -> None:
+        """Turns to another of the mistakes that were traced."""
+        ctx.panel.set_state("traced", max(0, (get(ctx, "traced") or 0) + ctx.params["by"]))
+
+    def fold(self, ctx: Any) -> None:
+        """Shows or hides the numbers of a run."""
+        ctx.panel.set_state("details", not get(ctx, "details"))
+
+    def ask_for_run(self, ctx: Any) -> None:
+        """Offers what there is to compute, or not any more."""
+        ctx.panel.set_state("asks", not get(ctx, "asks"))
+
+    def dismiss(self, ctx: Any) -> None:
+        """Takes note of how the last job ended."""
+        dismiss_outcome(ctx)
 
     # other operators
 
     def prompt(self, ctx: Any) -> None:
         """Opens the form of an operator, filled in with the run."""
+        ctx.panel.set_state("asks", False)
         ctx.prompt(_URI + ctx.params["operator"], params=ctx.params.get("prefill") or {}, on_success=self.refresh)
 
     def refresh(self, ctx: Any) -> None:
         """Reads everything anew; a run that is new is opened."""
         ctx.dataset.reload()
-        before, now = get(ctx, "runs") or [], run_keys(ctx)
+        before, now = _follow_runs(ctx), run_keys(ctx)
         if now[-1:] != before[-1:] and not set(now) < set(before):
             ctx.panel.set_state("key", now[-1])
         self.on_load(ctx)
@@ -235,10 +299,13 @@ class InfluencePanel(foo.Panel):
 
         It also draws anew what was overtaken: of two quick clicks the answer to the first may arrive last.
         """
-        if _is_idle(ctx):
+        if not _is_idle(ctx):
+            if show_finished_jobs(ctx) or not running_jobs(ctx):
+                self.refresh(ctx)
+        elif wish := take_wish(ctx):  # after what jobs wanted done, which draws the panel anew
+            _follow_wish(ctx, wish)
+        else:
             _draw(ctx)
-        elif show_finished_jobs(ctx) or not running_jobs(ctx):
-            self.refresh(ctx)
 
     def render(self, ctx: Any) -> types.Property:
         """The page."""
@@ -260,6 +327,41 @@ class InfluencePanel(foo.Panel):
         return types.Property(panel, view=types.GridView(orientation="vertical", gap=1, **_MARGIN))
 
 
+def _follow_runs(ctx: Any) -> list[str]:
+    """Follows runs that were renamed, and takes leave of those that went; the keys known before, as they are now."""
+    written = written_fields(ctx)
+    keys = {run: key for run, (key, _) in written.items()}
+    renamed: dict[str, str | None] = {}
+    fates: dict[str, str | None] = {}
+    for run, (key, fields) in (get(ctx, "written") or {}).items():
+        renamed[key] = keys.get(run)
+        now = written[run][1] if run in written else [None] * len(fields)
+        fates |= dict(zip(fields, now, strict=False))
+    follow_fields(ctx, {old: new for old, new in fates.items() if not ctx.dataset.has_sample_field(old)})
+    if new_key := renamed.get(get(ctx, "key")):
+        ctx.panel.set_state("key", new_key)
+    return [renamed.get(key) or key for key in get(ctx, "runs") or []]
+
+
+def _is_of_itself(ctx: Any) -> bool:
+    """Whether tabs fire because they were drawn, or were drawn before others took their place."""
+    tabs = ctx.params.get("path")
+    return tabs is not None and (tabs != tabs_name(ctx) or ctx.params["value"] == current_page(ctx))
+
+
+def _follow_wish(ctx: Any, wish: dict[str, str]) -> None:
+    """Turns to the run and page where an operator left something to see."""
+    ctx.dataset.reload()
+    if wish["key"] not in run_keys(ctx):
+        return
+    ctx.panel.set_state("traced", 0)
+    if wish["key"] != get(ctx, "key"):
+        _choose_run(ctx, wish["key"])
+    if wish["page"] != current_page(ctx):
+        ctx.panel.set_state("turns", (get(ctx, "turns") or 0) + 1)
+        _turn_to(ctx, wish["page"])
+
+
 def _is_idle(ctx: Any) -> bool:
     """Whether no job runs or has ended, and no run has come or gone."""
     return not (get(ctx, "busy") or has_jobs(ctx)) and (get(ctx, "runs") or []) == run_keys(ctx)
@@ -267,7 +369,9 @@ def _is_idle(ctx: Any) -> bool:
 
 def _what_to_draw(ctx: Any) -> list[Any]:
     """All that decides what is on the page but the sliders and plots, which follow by themselves."""
-    return [get(ctx, name) for name in ("key", "page", "field", "direction", "first", "pair", "place")]
+    known = ("key", "page", "field", "direction", "first", "pair", "place", "traced", "details", "asks", "learning")
+    outcome = None if ctx.dataset is None else last_outcome(ctx)
+    return [*(get(ctx, name) for name in known), outcome and outcome["when"]]
 
 
 def _choose_run(ctx: Any, key: str | None) -> None:
@@ -295,7 +399,7 @@ def _choose_field(ctx: Any, field: str) -> None:
             "direction": direction,
             "share": _share(ctx),
             "act.tag": "suspect" if direction == "suspicious" else direction,
-            "other": (across or others or [None])[0],
+            "other": (across or [None])[0],  # a part of the same score says nothing new
             "first": 0,
         }
     )
@@ -322,27 +426,53 @@ def _draw_histogram(ctx: Any) -> None:
 
     if not _has_scores(ctx):
         return
-    bars = histogram_bars(score_table(ctx), current_field(ctx), get(ctx, "direction"), current_cut(ctx).threshold)
+    bars = histogram_bars(score_table(ctx), current_field(ctx), current_direction(ctx), current_cut(ctx).threshold)
     ctx.panel.set_data("histogram", bars)
 
 
 def _draw_scatter(ctx: Any, lassoed: list[str] | None = None) -> None:
-    from .plots import scatter_points
+    from .plots import Group, scatter_points, tag_colours
 
     if not _has_scores(ctx):
         return
     board, other = score_table(ctx), get(ctx, "other")
     if other not in board.columns:
         return
-    counts = every_sample(ctx.dataset).exists(current_field(ctx)).count_sample_tags()
-    rarest = sorted((tag for tag in counts if counts[tag] < len(board.ids)), key=counts.__getitem__)[:_GROUPS]
-    groups = {tag: set(every_sample(ctx.dataset).match_tags(tag).values("id")) for tag in rarest}
-    points = scatter_points(board, current_field(ctx), other, groups, ctx.selected or [], lassoed)
+    field = current_field(ctx)
+    scored = every_sample(ctx.dataset).exists(field)
+    counts = scored.count_sample_tags()
+    some = [tag for tag in counts if counts[tag] < len(board.scored(field))]
+    shown = sorted(some, key=lambda tag: (tag not in _MEANINGS, counts[tag], tag))[:_GROUPS]
+    colours = tag_colours(shown, get(ctx, "colours") or {})
+    ctx.panel.set_state("colours", colours)
+    groups = {tag: Group(set(scored.match_tags(tag).values("id")), colours[tag]) for tag in shown}
+    ids = board.ids[board.points(field, other)].tolist()
+    captions = {
+        sample: text for sample, (_, text) in pairs_now(ctx.dataset, run_config(ctx).caption_field, ids).items()
+    }
+    points = scatter_points(board, field, other, groups, ctx.selected or [], captions, lassoed)
     ctx.panel.set_data("scatter", points)
 
 
+def _bring(ctx: Any, view: Any) -> None:
+    """Brings a view to the grid, with what the run says on the thumbnails."""
+    key, config = get(ctx, "key"), run_config(ctx)
+    set_thumbnails(ctx, config.caption_field, *thumbnail_fields(key, config))
+    ctx.ops.set_view(view=view)
+
+
 def _show(ctx: Any, ids: list[str]) -> None:
-    ctx.ops.set_view(view=every_sample(ctx.dataset).select(ids, ordered=True))
+    _bring(ctx, every_sample(ctx.dataset).select(ids, ordered=True))
+
+
+def _toggle(ctx: Any, sample: str, tag: str) -> None:
+    view = every_sample(ctx.dataset).select(sample)
+    if tag in view.first().tags:
+        view.untag_samples(tag)
+    else:
+        view.tag_samples(tag)
+    ctx.ops.reload_samples()
+    _draw_scatter(ctx)
 
 
 def _show_scores(ctx: Any, low: float, high: float) -> None:
@@ -350,7 +480,7 @@ def _show_scores(ctx: Any, low: float, high: float) -> None:
     field = current_field(ctx)
     score = ViewField(field)
     found = every_sample(ctx.dataset).match((score >= low) & (score <= high))
-    ctx.ops.set_view(view=found.sort_by(field, reverse=_towards_end(ctx) < 0))
+    _bring(ctx, found.sort_by(field, reverse=_towards_end(ctx) < 0))
 
 
 def _show_bins(ctx: Any, bins: list[int]) -> None:
@@ -360,7 +490,7 @@ def _show_bins(ctx: Any, bins: list[int]) -> None:
 
 def _towards_end(ctx: Any) -> int:
     """1 if ascending scores begin with those furthest at the chosen end, -1 if descending ones do."""
-    return 1 if get(ctx, "direction") == "harmful" else -1
+    return 1 if current_direction(ctx) == "harmful" else -1
 
 
 def _take_selected(ctx: Any) -> None:
@@ -425,4 +555,4 @@ def _learn(ctx: Any) -> None:
     ctx.panel.set_state({"queue": review.proposals, "place": 0, "share": _share(ctx)})
     field = f"{get(ctx, 'key')}_misalignment"
     ctx.ops.reload_dataset()
-    ctx.ops.set_view(view=every_sample(ctx.dataset).exists(field).sort_by(field, reverse=True))
+    _bring(ctx, every_sample(ctx.dataset).exists(field).sort_by(field, reverse=True))

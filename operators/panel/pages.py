@@ -7,27 +7,37 @@ from typing import Any
 
 import fiftyone.operators.types as types
 
+from fiftyone_ecif.runs.sidebar import HARMFUL, HELPFUL, SUSPICIOUS
+from fiftyone_ecif.samples.review_tags import ALIGNED, LEAST, MISALIGNED
+from fiftyone_ecif.samples.selection import SIGNS, whole_pairs
+
 from ..jobs import running_jobs
+from ..memory import last_outcome
+from ..wording import in_words
+from .cards import COLUMN, TOWARDS, cards_of, draw_card, leaf, say_scores, start, tag_of
 from .state import (
-    PAGES,
     current_cut,
+    current_direction,
     current_field,
     current_page,
     get,
     is_misalignment,
-    pairs_of,
+    pages_of,
     plain,
     run_fields,
     run_keys,
     run_results,
     score_table,
-    value_of,
+    tabs_name,
 )
+from .trace_page import draw_trace
 
 PROPOSALS = 20  # pairs to review at a time
 _ROWS = 6  # pairs of the ranking on one screen
 _LINKS = 4  # pairs in a strip
 _PATIENCE = 2500  # milliseconds between two looks at jobs
+_SOON = 100  # milliseconds in which the page says that it learns, before it does
+_VERDICTS = {"trust": HELPFUL, "care": SUSPICIOUS, "do not": HARMFUL}
 
 
 def nothing_yet(events: Any, page: Any, waiting: bool) -> None:
@@ -35,27 +45,29 @@ def nothing_yet(events: Any, page: Any, waiting: bool) -> None:
     if waiting:
         page.md("The scores appear here once they are there.", name="waiting")
         return
-    page.md(
-        "**No scores yet**\n\n"
-        "**Compute ECIF influence** says which pairs help a model on validation pairs of your choice, and which "
-        "hurt.\n\n**Detect misaligned pairs** says which captions do not belong to their image.",
-        name="nothing",
-    )
-    buttons = page.h_stack("start", gap=1)
-    buttons.btn(
-        "influence",
-        "Compute ECIF influence",
-        variant="contained",
-        on_click=events.prompt,
-        params={"operator": "compute_influence"},
-    )
-    buttons.btn(
-        "misalignment",
-        "Detect misaligned pairs",
-        variant="outlined",
-        on_click=events.prompt,
-        params={"operator": "detect_misalignment"},
-    )
+    page.md("**No scores yet**", name="nothing")
+    offer_runs(events, page)
+
+
+def offer_runs(events: Any, page: Any) -> None:
+    """What there is to compute, with a button each."""
+    for operator, title, about in (
+        (
+            "compute_influence",
+            "Compute ECIF influence",
+            "Which pairs help a model on validation pairs of your choice, and which hurt.",
+        ),
+        ("detect_misalignment", "Detect misaligned pairs", "Which captions do not belong to their image."),
+    ):
+        page.md(about, name=f"about_{operator}")
+        page.btn(
+            operator,
+            title,
+            icon="add",
+            variant="contained",
+            on_click=events.prompt,
+            params={"operator": operator},
+        )
 
 
 def nothing_left(events: Any, ctx: Any, page: Any) -> None:
@@ -72,7 +84,7 @@ def nothing_left(events: Any, ctx: Any, page: Any) -> None:
 
 
 def jobs_bar(events: Any, ctx: Any, page: Any) -> None:
-    """Jobs that run, each with how far it is and a button to stop it."""
+    """Jobs that run, each with how far it is and a button to stop it; and how the last one ended."""
     jobs = running_jobs(ctx)
     for number, (key, job) in enumerate(jobs.items()):
         row = page.h_stack(f"job_{number}", gap=1, align_y="center")
@@ -80,11 +92,32 @@ def jobs_bar(events: Any, ctx: Any, page: Any) -> None:
         row.btn("stop", "Stop", icon="stop", variant="outlined", on_click=events.stop, params={"job": key})
     ctx.panel.set_state("busy", bool(jobs))
     page.view("timer", types.TimerView(interval=_PATIENCE, on_interval=events.look_for_jobs))
+    if outcome := last_outcome(ctx):
+        _say_outcome(events, page, outcome)
+
+
+def _say_outcome(events: Any, page: Any, outcome: dict[str, Any]) -> None:
+    """How the last job ended, until someone takes note of it."""
+    failed = outcome["failed"]
+    colour = HARMFUL if failed else HELPFUL
+    row = page.v_stack("outcome", gap=1, variant="outline", componentsProps={"grid": {"sx": {**COLUMN, "p": 1}}})
+    ended = "came to nothing" if failed else "is done"
+    row.md(
+        f"**{plain(outcome['name'])} {ended}**",
+        name="name",
+        componentsProps={"container": {"sx": {"color": colour}}},
+    )
+    row.md(plain(outcome["text"]), name="text")
+    buttons = start(row, "buttons")
+    if failed:
+        again = {"operator": outcome["operator"], "prefill": outcome["entered"]}
+        buttons.btn("again", "Open the form again", variant="contained", on_click=events.prompt, params=again)
+    buttons.btn("dismiss", "Dismiss", variant="outlined", on_click=events.dismiss)
 
 
 def head(events: Any, ctx: Any, page: Any) -> None:
-    """Which run, which score and which page is shown."""
-    head = page.h_stack("head", gap=1, width="100%")
+    """Which run, which score and which page is shown, and the way to another run."""
+    head = start(page, "head")
     runs = types.DropdownView(space=6)
     for key in run_keys(ctx):
         runs.add_choice(key, label=f"{key}: {ctx.dataset.get_brain_info(key).config.type}")
@@ -93,27 +126,41 @@ def head(events: Any, ctx: Any, page: Any) -> None:
     for field in run_fields(ctx):
         fields.add_choice(field, label=field)
     head.enum("field", fields.values(), label="Score", view=fields, on_change=events.choose_field)
+    asks = bool(get(ctx, "asks"))
+    head.btn(
+        "new",
+        "Close" if asks else "New run",
+        icon="close" if asks else "add",
+        variant="contained" if asks else "outlined",
+        on_click=events.ask_for_run,
+    )
+    if asks:
+        offer_runs(
+            events,
+            page.v_stack("offer", gap=1, variant="outline", componentsProps={"grid": {"sx": {**COLUMN, "p": 1}}}),
+        )
     pages = types.TabsView()
-    for name, label in PAGES.items():
-        if name != "review" or is_misalignment(ctx):
-            pages.add_choice(name, label=label)
-    name = f"page_{get(ctx, 'turns') or 0}"  # tabs follow only what is clicked: another page needs other tabs
-    page.enum(name, pages.values(), default=current_page(ctx), view=pages, on_change=events.choose_page)
+    for name, label in pages_of(ctx).items():
+        pages.add_choice(name, label=label)
+    page.enum(tabs_name(ctx), pages.values(), default=current_page(ctx), view=pages, on_change=events.choose_page)
 
 
 def overview(events: Any, ctx: Any, page: Any) -> None:
     """How a score is distributed, what a cut takes, and the score against another one."""
     from .plots import histogram_layout, scatter_layout
 
-    field, direction = current_field(ctx), get(ctx, "direction")
+    field, direction = current_field(ctx), current_direction(ctx)
     page.md(f"{ctx.dataset.get_field(field).description}.", name="meaning")
     page.plot(
         "histogram",
         layout=histogram_layout(score_table(ctx), field),
-        config={"displayModeBar": False},
+        config={"displayModeBar": False, "scrollZoom": False},
         on_click=events.click_bar,
         on_selected=events.select_bars,
     )
+    back = start(page, "back")
+    back.btn("ranked", "Back to the ranking", variant="outlined", on_click=events.show_ranked)
+    back.btn("all", "Show all", variant="outlined", on_click=events.show_all)
     _ends(events, ctx, page)
     share = types.SliderView(
         label=f"The most {direction}: {get(ctx, 'share') or 0:.1f} % of the pairs",
@@ -122,10 +169,15 @@ def overview(events: Any, ctx: Any, page: Any) -> None:
         value_precision=1,
     )
     page.float("share", min=0, max=50, view=share, on_change=events.choose_share)
-    cut = current_cut(ctx)
+    cut, scored = current_cut(ctx), len(score_table(ctx).scored(field))
     side = "below" if direction == "harmful" else "above"
     bound = "" if cut.threshold is None else f", with a score of {cut.threshold:.4g} and {side}"
-    page.md(f"**{len(cut.ids):,} pairs**{bound}", name="cut")
+    limit = (
+        f", all that are {direction}"
+        if direction in SIGNS and len(cut.ids) < whole_pairs((get(ctx, "share") or 0) / 100, scored)
+        else ""
+    )
+    page.md(f"**{len(cut.ids):,} pairs**{bound}{limit}", name="cut")
     act = page.h_stack("act", gap=1, align_y="center")
     act.btn("show", "Show", icon="visibility", variant="outlined", on_click=events.show_cut)
     act.str("tag", view=types.TextFieldView(label="Tag"))
@@ -137,17 +189,23 @@ def overview(events: Any, ctx: Any, page: Any) -> None:
         for name in others:
             choice.add_choice(name, label=name)
         page.enum("other", choice.values(), label="Against", view=choice, on_change=events.choose_other)
+        if get(ctx, "other") not in others:
+            return
+        page.md(
+            "Each point is a pair. Hover over it for its caption, draw around some to see them in the grid.",
+            name="point",
+        )
         page.plot(
             "scatter",
             layout=scatter_layout(field, get(ctx, "other")),
-            config={"displayModeBar": False},
+            config={"displayModeBar": False, "scrollZoom": False},
             on_click=events.click_point,
             on_selected=events.select_points,
         )
 
 
 def _ends(events: Any, ctx: Any, page: Any) -> None:
-    direction = get(ctx, "direction")
+    direction = current_direction(ctx)
     if direction == "suspicious":  # the other end of misalignment is of no interest
         return
     ends = page.btn_group("ends")
@@ -164,66 +222,50 @@ def _ends(events: Any, ctx: Any, page: Any) -> None:
 def ranking(events: Any, ctx: Any, page: Any) -> None:
     """The pairs at the chosen end of the score, some at a time."""
     field, board, first = current_field(ctx), score_table(ctx), get(ctx, "first") or 0
+    direction = current_direction(ctx)
     _ends(events, ctx, page)
-    ranked = board.cut(field, get(ctx, "direction"), 1.0).ids
+    ranked = board.cut(field, direction, 1.0).ids
     shown = ranked[first : first + _ROWS]
-    page.md(f"**{first + 1:,} to {first + len(shown):,}** of {len(ranked):,}", name="which")
-    for number, (sample, (image, caption)) in enumerate(pairs_of(ctx, shown).items()):
-        row = page.h_stack(f"row_{number}", gap=1, align_y="center")
-        row.str("image", default=image, view=types.ImageView(height="56px", width="56px", alt=caption))
-        row.btn("look", "Look", variant="outlined", on_click=events.look, params={"id": sample})
-        row.md(f"{plain(caption)}\n\n`{board.value(field, sample):.4g}`", name="text")
-    turn = page.h_stack("turn", gap=1)
-    turn.btn("back", "Previous", on_click=events.turn, params={"by": -_ROWS}, disabled=first == 0)
-    turn.btn("on", "Next", on_click=events.turn, params={"by": _ROWS}, disabled=first + _ROWS >= len(ranked))
+    page.md(f"**{first + 1:,} to {first + len(shown):,}** of {len(ranked):,} {direction} pairs", name="which")
+    turn = start(page, "turn")
+    leaf(turn, events.turn, _ROWS, first == 0, first + _ROWS >= len(ranked))
     turn.btn("show", "Show these in the grid", variant="outlined", on_click=events.show_pairs, params={"ids": shown})
+    for number, card in enumerate(cards_of(ctx, shown).values()):
+        draw_card(events, page, f"row_{number}", card, say_scores(ctx, card.id), tag_of(ctx))
 
 
-def _strip(events: Any, ctx: Any, page: Any, name: str, links: list[Any], word: str) -> None:
-    """Some pairs side by side; a click on an image looks at its pair."""
-    strip = page.h_stack(name, gap=1)
+def _strip(events: Any, ctx: Any, page: Any, name: str, links: list[Any], sign: int) -> None:
+    """Some pairs below each other, each with a number in the colour of what it says."""
     values = {link.id: link.value for link in links}
-    for number, (sample, (image, caption)) in enumerate(pairs_of(ctx, list(values)).items()):
-        cell = strip.v_stack(f"cell_{number}", width="104px")
-        cell.img("image", on_click=events.look, params={"id": sample}, height="72px", alt_text=caption)
-        cell.get_property("image").default = image
-        cell.md(f"{plain(caption)}\n\n`{word}{abs(values[sample]):.2g}`", name="text")
+    for number, card in enumerate(cards_of(ctx, values).values()):
+        value = abs(values[card.id]) * (sign or 1)
+        text = f"influence on it {value:+.2g}" if sign else f"similarity of the images {value:.2f}"
+        draw_card(events, page, f"{name}_{number}", card, [(text, TOWARDS.get(sign))], height="64px")
 
 
 def pair(events: Any, ctx: Any, page: Any) -> None:
     """One pair in depth: its scores, whom it harms and helps, and what resembles it."""
-    sample, board = get(ctx, "pair"), score_table(ctx)
-    shown = pairs_of(ctx, [sample]) if sample else {}
-    if not shown:
-        page.md("Select one sample in the grid, or press **Look** in the ranking", name="none")
+    sample = get(ctx, "pair")
+    cards = cards_of(ctx, [sample]) if sample else {}
+    if not cards:
+        page.md("Select one sample in the grid, or open a pair of the ranking", name="none")
         return
     from fiftyone_ecif.api.inspection import inspect_pair
 
-    results = run_results(ctx)
-    image, caption = shown[sample]
-    top = page.h_stack("top", gap=2)
-    top.str("image", default=image, view=types.ImageView(height="150px", alt=caption))
-    lines = [f"**{plain(caption)}**", ""]
-    for field in run_fields(ctx):
-        value = board.value(field, sample)
-        if value is not None:
-            place, end = board.place(field, sample)
-            lines.append(f"- `{field}` **{value:.4g}**, no. {place:,} from the {end}")
-    if len(lines) == 2:
-        lines.append(f"No score: it is not among the pairs of run `{get(ctx, 'key')}`, but perhaps one of its targets")
-    reason = value_of(ctx, sample, f"{get(ctx, 'key')}_reason")
-    if reason:
-        lines.append(f"\nAgainst it: {reason}")
-    top.md("\n".join(lines), name="numbers")
-    inspection = inspect_pair(results, sample, _LINKS)
-    for name, title, links, word in (
-        ("harms", "Validation pairs it harms most, and by how many nats", inspection.harms, "+"),
-        ("helps", "Validation pairs it helps most", inspection.helps, "-"),
-        ("near", "Scored pairs with the most similar image", inspection.neighbours, ""),
+    lines = say_scores(ctx, sample, run_fields(ctx))
+    if not lines:
+        said = f"No score: it is not among the pairs of run {get(ctx, 'key')!r}, but perhaps one of its targets"
+        lines = [(said, None)]
+    draw_card(events, page, "top", cards[sample], lines, tag_of(ctx), height="180px", opens=False)
+    inspection = inspect_pair(run_results(ctx), sample, _LINKS)
+    for name, title, links, sign in (
+        ("harms", "Validation pairs it harms most: its influence on each is negative", inspection.harms, -1),
+        ("helps", "Validation pairs it helps most: its influence on each is positive", inspection.helps, 1),
+        ("near", "Scored pairs with the most similar image", inspection.neighbours, 0),
     ):
         if links:
             page.md(f"**{title}**", name=f"{name}_title")
-            _strip(events, ctx, page, name, links, word)
+            _strip(events, ctx, page, name, links, sign)
     ids = [sample, *(link.id for link in (*inspection.harms, *inspection.helps, *inspection.neighbours))]
     page.btn(
         "show_pairs", "Show these in the grid", variant="outlined", on_click=events.show_pairs, params={"ids": ids}
@@ -240,21 +282,25 @@ def review(events: Any, ctx: Any, page: Any) -> None:
         f"So far **{tags.aligned:,}** pairs are tagged `aligned` and **{tags.misaligned:,}** `misaligned`.",
         name="so_far",
     )
-    if place < len(queue):
-        shown = pairs_of(ctx, [queue[place]])
-        asked = "Do image and caption belong together?" if shown else "It was deleted meanwhile."
+    if get(ctx, "learning"):
+        page.md(f"**Learning from {tags.aligned + tags.misaligned:,} tags …**", name="learns")
+        page.view("learn_now", types.TimerView(timeout=_SOON, on_timeout=events.learn_now))
+        return
+    asking = place < len(queue)
+    if asking:
+        cards = cards_of(ctx, [queue[place]])
+        asked = "Do image and caption belong together?" if cards else "It was deleted meanwhile."
         page.md(f"Pair {place + 1} of {len(queue)}. {asked}", name="question")
-        for image, caption in shown.values():
-            page.str("image", default=image, view=types.ImageView(height="260px", alt=caption))
-            page.md(f"**{plain(caption)}**", name="caption")
-        answers = page.h_stack("answers", gap=1)
-        if shown:
-            answers.btn("aligned", "Aligned", icon="check", variant="contained", on_click=events.say_aligned)
+        for card in cards.values():
+            draw_card(events, page, "card", card, say_scores(ctx, card.id), height="240px", verdicts=False)
+        answers = start(page, "answers")
+        if cards:
+            answers.btn("aligned", "Aligned (A)", icon="check", variant="contained", on_click=events.say_aligned)
             answers.btn(
-                "misaligned", "Misaligned", icon="link_off", variant="contained", on_click=events.say_misaligned
+                "misaligned", "Misaligned (M)", icon="link_off", variant="contained", on_click=events.say_misaligned
             )
-        answers.btn("skip", "Skip", icon="skip_next", variant="outlined", on_click=events.skip)
-        answers.btn("back", "Back", icon="undo", variant="outlined", on_click=events.back, disabled=place == 0)
+        answers.btn("skip", "Skip (→)", icon="skip_next", variant="outlined", on_click=events.skip)
+        answers.btn("back", "Back (←)", icon="undo", variant="outlined", on_click=events.back, disabled=place == 0)
     else:
         page.md(
             f"You will be shown {PROPOSALS} pairs, one at a time: those that the score is least sure of, and some "
@@ -263,49 +309,67 @@ def review(events: Any, ctx: Any, page: Any) -> None:
             else "That was the last one.",
             name="end",
         )
-    act = page.h_stack("act", gap=1)
-    if place >= len(queue):
+    act = start(page, "act")
+    learns = tags.enough and (asking or bool(queue))
+    if not asking:
         act.btn(
             "start",
-            "Propose more pairs" if queue else "Propose pairs",
-            variant="outlined" if tags.enough else "contained",
+            ("Propose more pairs" if queue else "Propose pairs") + " (Enter)" * (not learns),
+            variant="outlined" if learns else "contained",
             on_click=events.start_review,
         )
+    missing = [
+        f"{LEAST - count} more {tag}"
+        for tag, count in ((ALIGNED, tags.aligned), (MISALIGNED, tags.misaligned))
+        if count < LEAST
+    ]
     act.btn(
         "learn",
-        "Learn from the tags",
+        f"Learn once there are {' and '.join(missing)}"
+        if missing
+        else f"Learn from the {tags.aligned + tags.misaligned:,} tags" + " (Enter)" * learns,
         icon="model_training",
-        variant="contained" if place >= len(queue) and queue else "outlined",
+        variant="contained" if learns and not asking else "outlined",
         on_click=events.learn,
-        disabled=not tags.enough,
+        disabled=bool(missing),
     )
     if learned := get(ctx, "learned"):
         page.md(learned, name="learned")
 
 
 def run(events: Any, ctx: Any, page: Any) -> None:
-    """How far to trust the run, and what to do next."""
-    from fiftyone_ecif.api.editing import Edit
-    from fiftyone_ecif.runs.diagnostics import diagnose
+    """How far to trust the run, what it is, and what to do next."""
+    from fiftyone_ecif.runs.describe import describe_run
+    from fiftyone_ecif.runs.diagnostics import diagnose, judge
     from fiftyone_ecif.runs.manage import staleness
 
     key, results = get(ctx, "key"), run_results(ctx)
-    lines = [f"**How far to trust it**: {len(results.ids):,} pairs scored, {len(results.skipped):,} skipped", ""]
-    for remark in diagnose(results.config, results.diagnostics):
-        lines.append(f"- {'✓' if remark.fine else '⚠'} {remark.text}.")
-    stale = staleness(ctx.dataset, key)
-    if any(stale):
-        lines.append(f"- ⚠ Since it was made: {stale}. Run it again for scores of the pairs as they are now.")
-    for reason, count in Counter(results.skipped.values()).most_common(3):
-        lines.append(f"- {count:,} skipped: {plain(reason)}")
-    page.md("\n".join(lines), name="trust")
     if edit := results.diagnostics.get("edit"):
+        from fiftyone_ecif.api.editing import Edit
+
         page.md(f"**Last edit of the model**\n\n{plain(str(Edit(**edit)))}", name="edit")
+    stale = staleness(ctx.dataset, key)
+    remarks = diagnose(results.config, results.diagnostics)
+    verdict = judge(remarks, results.diagnostics, len(results.ids), stale)
+    page.md(
+        f"### {verdict.title}\n\n{in_words(verdict.why)}",
+        name="verdict",
+        componentsProps={"container": {"sx": {"color": _VERDICTS[verdict.trust]}}},
+    )
+    info, config = ctx.dataset.get_brain_info(key), results.config
+    weights = f" with {config.pretrained}" if config.pretrained else ""
+    page.md(
+        plain(
+            f"{config.model}{weights}, {info.timestamp:%Y-%m-%d %H:%M} UTC. {len(results.ids):,} pairs scored, "
+            f"{len(results.skipped):,} skipped, captions in {config.caption_field!r}"
+        ),
+        name="what",
+    )
     page.md("**What to do next**", name="next_title")
-    next_steps = page.h_stack("next", gap=1)
+    next_steps = start(page, "next")
     run = {"brain_key": key}
     offers = [
-        ("tag_by_influence", "Tag", {"field": current_field(ctx), "direction": get(ctx, "direction")}),
+        ("tag_by_influence", "Tag", {"field": current_field(ctx), "direction": current_direction(ctx)}),
         ("export_pairs", "Export", {"caption_field": results.config.caption_field}),
         ("manage_influence_runs", "Manage runs", run),
     ]
@@ -314,7 +378,18 @@ def run(events: Any, ctx: Any, page: Any) -> None:
     for name, label, prefill in offers:
         params = {"operator": name, "prefill": prefill}
         next_steps.btn(name, label, variant="outlined", on_click=events.prompt, params=params)
+    details = bool(get(ctx, "details"))
+    page.btn("details", "Hide the numbers" if details else "Show the numbers", variant="outlined", on_click=events.fold)
+    if not details:
+        return
+    lines = [f"- {'✓' if remark.fine else '⚠'} {in_words(remark.text)}." for remark in remarks]
+    if any(stale):
+        lines.append(f"- ⚠ Since it was made: {stale}. Run it again for scores of the pairs as they are now.")
+    for reason, count in Counter(results.skipped.values()).most_common(3):
+        lines.append(f"- {count:,} skipped: {plain(reason)}")
+    page.md("\n".join(lines), name="trust")
+    page.md(in_words(describe_run(ctx.dataset, key)), name=f"about_{key}")
 
 
 #: What draws each page.
-DRAW = {"overview": overview, "ranking": ranking, "pair": pair, "review": review, "run": run}
+DRAW = {"overview": overview, "ranking": ranking, "pair": pair, "trace": draw_trace, "review": review, "run": run}

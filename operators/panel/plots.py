@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fiftyone_ecif.runs.score_table import ScoreTable
+from fiftyone_ecif.runs.sidebar import HARMFUL, HELPFUL, SUSPICIOUS
 from fiftyone_ecif.samples.selection import DIRECTIONS
+from fiftyone_ecif.store.keys import digest
 
-_COLOURS = {"harmful": "#d9534f", "valuable": "#3fa66a", "suspicious": "#e08a2e"}
+_COLOURS = {"harmful": HARMFUL, "valuable": HELPFUL, "suspicious": SUSPICIOUS}
+_TAGS = {  # tags that say the same
+    **{"harmful": HARMFUL, "valuable": HELPFUL, "suspect": SUSPICIOUS},
+    **{"misaligned": "#a8620f", "aligned": "#2aa198"},
+}
+_OTHER_TAGS = ("#7a6ff0", "#c77dba", "#5aa9c9", "#b7a24a", "#8a7350", "#4f6fb5", "#b58fd6", "#a0a83c")
 _STEEP = 5  # how many times the usual bar the highest is where a logarithmic axis is needed
-_REST, _SELECTED = "#8a94a6", "#19b5fe"
+_LONGEST = 70  # letters of a caption that is hovered over
+_REST, _SELECTED = "#8a94a6", "#e04fd0"
 
 
 def histogram_bars(board: ScoreTable, field: str, direction: str, threshold: float | None) -> list[dict[str, Any]]:
@@ -31,7 +40,7 @@ def histogram_bars(board: ScoreTable, field: str, direction: str, threshold: flo
             "y": counts.tolist(),
             "width": np.diff(edges).tolist(),
             "marker": {"color": [_COLOURS[direction] if taken else _REST for taken in beyond], "line": {"width": 0}},
-            "hovertemplate": "%{y} pairs around %{x:.3g}<extra></extra>",
+            "hovertemplate": "%{y} pairs with a score around %{x:.3g}<extra></extra>",
             "name": "pairs",
         }
     ]
@@ -40,7 +49,7 @@ def histogram_bars(board: ScoreTable, field: str, direction: str, threshold: flo
 def histogram_layout(board: ScoreTable, field: str) -> dict[str, Any]:
     """Layout of the histogram; counts on a logarithmic axis where few pairs are extreme."""
     counts = board.histogram(field).counts
-    few = counts.max(initial=0) > _STEEP * np.median(counts)
+    few = bool(counts.max(initial=0) > _STEEP * np.median(counts))
     scale = {"type": "log", "dtick": 1} if few else {"type": "linear", "rangemode": "tozero"}
     return {
         "height": 210,
@@ -49,40 +58,90 @@ def histogram_layout(board: ScoreTable, field: str) -> dict[str, Any]:
         "showlegend": False,
         "dragmode": "select",
         "selectdirection": "h",
-        "xaxis": {"title": {"text": field, "font": {"size": 11}}, "zeroline": True},
-        "yaxis": {**scale, "title": {"text": "pairs", "font": {"size": 11}}},
+        "xaxis": {"title": {"text": axis_title(field), "font": {"size": 11}}, "zeroline": True},
+        "yaxis": {
+            **scale,
+            "title": {"text": f"pairs{few * ' (logarithmic)'}", "font": {"size": 11}},
+            "fixedrange": True,
+        },
     }
+
+
+def axis_title(field: str) -> str:
+    """A score by its name, and what its ends mean."""
+    if field.endswith("_misalignment"):
+        return f"{field} (right: more suspicious)"
+    return f"{field} (left of 0: harmful, right: valuable)" if "_influence" in field else field
+
+
+def tag_colours(tags: Iterable[str], before: Mapping[str, str]) -> dict[str, str]:
+    """A colour for each tag: that which it means or had before, else one that no other has, as far as they go.
+
+    Args:
+        tags: to be coloured.
+        before: colours that were given before, which stay.
+    """
+    found = dict(before)
+    for tag in sorted(tags):
+        if tag not in found:
+            start = int(digest(tag), 16) % len(_OTHER_TAGS)
+            order = [*_OTHER_TAGS[start:], *_OTHER_TAGS[:start]]
+            free = [colour for colour in order if colour not in found.values()]
+            found[tag] = _TAGS.get(tag) or (free or order)[0]
+    return found
+
+
+class Group(NamedTuple):
+    """Pairs with a tag.
+
+    Attributes:
+        members: their samples.
+        colour: of their points.
+    """
+
+    members: set[str]
+    colour: str
 
 
 def scatter_points(
     board: ScoreTable,
     x: str,
     y: str,
-    groups: dict[str, set[str]],
+    groups: Mapping[str, Group],
     selected: list[str],
+    captions: Mapping[str, str],
     lassoed: list[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One point a pair, of at most some thousands of them, one trace for each group and one for the selected ones.
+    """One point a pair, of at most some thousands of them: those without a tag, those with each, and the selected ones.
+
+    A pair with two tags is drawn with both, so that the legend counts what the tags do.
 
     Args:
         board: the scores.
         x: the horizontal score.
         y: the vertical one.
-        groups: samples by the name of their group; a sample is drawn in the first that holds it.
+        groups: by the name of the tag.
         selected: samples to mark.
+        captions: what to say of a point that is hovered over, by sample.
         lassoed (None): samples beside which all others fade.
     """
-    rows = board.points(x, y)
+    rows = board.points(x, y).tolist()
+    tagged = set[str]().union(*(group.members for group in groups.values()))
+    rest = sum(sample not in tagged for sample in board.scored(x))
     marked = [board.places[sample] for sample in selected if sample in board.places]
-    traces, left = [], dict.fromkeys(rows.tolist())
-    for name, members in groups.items():
-        own = [row for row in left if board.ids[row] in members]
-        traces.append(_trace(board, x, y, own, name, None, 6))
-        for row in own:
-            del left[row]
-    traces.insert(0, _trace(board, x, y, list(left), "pairs", _REST, 5))
+    pairs = [(f"other pairs ({rest:,})" if groups else f"pairs ({rest:,})", tagged, False, _REST, 5)]
+    pairs += [
+        (f"{tag} ({len(group.members):,})", group.members, True, group.colour, 6)
+        for tag, group in sorted(groups.items(), key=lambda each: -len(each[1].members))
+    ]
+    traces = [
+        _trace(
+            board, x, y, [row for row in rows if (board.ids[row] in samples) is inside], name, colour, size, captions
+        )
+        for name, samples, inside, colour, size in pairs
+    ]
     if marked:
-        traces.append(_trace(board, x, y, marked, "selected", _SELECTED, 11))
+        traces.append(_trace(board, x, y, marked, f"selected ({len(marked):,})", _SELECTED, 11, captions))
     if lassoed is not None:
         inside = set(lassoed)
         for trace in traces:
@@ -91,21 +150,33 @@ def scatter_points(
 
 
 def _trace(
-    board: ScoreTable, x: str, y: str, rows: list[int], name: str, colour: str | None, size: int
+    board: ScoreTable,
+    x: str,
+    y: str,
+    rows: list[int],
+    name: str,
+    colour: str,
+    size: int,
+    captions: Mapping[str, str],
 ) -> dict[str, Any]:
-    marker: dict[str, Any] = {"size": size, "opacity": 0.7}
-    if colour:
-        marker["color"] = colour
+    ids = board.ids[rows].tolist()
     return {
         "type": "scattergl",
         "mode": "markers",
         "x": board.columns[x][rows].tolist(),
         "y": board.columns[y][rows].tolist(),
-        "ids": board.ids[rows].tolist(),
-        "name": f"{name} ({len(rows):,})",
-        "marker": marker,
-        "hovertemplate": "%{x:.3g}, %{y:.3g}<extra></extra>",
+        "ids": ids,
+        "text": [_shortened(captions.get(sample) or "no caption") for sample in ids],
+        "name": name,
+        "marker": {"size": size, "opacity": 0.7, "color": colour},
+        "hovertemplate": "%{text}<br>%{x:.3g}, %{y:.3g}<extra></extra>",
     }
+
+
+def _shortened(text: str) -> str:
+    """A caption for a small box, in which plotly takes tags for its own."""
+    text = " ".join(text.split())
+    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…").replace("<", "&lt;")
 
 
 def scatter_layout(x: str, y: str) -> dict[str, Any]:
@@ -116,6 +187,7 @@ def scatter_layout(x: str, y: str) -> dict[str, Any]:
         "dragmode": "lasso",
         "showlegend": True,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        "xaxis": {"title": {"text": x, "font": {"size": 11}}},
+        "xaxis": {"title": {"text": axis_title(x), "font": {"size": 11}}},
         "yaxis": {"title": {"text": y, "font": {"size": 11}}},
+        "hovermode": "closest",
     }

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
 from fiftyone_ecif.samples.pairs import every_sample, pairs_now
 
 #: The pages by name, with their titles.
-PAGES = {"overview": "Overview", "ranking": "Ranking", "pair": "Pair", "review": "Review", "run": "Run"}
+PAGES = {
+    "overview": "Overview",
+    "ranking": "Ranking",
+    "pair": "Pair",
+    "trace": "Trace",
+    "review": "Review",
+    "run": "Run",
+}
+_OF_KIND = {"review": "misalignment", "trace": "influence"}  # pages of one kind of run only
 
 
 def get(ctx: Any, name: str) -> Any:
@@ -19,7 +28,23 @@ def get(ctx: Any, name: str) -> Any:
 def current_page(ctx: Any) -> str:
     """The page that is shown; what was remembered may not be a page of this run."""
     page = get(ctx, "page")
-    return page if page in PAGES and (page != "review" or is_misalignment(ctx)) else "overview"
+    return page if page in pages_of(ctx) else "overview"
+
+
+def tabs_name(ctx: Any) -> str:
+    """Of the tabs: they follow only what is clicked, so that a page or a run with other pages needs other tabs."""
+    return f"page_{get(ctx, 'turns') or 0}_{run_config(ctx).type}"
+
+
+def pages_of(ctx: Any) -> dict[str, str]:
+    """The pages that the run that is shown has, with their titles."""
+    kind = run_config(ctx).type
+    return {name: title for name, title in PAGES.items() if _OF_KIND.get(name, kind) == kind}
+
+
+def run_id(ctx: Any) -> str:
+    """What stays of the run that is shown when it is renamed."""
+    return str(ctx.dataset._doc.brain_methods[get(ctx, "key")].id)
 
 
 def run_keys(ctx: Any) -> list[str]:
@@ -27,6 +52,12 @@ def run_keys(ctx: Any) -> list[str]:
     from fiftyone_ecif.runs.manage import finished_runs
 
     return [] if ctx.dataset is None else finished_runs(ctx.dataset)
+
+
+def written_fields(ctx: Any) -> dict[str, tuple[str, list[str]]]:
+    """Key and fields of each run on the dataset, by what stays when it is renamed."""
+    runs = ctx.dataset._doc.brain_methods if ctx.dataset is not None else {}
+    return {str(runs[key].id): (key, list(ctx.dataset.get_brain_info(key).config.fields(key))) for key in run_keys(ctx)}
 
 
 def run_config(ctx: Any) -> Any:
@@ -64,9 +95,16 @@ def current_field(ctx: Any) -> str:
     return field if field in fields else next(iter(fields), "")
 
 
+def current_direction(ctx: Any) -> str:
+    """The end of the score that is looked at; what was remembered may belong to another kind of run."""
+    if is_misalignment(ctx):
+        return "suspicious"
+    return "valuable" if get(ctx, "direction") == "valuable" else "harmful"
+
+
 def current_cut(ctx: Any) -> Any:
     """The pairs that the slider takes."""
-    return score_table(ctx).cut(current_field(ctx), get(ctx, "direction"), (get(ctx, "share") or 0) / 100)
+    return score_table(ctx).cut(current_field(ctx), current_direction(ctx), (get(ctx, "share") or 0) / 100)
 
 
 def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:
@@ -80,11 +118,11 @@ def pairs_of(ctx: Any, ids: list[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-def value_of(ctx: Any, sample: str, field: str) -> Any:
-    """The value of a field of a sample, None if there is none."""
+def values_of(ctx: Any, samples: Iterable[str], field: str) -> dict[str, Any]:
+    """The values of a field of some samples; nothing where there is no such field."""
     if not ctx.dataset.has_sample_field(field):
-        return None
-    return next(iter(every_sample(ctx.dataset).select(sample).values(field)), None)
+        return {}
+    return dict(zip(*every_sample(ctx.dataset).select(list(samples)).values(["id", field]), strict=True))
 
 
 def plain(text: str) -> str:

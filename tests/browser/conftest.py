@@ -1,3 +1,3 @@
 """With FiftyOne on a database of its own."""
 
-from with_fiftyone import dataset, made, score, trained  # noqa: F401
+from with_fiftyone import dataset, grouped, made, score, trained  # noqa: F401

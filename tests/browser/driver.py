@@ -95,7 +95,7 @@ class App:
     def close(self):
         """Closes the form, which shows how a job went or what came of it."""
         closing = self.page.get_by_role("button", name="Done").or_(self.page.get_by_role("button", name="Close"))
-        _press(closing.first)
+        press(closing.first)
         expect(self.page.get_by_role("dialog")).to_have_count(0)
 
     # the panel
@@ -104,14 +104,14 @@ class App:
         """Opens the panel, or turns to it where it is open."""
         tab = self.page.locator("[data-cy=panel-tab-influence_panel]")
         if not tab.count():
-            _press(self.page.locator("[data-cy=new-panel-btn]").first)
-            _press(self.page.get_by_text("Influence", exact=True).last)
+            press(self.page.locator("[data-cy=new-panel-btn]").first)
+            press(self.page.get_by_text("Influence", exact=True).last)
         tab.wait_for()
         return self.page.locator("[data-cy=panel-content-influence_panel]")
 
     def turn_to(self, name):
         """Another page of the panel."""
-        _press(self.page.get_by_role("tab", name=name, exact=True))
+        press(self.page.get_by_role("tab", name=name, exact=True))
         expect(self.page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
 
     def choose(self, label, option):
@@ -154,6 +154,13 @@ class Form:
             box.fill(str(value))
         return self
 
+    def holds(self, **values):
+        """Waits until the inputs with these labels, whose spaces are underscores, hold these values."""
+        for label, value in values.items():
+            box = self.body.locator(f"xpath=.//p[.='{label.replace('_', ' ')}']/following::input[1]")
+            expect(box).to_have_value(value, timeout=15_000)
+        return self
+
     def choose(self, label, option):
         _choose(self._page, self.body, label, option)
         return self
@@ -188,10 +195,10 @@ class Form:
 
     def run(self):
         expect(self.button).to_be_enabled()
-        _press(self.button)
+        press(self.button)
 
 
-def _press(button):
+def press(button):
     """Clicks; where a busy App does not come to rest for long, without waiting for that."""
     try:
         button.click(timeout=15_000)

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import fiftyone as fo
 import open_clip
 import pytest
-from driver import PATIENCE, expect, open_app
+from driver import PATIENCE, Form, expect, open_app, press
 
 from fiftyone_ecif import compute_misalignment
 from fiftyone_ecif.api.tracing import trace
@@ -96,6 +96,7 @@ def test_a_lasso_around_points_shows_those_pairs_and_stays(app, dataset, scored)
     train, _ = counts(dataset)
     app.open(dataset)
     panel = app.panel()
+    app.choose("Against", "ecif_positive")
     panel.locator(".gl-canvas").first.wait_for(state="attached")
     said = app.page.locator("[data-cy=entry-counts]").first
     app.lasso(0.003, 0.6)
@@ -162,13 +163,15 @@ def test_detect_threshold_tag_export(app, dataset, scored, made, tmp_path):
     assert all("suspect" in row["tags"] for row in rows)
 
 
-def test_review_refit(app, dataset, audited):
+def test_review_with_keys_and_refit(app, dataset, audited):
     app.open(dataset)
     panel = app.panel()
     app.turn_to("Review")
     panel.get_by_text("So far 0 pairs are tagged aligned and 0 misaligned").wait_for()
-    expect(panel.get_by_role("button", name="Learn from the tags")).to_be_disabled()
-    panel.get_by_role("button", name="Propose pairs").click()
+    expect(
+        panel.get_by_role("button", name="Learn once there are 2 more aligned and 2 more misaligned")
+    ).to_be_disabled()
+    app.page.keyboard.press("Enter")  # "Propose pairs (Enter)"
     panel.get_by_text("Pair 1 of 20.").wait_for()
     wrong = {sample.id for sample in dataset if sample.spoiled}
     pairs = {path: sample for path, sample in zip(*dataset.values(["filepath", "id"]), strict=True)}
@@ -180,12 +183,14 @@ def test_review_refit(app, dataset, audited):
         sample = pairs[unquote(picture.get_attribute("src")).split("filepath=")[1]]
         expect(panel.get_by_text(dataset[sample].caption, exact=True).first).to_be_visible()
         tag = said[sample] = "Misaligned" if sample in wrong else "Aligned"
-        button = panel.get_by_role("button", name=tag, exact=True)
-        if app.page.evaluate("document.activeElement.innerText") == tag:
-            app.page.keyboard.press("Space")  # the focus stays on the button that was pressed
-        else:
-            button.click()
-        if len(set(said.values())) == 2 and number >= 8:
+        app.page.keyboard.press(tag[0].lower())
+        if number == 1:
+            panel.get_by_text("Pair 2 of 20.").wait_for()
+            app.page.keyboard.press("ArrowLeft")  # back, and once more
+            expect(question).to_be_visible()
+            app.page.keyboard.press("ArrowRight")  # skipped
+            said.clear()
+        if min(list(said.values()).count(one) for one in ("Misaligned", "Aligned")) >= 2 and number >= 8:
             break
     misaligned = list(said.values()).count("Misaligned")
     text = f"So far {len(said) - misaligned} pairs are tagged aligned and {misaligned} misaligned"
@@ -193,7 +198,8 @@ def test_review_refit(app, dataset, audited):
     for sample, tag in said.items():
         assert tag.lower() in dataset[sample].tags
 
-    panel.get_by_role("button", name="Learn from the tags").click()
+    panel.get_by_role("button", name=f"Learn from the {len(said)} tags").click()
+    app.said(f"Learning from {len(said)} tags")
     learned = app.said("Learned from")
     assert f"Learned from {len(said) - misaligned} aligned and {misaligned} misaligned pairs" in learned
     assert "AUROC" in learned
@@ -204,6 +210,17 @@ def test_review_refit(app, dataset, audited):
     assert shown == captions[: len(shown)]
 
 
+def test_the_slider_keeps_every_press_of_a_key(app, dataset, audited):
+    app.open(dataset)
+    slider = app.panel().get_by_role("slider")
+    before = float(slider.input_value())
+    slider.focus()
+    for _ in range(10):
+        app.page.keyboard.press("ArrowRight")
+    expect(slider).to_have_value(f"{before + 5:g}")
+    expect(app.panel().get_by_text(f"The most suspicious: {before + 5:.1f} % of the pairs")).to_be_visible()
+
+
 def test_select_mistakes_trace(app, dataset, scored):
     app.open(dataset, "val")
     for number in (0, 2):
@@ -212,13 +229,25 @@ def test_select_mistakes_trace(app, dataset, scored):
     chosen_ids, captions = ([values[0], values[2]] for values in chosen)
     app.form("Trace predictions").says("The 2 selected samples").run()
     app.said("Traced 2 validation pairs: ")
+    panel = app.page.locator("[data-cy=panel-content-influence_panel]")  # which opens by itself
+    panel.get_by_text("Mistake 1 of 2, loss").or_(panel.get_by_text("Validation pair 1 of 2, loss")).wait_for()
     dataset.reload()
     traces = trace(scored, chosen_ids, 5, progress=False)
     order = list(dict.fromkeys(i for one in traces for i in (one.id, *(p.id for p in (*one.culprits, *one.helpers)))))
     view = dataset.select(order, ordered=True)
     expected = list(zip(*view.values(["caption", "ecif_trace"]), strict=True))
     assert expected[0][0] in captions
-    app.close()
+    worst = traces[0]
+    for one in (worst, *worst.culprits, *worst.helpers):
+        expect(panel.locator(f"img[alt='{dataset[one.id].caption}']").first).to_be_visible()
+    press(panel.get_by_role("button", name="Next", exact=True))
+    panel.get_by_text("2 of 2, loss").wait_for()
+    app.page.reload()  # what was traced can be looked at again
+    app.turn_to("Trace")
+    panel.get_by_text("of 2, loss").wait_for()
+    press(panel.get_by_role("button", name="Previous", exact=True))
+    panel.get_by_text("1 of 2, loss").wait_for()
+    expect(panel.locator(f"img[alt='{dataset[worst.culprits[0].id].caption}']").first).to_be_visible()
     shown = app.thumbnails(expected, "caption", "ecif_trace")
     assert len(shown) >= 6
     assert shown == expected[: len(shown)]
@@ -247,7 +276,63 @@ def test_tag_edit_model(app, dataset, scored, tmp_path):
     panel = app.panel()
     app.turn_to("Run")
     expect(panel.get_by_text("Last edit of the model").first).to_be_visible()
-    expect(panel.get_by_text(said, exact=True)).to_be_visible()
+    expect(panel.get_by_text(said, exact=True).first).to_be_visible()
+
+
+def test_a_renamed_run_is_followed_and_a_deleted_one_leaves_the_grid_full(app, dataset, scored):
+    train, _ = counts(dataset)
+    app.open(dataset)
+    panel = app.panel()
+    panel.get_by_role("combobox").filter(has_text="ecif: influence").wait_for()
+    panel.get_by_role("button", name="Show", exact=True).click()
+    ranked = dataset.exists("ecif_influence").sort_by("ecif_influence").values("caption")
+    count = math.ceil(0.05 * train)
+    app.wait_for_count(count)
+    app.form("Manage influence runs").tick("Rename").fill(New_key="better").run()
+    app.said("The run 'ecif' is now 'better'")
+    app.close()
+    panel.get_by_role("combobox").filter(has_text="better: influence").wait_for()
+    app.wait_for_count(count)
+    expected = [(caption, f"{rank}") for rank, caption in enumerate(ranked[:count], 1)]
+    assert app.thumbnails(expected, "caption", "better_rank") == expected
+    panel.get_by_role("button", name="Back to the ranking").click()
+    app.wait_for_count(train)
+    app.form("Manage influence runs").tick("Delete").tick("Yes, delete").run()
+    app.said("Deleted the run 'better', with ")
+    app.close()
+    app.wait_for_count(len(dataset))
+    expect(panel.get_by_text("No scores yet")).to_be_visible()
+
+
+def test_a_failure_stays_with_its_remedy_and_the_form_remembers(app, dataset, made):
+    app.open(dataset)
+    app.form("Compute ECIF influence").fill(Model="ViT-B-32", Pretrained=f" '{made[1]}' ").run()
+    panel = app.panel()
+    panel.get_by_text("ECIF influence, run 'ecif' came to nothing").wait_for()
+    app.page.reload()
+    panel.get_by_text("ECIF influence, run 'ecif' came to nothing").wait_for()
+    panel.get_by_role("button", name="Open the form again").click()
+    Form(app.page).holds(Model="ViT-B-32", Pretrained=f" '{made[1]}' ").fill(Model=MODEL).run()
+    panel.get_by_text("ECIF influence, run 'ecif' is done").wait_for()
+    panel.get_by_role("button", name="Dismiss").click()
+    expect(panel.get_by_text("is done")).to_have_count(0)
+    panel.get_by_role("button", name="New run").click()
+    panel.get_by_role("button", name="Compute ECIF influence").click()
+    Form(app.page).holds(Model=MODEL, Key="ecif2")
+
+
+def test_the_slice_that_is_shown_is_scored(browser, grouped, made):
+    app = browser()
+    app.page.goto(f"http://127.0.0.1:{app.port}/datasets/{grouped.name}")
+    app.wait_for_count(192)
+    app.page.keyboard.press("Escape")
+    form = app.form("Compute ECIF influence").says("72 pairs will be scored towards 24 validation pairs")
+    form.fill(Model=MODEL, Pretrained=made[1]).run()
+    app.said("Scored 72 pairs, skipped 0")
+    grouped.reload()
+    assert grouped.select_group_slices("left").count("ecif_influence") == 72
+    assert grouped.select_group_slices("right").count("ecif_influence") == 0
+    app.page.close()
 
 
 def test_delete_a_run(app, dataset, scored, audited):

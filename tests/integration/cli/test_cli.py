@@ -290,6 +290,26 @@ def test_errors_are_one_line(args, code, message):
     assert ran.stdout == ""
 
 
+def test_a_slice_of_grouped_data(grouped, made, tmp_path):
+    name, model = grouped.name, ["--model", "ecif-digits", "--pretrained", made[1], "--batch-size", 24]
+    on = ["--slice", "right", "--tag", "train"]
+    ran = invoke("score", name, *on, "--target-tag", "val", *model, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    assert json.loads(ran.stdout)["scored"] == 72
+    ran = invoke("misalignment", name, *on, *model, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    grouped.reload()
+    right = grouped.select_group_slices("right")
+    assert right.count("ecif_influence") == right.count("audit_misalignment") == 72
+    assert grouped.select_group_slices("left").count("ecif_influence") == 0
+    ran = invoke("export", name, tmp_path / "pairs.csv", *on)
+    assert ran.stdout.startswith("Exported 72 pairs")
+    assert json.loads(invoke("tag", name, "--slice", "right", "--count", 2, "--json").stdout)["tagged"] == 2
+    ran = invoke("score", name, "--slice", "middle", "--target-tag", "val", *model)
+    assert ran.exit_code == 1
+    assert ran.stderr == f"Error: {name!r} has no slice 'middle'. Slices: left, right\n"
+
+
 def test_a_saved_view_that_does_not_exist(named):
     ran = invoke("score", named[0], "--view", "gone", "--target-tag", "val", *named[1])
     assert ran.exit_code == 1

@@ -10,6 +10,8 @@ from fiftyone_ecif.api.progress_bar import explain
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.progress import Progress
 from operators import jobs
+from operators.estimates import Plan
+from operators.wording import in_words
 
 
 def context(dataset, **params):
@@ -39,21 +41,23 @@ def steps(count, closed):
 
 
 def work(ctx, job, count=3, closed=None):
-    result = yield from jobs.with_progress(ctx, job, steps(count, [] if closed is None else closed))
+    result = yield from jobs.with_progress(
+        ctx, job, Plan("a job", count, "RN50", "heads"), steps(count, [] if closed is None else closed)
+    )
     yield ctx.ops.set_view(view=ctx.dataset.limit(2))
     yield ctx.ops.notify(f"Did {result}", variant="success")
 
 
 def test_at_once(dataset):
     ctx = context(dataset)
-    said = [message.body for message in jobs.run_job(ctx, "a job", work)]
+    said = [message.body for message in jobs.run_job(ctx, "compute_influence", "a job", work)]
     assert [request.operator_uri for request in said][-2:] == ["set_view", "notify"]
     assert not jobs.has_jobs(ctx)
 
 
 def test_in_the_background(dataset):
     ctx = context(dataset, background=True)
-    said = [message.body.operator_uri for message in jobs.run_job(ctx, "a job", work)]
+    said = [message.body.operator_uri for message in jobs.run_job(ctx, "compute_influence", "a job", work)]
     assert said == ["open_panel", "notify"]
     panel = context(dataset)
     wait_for(lambda: jobs.has_jobs(panel) and not jobs.running_jobs(panel))
@@ -66,7 +70,7 @@ def test_in_the_background(dataset):
 
 
 def test_a_panel_that_opens_long_after_does_not_move_the_grid(dataset, monkeypatch):
-    list(jobs.run_job(context(dataset, background=True), "a job", work))
+    list(jobs.run_job(context(dataset, background=True), "compute_influence", "a job", work))
     panel = context(dataset)
     wait_for(lambda: jobs.has_jobs(panel) and not jobs.running_jobs(panel))
     monkeypatch.setattr(jobs, "_FRESH", -1)
@@ -78,7 +82,10 @@ def test_a_job_is_stopped(dataset):
     closed = []
     list(
         jobs.run_job(
-            context(dataset, background=True), "a job", lambda ctx, job: work(ctx, job, count=10_000, closed=closed)
+            context(dataset, background=True),
+            "compute_influence",
+            "a job",
+            lambda ctx, job: work(ctx, job, count=10_000, closed=closed),
         )
     )
     panel = context(dataset)
@@ -98,7 +105,7 @@ def test_a_job_is_stopped(dataset):
     ("error", "message"),
     [
         (EcifError("Mend it"), "Mend it"),
-        (MemoryError("none left"), str(explain(MemoryError("none left")))),
+        (MemoryError("none left"), in_words(explain(MemoryError("none left")))),
         (ZeroDivisionError("by zero"), f"ZeroDivisionError: by zero. {jobs._UNFORESEEN}"),
     ],
 )
@@ -109,7 +116,7 @@ def test_failures_are_told(dataset, error, message, background):
         raise error
 
     ctx = context(dataset, background=background)
-    list(jobs.run_job(ctx, "a job", fail))
+    list(jobs.run_job(ctx, "compute_influence", "a job", fail))
     if background:
         panel = context(dataset)
         wait_for(lambda: jobs.has_jobs(panel) and not jobs.running_jobs(panel))

@@ -130,10 +130,10 @@ def test_the_app_sees_progress_then_the_sorted_view(dataset, options):
     assert len(progress) > 5
     shares = [params["progress"] for params in progress]
     assert shares == sorted(shares)
-    assert progress[-1] == {"label": "Scored 96 pairs, skipped 0", "progress": 1.0}
+    assert progress[-1] == {"label": "Scored 72 pairs, skipped 0", "progress": 1.0}
     rest = dict(messages)
-    assert rest["set_active_fields"]["fields"] == ["caption", "ecif_influence", "ecif_rank"]
-    assert [stage["_cls"].rsplit(".")[-1] for stage in rest["set_view"]["view"]] == ["Exists", "SortBy"]
+    assert rest["set_active_fields"]["fields"] == ["caption", "ecif_rank"]
+    assert [stage["_cls"].rsplit(".")[-1] for stage in rest["set_view"]["view"]] == ["MatchTags", "Exists", "SortBy"]
     assert rest["notify"]["variant"] == "success"
     assert "reload_dataset" in rest
     assert messages[0][0] == "open_panel"
@@ -189,9 +189,12 @@ def test_delegated_execution(dataset, options):
 def test_the_form_offers_what_fits(dataset):
     form = resolve(dataset, "compute_influence", {"caption_field": "caption", "target": "tag: val"})
     assert sorted(form["caption_field"]["type"]["values"]) == ["caption", "spoiled"]
-    assert form["target"]["type"]["values"] == ["tag: train", "tag: val"]
-    assert form["counts"]["view"]["label"] == "96 pairs will be scored towards 24 validation pairs"
-    assert form["shared"]["view"]["label"].startswith("24 validation pairs are also scored")
+    assert form["target"]["type"]["values"] == ["tag: train", "tag: val", "hold out"]
+    assert form["counts"]["view"]["label"] == "72 pairs will be scored towards 24 validation pairs"
+    assert form["leave_out"]["view"]["label"] == "Leave out the 24 of these that are validation pairs"
+    kept = {"caption_field": "caption", "target": "tag: val", "leave_out": False}
+    said = resolve(dataset, "compute_influence", kept)["counts"]["view"]["label"]
+    assert said == "96 pairs will be scored towards 24 validation pairs"
     assert not form["brain_key"]["invalid"]
     assert "seed" not in form
     assert "seed" in resolve(dataset, "compute_influence", {"advanced": True})
@@ -232,13 +235,15 @@ def test_a_taken_key_can_be_replaced(dataset, detect):
     detect(fit=False)
     form = resolve(dataset, "detect_misalignment", {"brain_key": "audit"})
     assert form["brain_key"]["error_message"] == "There is a run 'audit' already. Replace it, or choose another key"
-    assert form["overwrite"]
-    assert not resolve(dataset, "detect_misalignment", {"brain_key": "audit", "overwrite": True})["brain_key"][
-        "invalid"
-    ]
+    (tick,) = [name for name in form if name.startswith("replace_")]
+    for ticked in (tick, "overwrite"):  # the latter from Python
+        replaced = resolve(dataset, "detect_misalignment", {"brain_key": "audit", ticked: True})
+        assert not replaced["brain_key"]["invalid"]
+    detect(fit=False, brain_key="other")
+    assert resolve(dataset, "detect_misalignment", {"brain_key": "other", tick: True})["brain_key"]["invalid"]
     other = resolve(dataset, "compute_influence", {"brain_key": "audit", "overwrite": True})
     assert "another kind of run" in other["brain_key"]["error_message"]
-    assert "overwrite" not in other
+    assert not [name for name in other if name.startswith("replace_")]
 
 
 def test_classes_are_forgotten_with_the_loss_that_asks_for_them(dataset, options):
@@ -345,7 +350,7 @@ def test_detection_towards_validation_pairs(dataset, detect):
         ({"tag": "misaligned"}, "reserved for what a person says"),
         ({"share": 0.1}, "give tag too"),
         ({"tag": "suspect", "share": 0.1, "threshold": 0.5}, "not both"),
-        ({"detector": "self_influence", "fit": False}, "fit=True"),
+        ({"detector": "self_influence", "fit": False}, "Tick 'Fit the model to these pairs first'"),
         ({"detector": "astrology"}, "not available"),
         ({"pretrained": "no_such_tag"}, "neither a file nor a tag"),
     ],
@@ -393,7 +398,7 @@ def test_the_form_of_detection(dataset):
     ("params", "field", "message"),
     [
         ({"tagging": "estimated", "tag": "aligned"}, "tag", "reserved"),
-        ({"tagging": "share", "share": 1.5}, "share", "from 0 to 1"),
+        ({"tagging": "share", "percent": 150}, "percent", "at most 100"),
         ({"tagging": "threshold", "threshold": -0.5}, "threshold", "from 0 to 1"),
         ({"advanced": True, "fit": False, "detector": "loo_loss"}, "detector", "trained on the pairs"),
         ({"brain_key": "a key"}, "brain_key", "is not a name"),
@@ -506,6 +511,33 @@ def test_runs_are_managed_from_python(dataset, score, manage):
         run(action="delete", brain_key="better")
 
 
+def test_the_grid_is_not_left_with_the_fields_of_a_run_that_is_gone(dataset, score):
+    train, val = dataset.match_tags("train"), dataset.match_tags("val")
+    score(train, val)
+    view = train.match(fo.ViewField("ecif_influence") < 0).sort_by("ecif_influence")
+    order = view.values("id")
+    request = {"active_fields": ["caption", "ecif_rank"], "filters": {"ecif_influence": {}}}
+
+    def asked(view, **params):
+        stages = view._serialize(include_uuids=False)
+        ctx = ExecutionContext(
+            request_params={"dataset_name": dataset.name, "view": stages, "params": params, **request},
+            executor=Executor(),
+        )
+        operator("manage_influence_runs").execute(ctx)
+        dataset.reload()
+        return {request.operator_uri: request.params for request in ctx.executor._requests}
+
+    told = asked(view, action="rename", brain_key="ecif", new_key="better")
+    assert told["set_active_fields"]["fields"] == ["caption", "better_rank"]
+    assert "clear_sidebar_filters" in told
+    assert fo.DatasetView._build(dataset, told["set_view"]["view"]).values("id") == order
+    request = {}
+    assert "set_view" not in asked(train, action="describe", brain_key="better")
+    told = asked(train.sort_by("better_influence"), action="delete", brain_key="better")
+    assert fo.DatasetView._build(dataset, told["set_view"]["view"]).values("id") == train.values("id")
+
+
 def test_what_managing_refuses_is_an_error_of_ours(dataset, score, manage):
     run, _ = manage
     score(dataset.match_tags("train"), dataset.match_tags("val"))
@@ -583,13 +615,65 @@ def test_forms_without_anything_to_work_on_are_blocked(made):
     dataset.delete()
 
 
-def test_the_tag_form_counts(dataset, options):
-    operator("compute_influence")(dataset.match_tags("train"), **options)
-    params = {"field": "ecif_influence", "direction": "valuable", "limit": "share", "share": 0.5}
-    assert resolve(dataset, "tag_by_influence", params)["preview"]["view"]["label"] == "36 pairs will be tagged"
-    wrong = resolve(dataset, "tag_by_influence", params | {"share": 7, "tag": "aligned"})
-    assert "share=7" in wrong["share"]["error_message"]
-    assert "'aligned' is reserved" in wrong["tag"]["error_message"]
+@pytest.fixture
+def few(dataset):
+    """Scores of 60 pairs, 20 of which harm, in a dataset of 96."""
+    dataset.add_sample_field("ecif_influence", fo.FloatField)
+    ids = dataset.match_tags("train").values("id")[:60]
+    dataset.set_values("ecif_influence", {i: (n - 20) / 10 or 0.01 for n, i in enumerate(ids)}, key_field="id")
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"limit": "share", "percent": 10}, "6 pairs will be tagged"),
+        ({"limit": "share", "share": 0.1}, "6 pairs will be tagged"),
+        ({"limit": "count", "count": 15}, "15 pairs will be tagged"),
+        (
+            {"limit": "count", "count": 30},
+            "20 pairs will be tagged, not 30: of the 96 samples to choose among, 60 have this score, and 20 of those "
+            "are harmful",
+        ),
+        ({"limit": "threshold", "threshold": 1.0}, "20 pairs will be tagged"),
+    ],
+)
+def test_the_tag_form_counts_and_says_what_limits_it(few, params, said):
+    entered = {"field": "ecif_influence", "direction": "harmful", **params}
+    assert resolve(few, "tag_by_influence", entered)["preview"]["view"]["label"] == said
+    result = operator("tag_by_influence")(few, **entered).result
+    assert result == {"tag": "harmful", "count": int(said.split()[0])}
+    assert max(few.match_tags("harmful").values("ecif_influence")) < 0
+
+
+def test_the_tag_form_says_where_there_are_more(few):
+    stages = few.exists("ecif_influence").limit(5)._serialize()
+    params = {"field": "ecif_influence", "direction": "harmful", "count": 100}
+    said = resolve(few, "tag_by_influence", params, view=stages)["preview"]["view"]["label"]
+    assert said.endswith("5 of those are harmful. The whole dataset has 20: choose it under 'Tag among'")
+
+
+@pytest.mark.parametrize(
+    ("params", "field", "message"),
+    [
+        ({"limit": "share", "percent": 0}, "percent", "more than 0 and at most 100"),
+        ({"limit": "share", "share": 7}, "share", "Share 7"),
+        ({"count": 0}, "count", "Pairs 0 must be at least 1"),
+        ({"count": 5, "tag": "aligned"}, "tag", "'aligned' is reserved"),
+    ],
+)
+def test_the_tag_form_says_what_is_wrong(few, params, field, message):
+    found = resolve(few, "tag_by_influence", {"field": "ecif_influence", **params})[field]
+    assert found["invalid"]
+    assert message in found["error_message"]
+
+
+def test_the_tag_goes_with_the_end_that_is_chosen(few):
+    tagged = operator("tag_by_influence")(few, direction="valuable", count=3).result
+    assert tagged == {"tag": "valuable", "count": 3}
+    form = resolve(few, "tag_by_influence", {"direction": "valuable"})
+    assert form["tag"]["default"] is None
+    assert form["tag"]["view"]["description"] == "'valuable' if left empty"
 
 
 def test_the_tag_form_starts_with_the_score_of_a_run(dataset):
@@ -597,12 +681,170 @@ def test_the_tag_form_starts_with_the_score_of_a_run(dataset):
         dataset.add_sample_field(field, fo.FloatField)
     form = resolve(dataset, "tag_by_influence", {})
     assert form["field"]["default"] == "audit_misalignment"
-    assert form["direction"]["default"] == "suspicious"
-    wrong_end = {"field": "audit_misalignment", "direction": "harmful"}
-    assert "least suspicious" in resolve(dataset, "tag_by_influence", wrong_end)["end"]["view"]["label"]
+    assert "direction" not in form  # the least suspicious ones are of no interest
+    assert form["tag"]["view"]["description"] == "'suspicious' if left empty"
     dataset.add_sample_field("ecif_influence", fo.FloatField)
     form = resolve(dataset, "tag_by_influence", {})
     assert (form["field"]["default"], form["direction"]["default"]) == ("ecif_influence", "harmful")
+
+
+@pytest.mark.parametrize(
+    ("params", "field", "message"),
+    [
+        ({"device": "gpu"}, "device", "none that torch knows"),
+        ({"device": "cuda:99"}, "device", "finds no"),
+        ({"n_partitions": 0}, "n_partitions", "at least 1"),
+        ({"batch_size": 97}, "batch_size", "There are 96 pairs. Use at most 96"),
+        ({"pretrained": "/etc/passwd"}, "pretrained", "/etc/passwd is no checkpoint"),
+        ({"pretrained": "/etc/"}, "pretrained", "/etc is a folder"),
+        ({"pretrained": "~/none.pt"}, "pretrained", "There is no file HOME/none.pt"),
+        ({"brain_key": "a key"}, "brain_key", "Key 'a key' is not a name"),
+    ],
+)
+def test_what_the_form_can_judge_is_judged_there(dataset, monkeypatch, tmp_path, params, field, message):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = resolve(dataset, "compute_influence", {"advanced": True, "caption_field": "caption", **params})[field]
+    assert found["invalid"]
+    assert message.replace("HOME", str(tmp_path)) in found["error_message"]
+
+
+def test_a_pasted_path_is_taken_as_it_is_meant(dataset, options, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copyfile(made[1], tmp_path / "mine.pt")
+    for text in (" ~/mine.pt ", f'"{tmp_path}/mine.pt"', "'~/mine.pt' "):
+        assert not resolve(dataset, "compute_influence", {"pretrained": text})["pretrained"].get("invalid")
+        operator("compute_influence")(
+            dataset.match_tags("train"), **options | {"pretrained": text, "fit": False, "overwrite": True}
+        )
+        dataset.reload()
+        assert dataset.get_brain_info("ecif").config.pretrained == str(tmp_path / "mine.pt")
+    operator("export_pairs")(dataset, ' "~/pairs.csv"')
+    assert (tmp_path / "pairs.csv").is_file()
+
+
+def test_validation_pairs_are_left_out_of_what_is_scored(dataset, options):
+    dataset.save_view("mine", dataset.match_tags("val"))
+    for target in ("tag: val", "saved view: mine"):
+        operator("compute_influence")(dataset, **options | {"target": target, "overwrite": True})
+        assert dataset.match_tags("val").count("ecif_influence") == 0
+        assert dataset.count("ecif_influence") == 72
+    operator("compute_influence")(dataset, **options, leave_out=False, overwrite=True)
+    assert dataset.count("ecif_influence") == 96
+    form = resolve(dataset, "compute_influence", {"target": "tag: val"}, view=dataset.match_tags("val")._serialize())
+    assert "All of these are validation pairs" in form["target"]["error_message"]
+
+
+def test_a_share_can_be_held_out(dataset, options):
+    dataset.untag_samples(["train", "val"])
+    form = resolve(dataset, "compute_influence", {"target": "hold out", "held_out": 25.0})
+    assert form["target"]["type"]["values"] == ["hold out"]
+    assert form["target"]["default"] == "hold out"
+    assert form["counts"]["view"]["label"] == "72 pairs will be scored towards 24 validation pairs"
+    assert (
+        "at least 2"
+        in resolve(dataset, "compute_influence", {"target": "hold out", "held_out": 0.5})["target"]["error_message"]
+    )
+    drawn = []
+    for seed in (0, 0, 1):
+        operator("compute_influence")(
+            dataset, **options | {"target": "hold out", "overwrite": True}, held_out=25.0, held_out_seed=seed
+        )
+        drawn.append(set(dataset.match_tags("held_out").values("id")))
+        assert not set(dataset.exists("ecif_influence").values("id")) & drawn[-1]
+    assert len(drawn[0]) == len(drawn[2]) == 24
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_form_starts_with_what_was_entered_last(dataset, options, detect):
+    assert resolve(dataset, "compute_influence", {})["pretrained"]["default"] is None
+    params = {**options, "caption_field": "spoiled", "target": "tag: train", "scope": "lora:4:99"}
+    failed = dict(run_in_the_app(dataset, params))
+    assert failed["notify"]["variant"] == "error"
+    form = resolve(dataset, "compute_influence", {})
+    kept = {name: form[name]["default"] for name in ("model", "pretrained", "caption_field", "target", "fit")}
+    assert kept == {name: params[name] for name in kept}
+    assert form["brain_key"]["default"] == "ecif"  # nothing was written under it
+    assert resolve(dataset, "detect_misalignment", {})["pretrained"]["default"] == options["pretrained"]
+    detect(fit=False)
+    form = resolve(dataset, "detect_misalignment", {})
+    assert (form["brain_key"]["default"], form["caption_field"]["default"]) == ("audit2", "caption")
+    dataset.add_sample_field("ecif_rank", fo.StringField)
+    assert resolve(dataset, "compute_influence", {})["brain_key"]["default"] == "ecif2"
+
+
+def test_a_form_starts_with_the_run_where_that_is_newer(dataset, score):
+    score(dataset.match_tags("train"), dataset.match_tags("val"), brain_key="direct")
+    config = dataset.get_brain_info("direct").config
+    form = resolve(dataset, "detect_misalignment", {})
+    assert (form["model"]["default"], form["pretrained"]["default"]) == (config.model, config.pretrained)
+
+
+def test_the_slice_that_the_app_shows_is_scored(grouped, options):
+    params = {"caption_field": "caption", "target": "tag: val", "limit": "count", "count": 200}
+    for slice_, pairs in (("right", 96), ("left", 96)):
+        form = resolve(grouped, "detect_misalignment", params, group_slice=slice_)
+        assert not form["caption_field"].get("invalid")
+        assert form["counts"]["view"]["label"] == f"{pairs} pairs will be scored"
+    form = resolve(grouped, "compute_influence", params, group_slice="right")
+    assert form["counts"]["view"]["label"] == "72 pairs will be scored towards 24 validation pairs"
+    told = run_in_the_app(grouped, {**options, **params}, group_slice="right")
+    assert dict(told)["notify"]["variant"] == "success"
+    right = grouped.select_group_slices("right")
+    assert right.count("ecif_influence") == len(right.match_tags("train")) == 72
+    assert grouped.select_group_slices("left").count("ecif_influence") == 0
+
+
+def test_a_view_of_groups_is_taken_apart(dataset, options):
+    view = dataset.match_tags("train").group_by("spoiled")
+    form = resolve(dataset, "detect_misalignment", {"caption_field": "caption"}, view=view._serialize())
+    assert form["counts"]["view"]["label"] == "72 pairs will be scored"
+    with pytest.raises(EcifError, match=r"Use its samples: view.flatten\(\)"):
+        compute_misalignment(view, model=options["model"], pretrained=options["pretrained"])
+    compute_misalignment(view.flatten(), model=options["model"], pretrained=options["pretrained"], batch_size=24)
+
+
+def test_captions_in_lists_get_advice_that_works(dataset, options):
+    dataset.add_sample_field("captions", fo.ListField, subfield=fo.StringField)
+    dataset.set_values("captions", [[text, "another"] for text in dataset.values("caption")])
+    dataset.delete_sample_fields(["caption", "spoiled"])
+    said = resolve(dataset, "compute_influence", {})["no_captions"]["error_message"]
+    train = dataset.match_tags("train")
+    with pytest.raises(EcifError, match="Captions must be in a string field, but 'captions' is a ListField") as failed:
+        compute_misalignment(train, "captions", options["model"], options["pretrained"])
+    advice = said.partition("Make one of the lists in 'captions': ")[2]
+    assert advice
+    assert str(failed.value).endswith(advice)
+    exec(advice, {"dataset": dataset})
+    compute_misalignment(train, model=options["model"], pretrained=options["pretrained"], batch_size=24)
+
+
+def test_one_selected_pair_cannot_be_scored(dataset):
+    one = [dataset.first().id]
+    for name in ("compute_influence", "detect_misalignment"):
+        form = resolve(dataset, name, {}, selected=one, view_target="SELECTED_SAMPLES")
+        assert "at least 2 pairs, and 1 is selected" in form["one_pair"]["error_message"]
+
+
+def test_the_fields_of_runs_are_no_captions_and_the_likely_one_is_chosen(dataset, detect):
+    detect(fit=False)
+    dataset.rename_sample_field("caption", "alt_words")
+    dataset.add_sample_field("source", fo.StringField)
+    form = resolve(dataset, "compute_influence", {})["caption_field"]
+    assert sorted(form["type"]["values"]) == ["alt_words", "source", "spoiled"]
+    assert form["default"] == "alt_words"  # the one with the longest texts
+    dataset.rename_sample_field("alt_words", "Description")
+    for name in ("compute_influence", "export_pairs"):
+        assert resolve(dataset, name, {})["caption_field"]["default"] == "Description"
+    form = resolve(dataset, "compute_influence", {"caption_field": "source"})
+    assert form["empty"]["view"]["label"] == "Only 0 of 96 samples have a text in 'source'"
+    assert "empty" not in resolve(dataset, "compute_influence", {"caption_field": "Description"})
+
+
+def test_a_target_that_cannot_be_used_names_the_field(dataset, options):
+    dataset.rename_sample_field("caption", "alt")
+    dataset.match_tags("val").set_field("alt", None).save("alt")
+    with pytest.raises(EcifError, match=r"The target cannot be used.*alt: empty"):
+        operator("compute_influence")(dataset.match_tags("train"), **options, caption_field="alt")
 
 
 def test_the_export_form_protects_a_file(dataset, tmp_path):
@@ -652,7 +894,13 @@ def list_in_a_fresh_process(plugins, path=""):
     return ran.stdout.splitlines()[-2:]
 
 
-SHIPPED = ("fiftyone.yml", "requirements.txt", "operators/__init__.py", "skills/curate-pairs/SKILL.md")
+SHIPPED = (
+    "fiftyone.yml",
+    "requirements.txt",
+    "operators/__init__.py",
+    "operators/panel/keys.js",
+    "skills/curate-pairs/SKILL.md",
+)
 OPERATORS = str(sorted(LISTED["operators"] + LISTED["panels"]))  # FiftyOne counts panels among the operators
 
 

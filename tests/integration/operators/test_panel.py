@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from panel_driver import Panel
 
-from fiftyone_ecif import compute_misalignment, group_influence, tag_by_influence, trace
+from fiftyone_ecif import EcifError, compute_misalignment, group_influence, tag_by_influence, trace
 from fiftyone_ecif.api.tracing import mark_traces
 from fiftyone_ecif.demo.training import MODEL
 from fiftyone_ecif.runs.score_table import ScoreTable
@@ -82,7 +82,7 @@ def test_what_an_older_answer_drew_over_is_drawn_again(both):
     late = json.loads(json.dumps(panel.state))
     panel.send("choose_page", value="run")
     panel.state["drawn"] = late["drawn"]  # as the older answer leaves it
-    assert "How far to trust it" in panel.send("look_for_jobs").text
+    assert "Show the numbers" in panel.send("look_for_jobs").text
     assert panel.send("look_for_jobs").text == ""
     assert panel.state["queue"] == queue
     assert panel.send("choose_run", value="audit").text == ""  # what the panel has set is not drawn again
@@ -205,7 +205,7 @@ def test_a_selected_pair_is_looked_at(both):
     val = both.match_tags("val").first()
     panel.send("on_change_selected", selected=[val.id])
     assert val.caption in panel.text
-    assert "No score: it is not among the pairs of run `ecif`" in panel.text
+    assert "No score: it is not among the pairs of run 'ecif'" in panel.text
 
 
 def test_a_pair_whose_thumbnail_or_caption_is_gone_is_drawn(both):
@@ -273,7 +273,8 @@ def test_review(both):
     assert both[queue[1]].tags == ["train"]
     panel.send("skip").send("say_misaligned").send("say_misaligned").send("say_aligned")
     assert "So far **2** pairs are tagged `aligned` and **2** `misaligned`" in panel.text
-    panel.send("learn")
+    assert "Learning from 4 tags" in panel.send("learn").text
+    panel.send("learn_now")
     assert "Learned from 2 aligned and 2 misaligned pairs" in panel.text
     both.reload()
     assert both[queue[2]]["audit_misalignment"] == 1.0
@@ -284,6 +285,10 @@ def test_review(both):
 
 def test_the_run_in_plain_words(both):
     panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="run")
+    assert "### Trust it\\n\\nNothing speaks against these numbers" in panel.text
+    assert MODEL in plain_text(panel)
+    assert "minimum" not in panel.text
+    panel.send("fold")
     assert "✓ The model is at a minimum of these pairs' loss" in panel.text
     assert "validation pairs that were kept apart" in panel.text
     assert "Since it was made" not in panel.text
@@ -291,6 +296,9 @@ def test_the_run_in_plain_words(both):
     sample["caption"] = "another one"
     sample.save()
     assert "⚠ Since it was made: 1 changed" in panel.send("choose_page", value="run").text
+    assert "Trust it with care" in panel.text
+    both.match_tags("train").set_field("caption", "the same").save("caption")
+    assert "Do not trust it any more" in panel.send("choose_page", value="run").text
     panel.send("choose_run", value="audit")
     assert "of the captions are wrong" in panel.text
 
@@ -303,6 +311,199 @@ def test_a_run_that_is_gone_is_not_shown(both):
     both.delete_brain_run("audit")
     panel.send("on_load")
     assert "No scores yet" in panel.text
+
+
+def test_a_renamed_run_is_followed_and_so_is_the_view_that_names_it(both):
+    panel = Panel(both).send("choose_run", value="ecif").enter("share", 10).send("show_cut")
+    shown = panel.shown()
+    both.rename_brain_run("ecif", "better")
+    panel.send("look_for_jobs")
+    assert panel.state["key"] == "better"
+    assert panel.shown() == shown
+    assert "ecif_influence" not in json.dumps(panel.view)
+    both.delete_brain_run("better")
+    panel.send("look_for_jobs")
+    assert panel.state["key"] == "audit"
+    assert panel.view == []  # nothing that it said is left
+    panel.view = fo.DatasetView(both).match_tags("val").sort_by("audit_misalignment")._serialize()
+    both.delete_brain_run("audit")
+    assert panel.send("look_for_jobs").shown() == both.match_tags("val").values("id")
+
+
+def test_the_legend_counts_tags_and_their_colours_stay(both):
+    scored = both.exists("ecif_influence").sort_by("ecif_influence")
+    scored.limit(7).tag_samples(["harmful", "mine"])
+    panel = Panel(both).send("choose_run", value="ecif")
+
+    def legend():
+        return {trace["name"]: trace["marker"]["color"] for trace in panel.data("scatter")}
+
+    before = legend()
+    assert list(before) == [f"other pairs ({len(scored) - 7})", "harmful (7)", "mine (7)"]
+    assert before["harmful (7)"] == "#d9534f"
+    scored.limit(4).tag_samples("another")
+    scored.skip(2).limit(9).tag_samples("valuable")
+    panel.send("on_change_selected")
+    after = legend()
+    assert {name: after[name] for name in ("harmful (7)", "mine (7)")} == {
+        name: before[name] for name in ("harmful (7)", "mine (7)")
+    }
+    assert after["valuable (9)"] == "#3fa66a"
+    assert len(set(after.values())) == len(after)
+
+
+def test_a_point_says_its_caption_and_a_part_of_the_same_score_is_not_drawn_against_it(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    traces = panel.data("scatter")
+    assert both[traces[0]["ids"][3]].caption == traces[0]["text"][3]
+    both.delete_brain_run("audit")
+    panel = Panel(both)
+    assert panel.state["other"] is None
+    assert "Against" in panel.text
+    assert "scatter" not in panel.text
+    assert "scatter" in panel.enter("other", "ecif_positive").text
+
+
+def test_no_cut_takes_pairs_that_help_for_harmful_ones(both):
+    panel = Panel(both).send("choose_run", value="ecif").enter("share", 50).send("tag_cut")
+    tagged = both.match_tags("harmful").values("ecif_influence")
+    assert max(tagged) < 0
+    assert len(tagged) == sum(value < 0 for value in both.exists("ecif_influence").values("ecif_influence")) < 36
+    assert "all that are harmful" in panel.text
+
+
+def test_a_card_is_opened_tagged_and_judged(both):
+    panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="ranking")
+    worst = both.exists("ecif_influence").sort_by("ecif_influence").first()
+    assert f"no. 1 from the lowest · {worst.ecif_influence:.4g}" in plain_text(panel)
+    for text in ("Tag harmful", "Aligned", "Misaligned", "Open"):
+        assert text in panel.text
+    assert "✓" not in panel.text
+    panel.send("toggle_tag", id=worst.id, tag="harmful")
+    assert "✓ Tag harmful" in panel.text
+    assert both[worst.id].tags == ["train", "harmful"]
+    panel.send("give_verdict", id=worst.id, tag="misaligned")
+    assert "✓ Misaligned" in panel.text
+    panel.send("give_verdict", id=worst.id, tag="aligned")
+    assert "✓ Misaligned" not in panel.text
+    assert both[worst.id].tags == ["train", "harmful", "aligned"]
+    panel.send("give_verdict", id=worst.id, tag="aligned").send("toggle_tag", id=worst.id, tag="harmful")
+    assert both[worst.id].tags == ["train"]
+    panel.send("look", id=worst.id)
+    assert panel.state["page"] == "pair"
+    assert "no. 1 from the lowest" in panel.text
+
+
+def plain_text(panel):
+    """What the panel says, without markdown's escapes."""
+    return panel.text.replace("\\", "")
+
+
+def test_a_number_that_harms_is_red_and_negative_and_one_that_helps_green_and_positive(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    panel.send("look", id=both.exists("ecif_influence").sort_by("ecif_influence").first().id)
+    lines = [found for found in objects(panel) if "influence on it" in str(found.get("default"))]
+    assert lines
+    for line in lines:
+        colour = line["view"]["componentsProps"]["container"]["sx"]["color"]
+        assert colour == ("#d9534f" if "it \\-" in line["default"] else "#3fa66a")
+    assert {line["view"]["componentsProps"]["container"]["sx"]["color"] for line in lines} == {"#d9534f", "#3fa66a"}
+
+
+def objects(panel):
+    """All that the panel draws, as the App is told."""
+    (drawn,) = [params for uri, params in panel.asked if uri == "show_panel_output"]
+    left, found = [drawn["output"]], []
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            found.append(one)
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+    return found
+
+
+def test_what_was_traced_can_be_looked_at_again(both):
+    panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="trace")
+    assert "Trace mistakes" in panel.text
+    foo.get_operator("@ecif/fiftyone-ecif/trace_predictions")(both, limit=2, count=2)
+    traces = trace(both.load_brain_results("ecif"), limit=2, count=2, progress=False)
+    panel.send("choose_page", value="overview").send("look_for_jobs")  # it turns to the trace by itself
+    assert panel.state["page"] == "trace"
+    assert f"**1 of 2**, loss {traces[0].loss:.2f}" in panel.text
+    for one in (traces[0], *traces[0].culprits, *traces[0].helpers):
+        assert both[one.id].filepath in panel.text
+        assert both[one.id].caption in panel.text
+    assert traces[1].id not in panel.text
+    panel.send("turn_trace", by=1)
+    assert f"**2 of 2**, loss {traces[1].loss:.2f}" in panel.text
+    both.rename_brain_run("ecif", "better")
+    again = Panel(both).send("choose_run", value="better").send("choose_page", value="trace")
+    assert "**1 of 2**" in again.text
+
+
+def test_tabs_that_fire_as_they_are_drawn_turn_no_page(both):
+    panel = (
+        Panel(both).send("choose_run", value="audit").send("choose_page", value="review", path="page_0_misalignment")
+    )
+    assert panel.state["page"] == "review"
+    assert panel.send("choose_page", value="review", path="page_0_misalignment").asked == []  # drawn anew
+    panel.send("choose_run", value="ecif")  # which has no such page
+    assert "page_0_influence" in panel.text
+    assert panel.send("choose_page", value="ranking", path="page_0_misalignment").asked == []  # tabs that are gone
+    assert panel.send("choose_page", value="run", path="page_0_influence").state["page"] == "run"
+
+
+def test_showing_sets_what_the_thumbnails_say_and_a_drag_is_undone(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    scored = both.exists("ecif_influence").sort_by("ecif_influence").values("id")
+    panel.send("click_bar", idx=0)
+    for event, shown in (("show_ranked", scored), ("show_all", both.values("id")), ("show_cut", scored[:4])):
+        panel.send(event)
+        assert panel.shown() == shown
+        (fields,) = [params["fields"] for uri, params in panel.asked if uri == "set_active_fields"]
+        assert fields == ["caption", "ecif_rank"]
+
+
+def test_another_run_can_always_be_started(both):
+    panel = Panel(both).send("choose_run", value="ecif")
+    assert "New run" in panel.text
+    assert "Detect misaligned pairs" not in panel.text
+    assert "Detect misaligned pairs" in panel.send("ask_for_run").text
+    assert "Detect misaligned pairs" not in panel.send("prompt", operator="detect_misalignment").text
+
+
+def test_the_end_of_a_job_stays_until_it_is_dismissed(both, made):
+    params = {"model": MODEL, "pretrained": made[1], "batch_size": 24, "target": "tag: val"}
+    with pytest.raises(EcifError):
+        foo.get_operator("@ecif/fiftyone-ecif/compute_influence")(
+            both.limit(30), brain_key="new", scope="lora:4:99", **params
+        )
+    panel = Panel(both)
+    assert "run 'new' came to nothing" in plain_text(panel)
+    panel.send("on_load").send("choose_page", value="ranking")
+    assert "Open the form again" in panel.text
+    (again,) = [found for found in objects(panel) if found.get("label") == "Open the form again"]
+    assert again["params"]["prefill"]["scope"] == "lora:4:99"
+    foo.get_operator("@ecif/fiftyone-ecif/compute_influence")(both.match_tags("train"), brain_key="new", **params)
+    panel.send("look_for_jobs")
+    assert panel.state["key"] == "new"
+    assert "run 'new' is done" in plain_text(panel)
+    assert "Scored 72 pairs" in panel.text
+    assert "is done" not in panel.send("dismiss").text
+    assert "is done" not in Panel(both).text
+
+
+def test_a_review_says_what_is_missing_before_it_can_learn(both):
+    panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review")
+    assert "Learn once there are 2 more aligned and 2 more misaligned" in panel.text
+    assert "Propose pairs (Enter)" in panel.text
+    panel.send("start_review").send("say_aligned").send("say_aligned").send("say_misaligned")
+    assert "Learn once there are 1 more misaligned" in panel.text
+    for key in ("(A)", "(M)", "(→)", "(←)"):
+        assert key in panel.text
+    assert "Learn from the 4 tags" in panel.send("say_misaligned").text
 
 
 def test_captions_cannot_write_markdown(both):

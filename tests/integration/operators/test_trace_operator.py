@@ -1,5 +1,7 @@
 """Mistakes beside the training pairs behind them, and a model without chosen pairs, by the operators."""
 
+from pathlib import Path
+
 import fiftyone as fo
 import open_clip
 import pytest
@@ -10,6 +12,7 @@ from test_operators import operator, resolve, run_in_the_app, shown_ids
 from fiftyone_ecif import EcifError, edit_model, trace
 from fiftyone_ecif.api.tracing import Culprit, Trace, mark_traces
 from fiftyone_ecif.demo import training
+from fiftyone_ecif.runs.sidebar import HARMFUL, HELPFUL
 from fiftyone_ecif.store.tables import Store
 
 
@@ -68,9 +71,13 @@ def test_culprits_stand_beside_the_mistakes(run):
     assert [row["query"] for row in rows] == [1] * 7 + [2] * 7
     assert rows[1]["relative_influence"] == f"{first.culprits[0].relative_influence:.2e}"
     assert rows[1]["caption"] == dataset[first.culprits[0].id].caption
-    ctx = ExecutionContext(request_params={"params": {}, "results": outcome.result}, executor=Executor())
-    table = operator("trace_predictions").resolve_output(ctx).to_json()["type"]["properties"]["pairs"]["view"]
-    assert {column["key"] for column in table["columns"]} == set(rows[0]) - {"id"}
+
+
+def test_harms_and_helps_are_not_both_in_the_colour_of_one_of_them(run):
+    dataset, _ = run
+    told = dict(in_the_app(dataset, {"brain_key": "ecif", "count": 2, "limit": 1})[1])
+    colours = {entry["path"]: entry["fieldColor"] for entry in told["set_color_scheme"]["fields"]}
+    assert colours["ecif_trace"] not in (HARMFUL, HELPFUL)
 
 
 def test_the_app_is_told_what_to_show(run):
@@ -215,7 +222,7 @@ def test_there_is_nothing_to_trace_with(dataset, score):
     assert form["brain_key"]["type"]["values"] == ["kept"]
     Store(*results.config.store).delete()
     refused = resolve(dataset, "trace_predictions", {})["brain_key"]["error_message"]
-    assert refused == "The store of run 'kept' is gone. Run compute_influence again with overwrite=True"
+    assert refused == "The store of run 'kept' is gone. Run Compute ECIF influence again with 'Replace the run' ticked"
 
 
 def test_a_model_without_mistakes_is_said(run, monkeypatch):
@@ -335,9 +342,28 @@ def test_the_form_of_an_edit_protects_files(run, tmp_path):
 
     assert f"There is a file {taken} already" in path(taken)["error_message"]
     assert not path(taken, overwrite=True)["invalid"]
+    (tick,) = [name for name in resolve(dataset, "edit_model", {"path": str(taken)}) if name.startswith("replace_")]
+    assert not path(taken, **{tick: True})["invalid"]
+    other = tmp_path / "other.pt"
+    other.write_text("mine too")
+    assert path(other, **{tick: True})["invalid"]  # a tick is for one file
     assert path(tmp_path / "no" / "x.pt")["error_message"].startswith(f"There is no folder {tmp_path / 'no'}.")
     assert "is a folder" in path(tmp_path)["error_message"]
     assert not path(tmp_path / "new.pt")["invalid"]
+
+
+def test_an_edit_never_writes_over_the_weights_of_its_run(scored, made, tmp_path):
+    dataset, results = scored
+    source = dataset.get_brain_info("ecif").config.pretrained
+    before = Path(source).read_bytes()
+    link = tmp_path / "link.pt"
+    link.symlink_to(source)
+    for path in (source, link):
+        form = resolve(dataset, "edit_model", {"path": str(path), "overwrite": True})
+        assert "is the checkpoint that the run was made from" in form["path"]["error_message"]
+        with pytest.raises(EcifError, match="is the checkpoint that the model was loaded from"):
+            edit_model(results, results.ids[:3], str(path), overwrite=True)
+    assert Path(source).read_bytes() == before
 
 
 def test_an_edit_of_a_model_that_was_not_fitted_is_warned_of(dataset, score):

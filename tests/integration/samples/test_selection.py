@@ -31,10 +31,12 @@ def scored(tmp_path):
     [
         ("harmful", {"count": 2}, [-2.0, -1.0]),
         ("valuable", {"count": 2}, [3.0, 0.5]),
-        ("harmful", {"count": 99}, [-2.0, -1.0, 0.0, 0.5, 3.0]),
+        ("harmful", {"count": 99}, [-2.0, -1.0]),
         ("harmful", {"share": 0.21}, [-2.0, -1.0]),
-        ("valuable", {"share": 1.0}, [3.0, 0.5, 0.0, -1.0, -2.0]),
+        ("valuable", {"share": 1.0}, [3.0, 0.5]),
         ("harmful", {"threshold": 0.0}, [-2.0, -1.0]),
+        ("harmful", {"threshold": 1.0}, [-2.0, -1.0]),
+        ("suspicious", {"count": 4}, [3.0, 0.5, 0.0, -1.0]),
         ("valuable", {"threshold": 0.0}, [3.0, 0.5]),
     ],
 )
@@ -124,6 +126,25 @@ def test_json_is_exact(scored, tmp_path):
     assert [row["ecif_influence"] for row in rows] == SCORES
     assert rows[0]["caption"] == "=1+1"
     assert set(rows[0]) == {"id", "filepath", "caption", "tags", "ecif_influence"}
+
+
+def test_what_runs_say_beside_scores_is_exported(scored, tmp_path):
+    for name, kind, value in (
+        ("ecif_rank", fo.IntField, 3),
+        ("audit_misalignment", fo.FloatField, 0.5),
+        ("audit_reason", fo.StringField, "a reason"),
+        ("audit_duplicate", fo.StringField, None),
+        ("mine_reason", fo.StringField, "mine"),
+    ):
+        scored.add_sample_field(name, kind)
+        scored.set_values(name, [value] * len(scored))
+    path = tmp_path / "pairs.json"
+    export_pairs(scored, path)
+    row = json.loads(path.read_text())[0]
+    assert row["ecif_rank"] == 3
+    assert row["audit_reason"] == "a reason"
+    assert "audit_duplicate" in row
+    assert "mine_reason" not in row
 
 
 def test_bad_exports(scored, tmp_path):

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.store.files import atomic_path, write_file
+from fiftyone_ecif.store.files import atomic_path, user_path, write_file
 
 each_way = pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 
@@ -71,3 +71,9 @@ def test_a_file_of_the_store_is_for_the_user_alone(tmp_path):
     assert (tmp_path / "table" / "part").stat().st_mode & 0o777 == 0o600
     with pytest.raises(EcifError, match=r"store cannot be written .*cache --free"):
         write_file(tmp_path / "table" / "part" / "below", b"")
+
+
+@pytest.mark.parametrize("text", [" ~/a b.pt\n", '"~/a b.pt"', " '~/a b.pt' ", "~/a b.pt"])
+def test_a_path_as_a_person_gives_it(text, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(user_path(text)) == "/home/me/a b.pt"

@@ -1,0 +1,27 @@
+"""Whether a file can be a checkpoint, by its first bytes. No heavy imports: forms ask."""
+
+from __future__ import annotations
+
+import os
+
+from fiftyone_ecif.errors import EcifError
+
+_ARCHIVE, _PICKLE = b"PK\x03\x04", b"\x80"  # what PyTorch writes, now and formerly; numpy's archives are the former too
+
+
+def check_checkpoint_file(path: str | os.PathLike[str]) -> None:
+    """Checks that a file starts as one that weights are kept in: of PyTorch, safetensors or numpy.
+
+    Raises:
+        EcifError: if it does not, or cannot be read
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise EcifError(f"The checkpoint {path} cannot be read ({error.strerror}). Give another one") from error
+    header = int.from_bytes(start[:8], "little")
+    is_safetensors = start[8:] == b"{" and 8 + header <= size
+    if not (is_safetensors or start.startswith((_ARCHIVE, _PICKLE))):
+        raise EcifError(f"{path} is no checkpoint. Give a file of PyTorch or safetensors that holds a model's weights")
