@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from functools import cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -190,7 +191,7 @@ def _expected(plan: Plan) -> dict[str, float]:
             | {_LOADING: pace["load"]}
             | {
                 stage: seconds * plan.pairs
-                for stage, seconds in zip(_ENCODING, pace.get("encode", (0.0, 0.0)), strict=True)
+                for stage, seconds in zip_longest(_ENCODING, pace.get("encode", ()), fillvalue=0.0)
             }
         )
     found = dict.fromkeys((*_ROUND, "Writing fields"), _FEATURES * plan.pairs) | {_LOADING: _LOAD}
@@ -198,7 +199,7 @@ def _expected(plan: Plan) -> dict[str, float]:
     if size is not None:
         once = size / (_REACHED * _multiplications_a_second())
         half = plan.pairs * once / 2
-        found |= {_ENCODING[0]: half + _READING * plan.pairs, _ENCODING[1]: half}
+        found |= dict(zip(_ENCODING, (half + _READING * plan.pairs, half, 0.0), strict=True))
         if not plan.scope.startswith("heads"):
             found["Solving"] += (_DEEP_PASSES - 1) * plan.pairs * once
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from fiftyone_ecif.influence.targets import Target, fill_prompts
 from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.features import cached_features
 from fiftyone_ecif.models.given_embeddings import GivenEmbeddings
+from fiftyone_ecif.models.inputs import default_readers
 from fiftyone_ecif.models.libraries import library_of, load_encoder
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.cache import database_id
@@ -180,7 +180,7 @@ def prepare(
 
     paths = [path for group in groups for path in group.paths]
     captions = [caption for group in groups for caption in group.captions]
-    workers = (os.cpu_count() or 1) if job.num_workers is None else job.num_workers
+    workers = default_readers() if job.num_workers is None else job.num_workers
     if isinstance(encoder, GivenEmbeddings):
         keys = [pair_key(path, caption) for path, caption in zip(paths, captions, strict=True)]
         images, texts = (on_disk(store, side) for side in encoder.rows)

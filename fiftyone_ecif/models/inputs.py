@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from fiftyone_ecif.influence.objective import OneByOne
 from fiftyone_ecif.models.images import UnreadableImageError, read_image, read_jpeg
 
 _AHEAD = 2  # batches that are read before they are asked for
+_MOST_READERS = 8
 _SHARE = 8  # images that a thread reads at a time
 
 Loaded = tuple[int, "Tensor | None", "str | None"]
@@ -55,6 +57,15 @@ class Images:
             return index, self.preprocess(read_image(path)), None
         except UnreadableImageError as error:
             return index, None, error.reason
+
+
+def default_readers() -> int:
+    """Threads that read images: as many as there are processors, but no more than eight.
+
+    More wait for Python's lock, and make whoever launches the towers wait too: with 16 of them on 16 processors a
+    ViT-L-14 on an H200 encoded 1,010 images a second, with 8 of them 1,470, of 1,760 from pixels.
+    """
+    return min(os.cpu_count() or 1, _MOST_READERS)
 
 
 def loaded(

@@ -17,7 +17,12 @@ class JobSettings(Settings):
         label="Device",
     )
     num_workers: int | None = option(
-        None, "threads that read images; by default one for each processor", label="Workers", kind=int, least=0, flag=""
+        None,
+        "threads that read images; by default one for each processor, eight at most",
+        label="Workers",
+        kind=int,
+        least=0,
+        flag="",
     )
     skip_failures: bool = option(
         True,

@@ -42,7 +42,7 @@ from fiftyone_ecif.misalignment.embeddings import DetectorInputs
 from fiftyone_ecif.misalignment.gathering import gather_evidence
 from fiftyone_ecif.misalignment.judgement import judge
 from fiftyone_ecif.misalignment.neighbours import nearest
-from fiftyone_ecif.models.inputs import loaded
+from fiftyone_ecif.models.inputs import default_readers, loaded
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.models.towers import Tower
 from fiftyone_ecif.progress import result_of
@@ -199,7 +199,7 @@ def encoder(model: str, pairs: int, device: str) -> Row:
         torch.manual_seed(0)
         torch.save(open_clip.create_model(model).state_dict(), folder / "model.pt")
         made = OpenClipEncoder(model, str(folder / "model.pt"), device)
-        batch, workers = made.batch_size, os.cpu_count() or 1
+        batch, workers = made.batch_size, default_readers()
         pixels = made.finish(torch.stack([made.preprocess(Image.open(path)) for path in paths[:batch]]).to(device))
         tokens = made.tokens(captions[:batch])
         half = torch.device(device).type == "cuda"

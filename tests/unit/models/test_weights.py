@@ -134,7 +134,7 @@ def write(path, content):
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", "Git LFS pointer.*git lfs pull"),
         (b"\x80\x04\x95\x00", "cannot be read"),
-        (b"<!DOCTYPE html><html>", "cannot be read"),
+        (b"<!DOCTYPE html><html>", "is no checkpoint"),
         ({"state_dict": Evil()}, r"holds objects of Python \(\w+.system\), which are not loaded. Save its weights"),
         (torch.ones(3), "holds no weights by name"),
         ([torch.ones(3)], "holds no weights by name"),
