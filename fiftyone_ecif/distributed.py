@@ -89,10 +89,13 @@ def join() -> ProcessGroup:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     place = int(os.environ.get("LOCAL_RANK", "0"))
-    if place < torch.cuda.device_count():  # there may be fewer GPUs than processes: the heads are on the CPU
-        torch.cuda.set_device(place)
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(place % gpus)
+    # NCCL refuses two processes on one GPU; gloo carries their sums through the CPU
+    crowded = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus
     try:
-        dist.init_process_group(timeout=_PATIENCE)
+        dist.init_process_group("gloo" if crowded else None, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise EcifError(f"The other processes cannot be reached ({error}). Start them with torchrun") from error
     atexit.register(dist.destroy_process_group)
