@@ -203,9 +203,9 @@ class FeatureBatches(Sequence[Batch]):
         if isinstance(side, Tensor):
             return side[rows.to(side.device)].to(self.placement.device, self.placement.dtype)
         found = side[rows.flatten()].view(*rows.shape, -1)
-        if self.placement.device != "cpu":
-            return found.pin_memory().to(self.placement.device, non_blocking=True).to(self.placement.dtype)
-        return found.to(self.placement.dtype)
+        if self.placement.device.startswith("cuda"):
+            found = found.pin_memory()
+        return found.to(self.placement.device, non_blocking=True).to(self.placement.dtype)
 
 
 def resident(features: DiskMatrix, placement: Placement) -> Tensor | DiskMatrix:
