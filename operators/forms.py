@@ -17,7 +17,7 @@ import fiftyone.operators.types as types
 from fiftyone import ViewField
 
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.models.checkpoint_file import check_checkpoint_file
+from fiftyone_ecif.models.checkpoint_file import check_checkpoint_file, weights_file
 from fiftyone_ecif.models.libraries import MODEL_LIBRARIES, library_of, model_names
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.settings.job import JobSettings
@@ -341,9 +341,10 @@ def ask_model(inputs: Any, ctx: Any, default: str) -> None:
         if not path.exists():
             where = "" if path.is_absolute() else f" in {Path.cwd()}. Give its whole path"
             refuse(pretrained, f"There is no file {path}{where}")
-        elif path.is_file():
+        else:
             try:
-                check_checkpoint_file(path)
+                if weights_file(path) == path:
+                    check_checkpoint_file(path)
             except EcifError as error:
                 refuse(pretrained, str(error))
     elif weights and known is not None and weights not in known and not Path(weights).exists():

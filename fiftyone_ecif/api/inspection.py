@@ -48,7 +48,7 @@ def inspect_pair(results: Any, sample: str, count: int = 5) -> Inspection:
         count (5): how many others to name, of each sort.
 
     Returns:
-        what there is: all lists are empty if the run kept no gradients or the sample is not among its pairs
+        what there is: all lists are empty if the store of the run is gone or the sample is not among its pairs
     """
     if sample not in results.ids:
         return Inspection([], [], [])
@@ -57,7 +57,8 @@ def inspect_pair(results: Any, sample: str, count: int = 5) -> Inspection:
     store = results.gradient_store if influence_run else GradientStore(Store(*results.config.store), len(results.ids))
     pair = store.pair(row, "image", "positive", "negative")
     if pair is None:
-        return Inspection([], [], [])
+        near = [] if influence_run else [Link(results.ids[other], value) for other, value in results.alike(row)[:count]]
+        return Inspection([], [], near)
     image, positive, negative = pair
     similarity = store.similarity(image[None])[0]
     similarity[row] = -np.inf

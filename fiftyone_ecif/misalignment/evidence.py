@@ -23,6 +23,8 @@ SIGNALS = {
 }
 #: Those of features alone, which need no model that compares the two.
 FEATURE_SIGNALS = ("image_agreement", "caption_agreement")
+#: The part of the tables with the pairs that are like each.
+NEAR = "near"
 #: Decoys by how like the wrong caption is to the right one.
 KINDS = ("random", "similar", "subtle")
 
@@ -39,6 +41,9 @@ class Evidence:
         fold: of each pair: signals of fitted and canonical heads are by heads made without it. Shape ``(N,)``.
         decoy_fold: of each decoy, likewise.
         sampled: which pairs the decoys stand beside; all, unless they are very many. Bool, shape ``(N,)``.
+        near: rows of the pairs whose images are most like each one's, the nearest first, shape ``(N, k)``; None if
+            that is not known.
+        alike: cosine of their centred image features, likewise.
     """
 
     names: tuple[str, ...]
@@ -48,12 +53,15 @@ class Evidence:
     fold: np.ndarray
     decoy_fold: np.ndarray
     sampled: np.ndarray
+    near: np.ndarray | None = None
+    alike: np.ndarray | None = None
 
     def tables(self) -> dict[str, dict[str, np.ndarray]]:
         """Columns of pairs and of decoys, from which :meth:`from_tables` makes it again."""
         pairs, decoys = (dict(zip(self.names, rows.T, strict=True)) for rows in (self.pairs, self.decoys))
         return {
             "pairs": {**pairs, "fold": self.fold, "sampled": self.sampled},
+            **({} if self.near is None else {NEAR: {"row": self.near, "cosine": self.alike}}),
             "decoys": {**decoys, "fold": self.decoy_fold, "kind": self.kind},
         }
 

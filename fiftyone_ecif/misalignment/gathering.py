@@ -33,6 +33,7 @@ from fiftyone_ecif.progress import Progress
 
 _FOLDS = 5
 _REFERENCES = 1024
+_SHOWN = 10  # pairs that are like one, to be looked at beside it
 _DECOYED = 10_000  # pairs that get decoys, at most
 _FITTED = 20_000  # pairs that heads are made from, at most
 _TOLERANCE, _PASSES = 1e-3, 500  # relative gradient norm of a fit, and its gradients and products at most
@@ -67,9 +68,9 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
         raise EcifError(f"All {pairs} captions are the same, or nearly all: none can be told to be wrong")
     yield Progress("Comparing pairs", 0, 3)
     features = [normalize(side - side.mean(0), dim=1) for side in (images, texts)]
-    near = [nearest(side, NEAR + 1, copies, inputs.device).rows for side in features]
+    near = [nearest(side, NEAR + 1, copies, inputs.device) for side in features]
     references = torch.randperm(pairs, generator=generator)[:_REFERENCES]
-    around = Surroundings(near[0], near[1], references, same_image, same_caption)
+    around = Surroundings(near[0].rows, near[1].rows, references, same_image, same_caption)
     everything = torch.arange(pairs)
     image, caption = torch.cat([everything, decoys.image]), torch.cat([everything, decoys.caption])
 
@@ -96,7 +97,9 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
         table = np.concatenate([*columns.values(), canonical], axis=1)
         beside = np.zeros(pairs, dtype=bool)
         beside[sampled] = True
-        return Evidence(names, table[:pairs], table[pairs:], decoys.kind, fold.numpy(), of[pairs:].numpy(), beside)
+        like = near[0].rows[:, :_SHOWN].numpy(), near[0].similarity[:, :_SHOWN].numpy()
+        folds_of = fold.numpy(), of[pairs:].numpy()
+        return Evidence(names, table[:pairs], table[pairs:], decoys.kind, *folds_of, beside, *like)
 
     names = (
         *(f"{FEATURES}:{name}" for name in FEATURE_SIGNALS),

@@ -18,16 +18,9 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.models.checkpoint_file import weights_file
 from fiftyone_ecif.models.transformers_weights import from_transformers
 
-_IN_FOLDERS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 _NESTS = ("state_dict", "model_state_dict", "model_state", "model", "module", "weights", "params")
 #: What compiling, sharding and checkpointing activations put between the names of modules.
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -43,7 +36,7 @@ def check_weights(pretrained: str) -> None:
         EcifError: if it is an empty file, a Git LFS pointer, or a folder without weights
     """
     path = Path(pretrained)
-    for file in _parts(_weights_file(path)):
+    for file in _parts(weights_file(path)):
         if not file.is_file():
             raise EcifError(f"The checkpoint {path} lacks its file {file.name}. Copy all of it")
         with file.open("rb") as opened:
@@ -71,7 +64,7 @@ def open_clip_weights(pretrained: str | None) -> Iterator[str | None]:
         yield pretrained
         return
     check_weights(pretrained)
-    file = _weights_file(Path(pretrained))
+    file = weights_file(Path(pretrained))
     if file.suffix in _OWN_NUMPY:
         yield str(file)
         return
@@ -99,15 +92,6 @@ def in_short(error: Exception, most: int = 300) -> str:
     said += [f"{len(unexpected)} of its weights are not the model's, such as {name}" for name in unexpected[:1]]
     said += [f"its {name} has the shape {found}, the model's {own}" for name, found, own in shapes[:1]]
     return "; ".join(said) or " ".join(text.split())[:most]
-
-
-def _weights_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    found = [path / name for name in _IN_FOLDERS if (path / name).is_file()]
-    if not found:
-        raise EcifError(f"The folder {path} holds no weights. It needs one of {', '.join(_IN_FOLDERS)}")
-    return found[0]
 
 
 def _parts(file: Path) -> list[Path]:

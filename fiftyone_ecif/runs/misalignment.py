@@ -8,7 +8,7 @@ import fiftyone.core.fields as fof
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.misalignment.detectors import Calibrated
-from fiftyone_ecif.misalignment.evidence import Evidence
+from fiftyone_ecif.misalignment.evidence import NEAR, Evidence
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.runs.base import EcifRun, RunConfig, RunRecord, RunResults, ScoreField
 from fiftyone_ecif.settings.misalignment import MisalignmentSettings
@@ -77,10 +77,21 @@ class MisalignmentResults(RunResults):
             EcifError: if the run's store was deleted, or the run is of an older version
         """
         table = Store(*self.config.store).table(self.config.table)
-        if set(table.parts()) != {"pairs", "decoys"}:
+        if not {"pairs", "decoys"} <= set(table.parts()):
             raise EcifError(
                 f"What run {self.key!r} learned from is gone. Run compute_misalignment again with overwrite=True"
             )
         names = self.diagnostics["signals"]
         pairs, decoys = table.read("pairs", *names, "fold", "sampled"), table.read("decoys", *names, "fold", "kind")
         return Evidence.from_tables(names, pairs, decoys)
+
+    def alike(self, row: int) -> list[tuple[int, float]]:
+        """Rows of the pairs whose images are most like a pair's, the nearest first, and cosines of their features.
+
+        Empty if the run compared no images, or its store was deleted.
+        """
+        table = Store(*self.config.store).table(self.config.table)
+        if NEAR not in table.parts():
+            return []
+        found = table.read(NEAR, "row", "cosine")
+        return list(zip(found["row"][row].tolist(), found["cosine"][row].tolist(), strict=True))

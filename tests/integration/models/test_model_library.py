@@ -109,7 +109,11 @@ def views(dataset):
 def form(**params):
     """The questions after the model, when something is entered."""
     inputs = types.Object()
-    ask_model(inputs, SimpleNamespace(params=params), "ViT-B-32")
+    nothing = SimpleNamespace(get=lambda key: None)  # was entered before
+    ctx = SimpleNamespace(
+        params=params, store=lambda name: nothing, dataset=SimpleNamespace(list_brain_runs=lambda method: [])
+    )
+    ask_model(inputs, ctx, "ViT-B-32")
     return inputs.properties
 
 

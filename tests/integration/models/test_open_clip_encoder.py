@@ -409,7 +409,7 @@ def test_names_are_checked_before_anything_is_loaded(model, pretrained, message)
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(EcifError, match=r"model\.pt cannot be read"):
+    with pytest.raises(EcifError, match=r"model\.pt is no checkpoint"):
         OpenClipEncoder("ecif-digits", str(path))
 
 

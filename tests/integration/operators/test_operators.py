@@ -696,7 +696,7 @@ def test_the_tag_form_starts_with_the_score_of_a_run(dataset):
         ({"n_partitions": 0}, "n_partitions", "at least 1"),
         ({"batch_size": 97}, "batch_size", "There are 96 pairs. Use at most 96"),
         ({"pretrained": "/etc/passwd"}, "pretrained", "/etc/passwd is no checkpoint"),
-        ({"pretrained": "/etc/"}, "pretrained", "/etc is a folder"),
+        ({"pretrained": "/etc/"}, "pretrained", "The folder /etc holds no weights"),
         ({"pretrained": "~/none.pt"}, "pretrained", "There is no file HOME/none.pt"),
         ({"brain_key": "a key"}, "brain_key", "Key 'a key' is not a name"),
     ],

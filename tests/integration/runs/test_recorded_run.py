@@ -158,7 +158,9 @@ def test_it_is_shown_in_the_panel(recorded):
         "positive = valuable, negative = harmful"
         in panel.send("choose_run", value="ecif").send("choose_page", value="overview").text
     )
-    assert "How far to trust it" in panel.send("choose_page", value="run").text
+    text = panel.send("choose_page", value="run").text
+    assert "Do not trust it any more" in text  # its images are not there
+    assert "20 changed" in text
 
 
 def test_it_is_tagged_and_exported(recorded, tmp_path):

@@ -267,9 +267,7 @@ def test_cells_of_a_table(value):
 @pytest.fixture(scope="module")
 def scored():
     dataset = fo.Dataset("fuzzed")
-    dataset.add_samples(
-        [fo.Sample(f"/{n}.png", caption="x", ecif_influence=float(n)) for n in range(5)], progress=False
-    )
+    dataset.add_samples([fo.Sample(f"/{n}.png", caption="x", ecif_influence=n - 5.0) for n in range(5)], progress=False)
     yield dataset
     dataset.delete()
 

@@ -459,7 +459,7 @@ def test_many_rows_in_parts_are_as_few(monkeypatch):
     for module in (embeddings, neighbour_influence):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
     monkeypatch.setattr(signals, "_ROWS", 7)
-    again = result_of(run_detectors(replace(inputs()), list(findings().scores)))
+    again = result_of(run_detectors(replace(inputs()), [name for name in findings().scores if name in DETECTORS]))
     for name, expected in findings().scores.items():
         if name != "calibrated":  # which goes by ranks
             np.testing.assert_allclose(again.scores[name], expected, atol=2e-3, err_msg=name)
