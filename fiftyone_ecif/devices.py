@@ -83,7 +83,7 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe(device: str) -> str:
+def say_device(device: str) -> str:
     """What a device is and how heads are computed on it, in a few words."""
     precision = str(Placement.of_heads(device).dtype).removeprefix("torch.")
     if torch.device(device).type != "cuda":

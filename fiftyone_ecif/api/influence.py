@@ -12,6 +12,7 @@ import numpy as np
 from fiftyone_ecif.api.embeddings import Arrays, take_arrays
 from fiftyone_ecif.api.preparation import PreparedRun, describe, prepare
 from fiftyone_ecif.api.progress_bar import follow
+from fiftyone_ecif.devices import say_device
 from fiftyone_ecif.distributed import ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.gradient_store import GradientStore
@@ -94,8 +95,9 @@ def compute_influence(
         ``cached_correlation`` (Pearson, of influence from the stored gradients
         with the scores), ``pairs``, ``target_pairs``, ``shared_pairs``,
         ``parameters`` (how many are in scope), ``attributed`` (their names),
-        ``held_fixed`` (the names of all others) and ``model_notes`` (what is to be
-        known of the model, a sentence each).
+        ``held_fixed`` (the names of all others), ``model_notes`` (what is to be
+        known of the model, a sentence each) and ``computed_on`` (the device, and
+        in which precision).
 
     Raises:
         EcifError: if an argument or the data is not usable, or the result
@@ -167,6 +169,7 @@ def influence_steps(
         "target_pairs": sum(len(target_pairs.ids) for target_pairs in prepared.target_pairs.values()),
         "shared_pairs": prepared.shared,
         "model_notes": list(prepared.encoder.notes),
+        "computed_on": say_device(prepared.encoder.device),
         "attributed": attributed,
         "held_fixed": [name for name in prepared.encoder.parameter_names() if name not in set(attributed)],
     }

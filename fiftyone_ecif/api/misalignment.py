@@ -11,6 +11,7 @@ from typing import Any
 from fiftyone_ecif.api.embeddings import Arrays, take_arrays
 from fiftyone_ecif.api.preparation import PreparedRun, prepare
 from fiftyone_ecif.api.progress_bar import follow
+from fiftyone_ecif.devices import say_device
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
 from fiftyone_ecif.influence.gradient_store import GradientStore
@@ -97,7 +98,8 @@ def compute_misalignment(
         those that were used), ``detectors`` (those that
         ran), ``duplicates`` (pairs that share their image, their caption or both
         with another), ``tagged``, ``pairs``, ``relative_gradient_norm``
-        (for a detector of influence) and ``model_notes`` (what is to be known of the model, a sentence each).
+        (for a detector of influence), ``model_notes`` (what is to be known of the model, a sentence each) and
+        ``computed_on`` (the device, and in which precision).
 
     Raises:
         EcifError: if an argument or the data is not usable; nothing on the
@@ -164,6 +166,7 @@ def misalignment_steps(
         "duplicates": inputs.duplicates.summary(),
         **({} if norm is None else {"relative_gradient_norm": norm}),
         "model_notes": list(prepared.encoder.notes),
+        "computed_on": say_device(prepared.encoder.device),
     }
     default = settings.detector == Calibrated.name
     columns: dict[str, Any] = {

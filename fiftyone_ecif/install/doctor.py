@@ -47,8 +47,6 @@ def _torch() -> Check:
         return Check("torch", False, "pip install torch torchvision", True)
     import torch
 
-    from fiftyone_ecif.devices import describe
-
     return Check(
         "torch", True, f"{torch.__version__}; {describe('cuda' if torch.cuda.is_available() else 'cpu')}", True
     )

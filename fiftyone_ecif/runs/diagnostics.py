@@ -95,7 +95,8 @@ def _needs_minimum(config: Any) -> bool:
 
 
 def _model(found: dict[str, Any]) -> list[Remark]:
-    return [Remark(False, note) for note in found.get("model_notes", ())]
+    remarks = [Remark(False, note) for note in found.get("model_notes", ())]
+    return [*remarks, *([Remark(True, f"Computed on {found['computed_on']}")] if "computed_on" in found else [])]
 
 
 def judge_fit(config: Any, found: dict[str, Any]) -> Remark:

@@ -99,7 +99,7 @@ def test_everything_with_the_defaults(dataset, audit):
 
     assert set(results.diagnostics) == {
         *("pairs", "noise_rate", "power", "seen", "signals", "weights", "detectors", "duplicates"),
-        *("tagged", "model_notes"),
+        *("tagged", "model_notes", "computed_on"),
     }
     assert results.diagnostics["detectors"] == ["calibrated"]
     assert set(results.diagnostics["power"]) == set(KINDS)

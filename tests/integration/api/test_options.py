@@ -169,7 +169,7 @@ def test_roles(train, val, score):
 
 
 ALWAYS = {"relative_gradient_norm", "smallest_norm", "training_loss", "target_loss", "pairs", "target_pairs"}
-ALWAYS |= {"shared_pairs", "parameters", "attributed", "held_fixed", "model_notes"}
+ALWAYS |= {"shared_pairs", "parameters", "attributed", "held_fixed", "model_notes", "computed_on"}
 OF_A_SOLVE = {"damping", "solve_residual", "solve_iterations", "condition_number"}
 
 
