@@ -47,9 +47,10 @@ def _torch() -> Check:
         return Check("torch", False, "pip install torch torchvision", True)
     import torch
 
-    return Check(
-        "torch", True, f"{torch.__version__}; {describe('cuda' if torch.cuda.is_available() else 'cpu')}", True
-    )
+    from fiftyone_ecif.devices import say_device
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Check("torch", True, f"{torch.__version__}; {say_device(device)}", True)
 
 
 def _packages() -> list[Check]:
