@@ -43,11 +43,7 @@ from fiftyone_ecif.models.weights import in_short, open_clip_weights
 from fiftyone_ecif.store.keys import digest
 
 logger = logging.getLogger(__name__)
-
-_KNOWN_AT_FIRST = (
-    *("visual.proj", "visual.attnpool.c_proj.weight", "visual.head.proj.weight"),
-    *("text_projection", "text.text_projection", "text.text_projection.weight", "text.proj.weight", None),
-)
+_PIXELS = 2  # how files become pixels; 1: palettes resized before they are colours, high bit depths white
 _TAKES_TENSORS = Resize, CenterCrop, CenterCropOrPad, MaybeConvertMode  # of what open_clip does to images
 
 
@@ -356,15 +352,14 @@ class OpenClipEncoder(DualEncoder):
             )
 
     def _fingerprint(self, name: str) -> str:
-        # of other heads the first version kept embeddings, under a digest without them
-        is_coca = isinstance(self.model, open_clip.CoCa)
         made_of = [
             open_clip.get_model_config(name) or name,  # the same weights can serve two architectures
             open_clip.get_model_preprocess_cfg(self.model),
             type(self.tokenizer).__name__,
             getattr(self.tokenizer, "context_length", None),
             *["float16"] * self._half,
-            *(astuple(head) for head in self.heads.values() if head.weight not in _KNOWN_AT_FIRST or is_coca),
+            *(astuple(head) for head in self.heads.values()),
+            _PIXELS,
         ]
 
         def parts() -> Iterator[str | memoryview]:

@@ -77,7 +77,7 @@ def test_of_the_state_of_a_fit(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("half", "fingerprint"), [(False, "8ae2a97eaa3039f7b597a47a8a3b1a9a"), (True, "a0153e95d2be5a9cadb8e827de719be3")]
+    ("half", "fingerprint"), [(False, "cebcdf6f62d4aa08f9bc84be8f666682"), (True, "ae5a23200d9b8459b7e20f75ad53c5aa")]
 )
 def test_of_a_model(half, fingerprint, monkeypatch):
     monkeypatch.setattr(open_clip, "get_model_preprocess_cfg", lambda model: {"size": 8})
