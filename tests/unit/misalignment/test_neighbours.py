@@ -108,7 +108,7 @@ def test_copies_only(pairs):
 @pytest.mark.parametrize("columns", [64 * 30, 64 * 30 + 17])
 def test_the_best_of_chunks_are_the_best(columns):
     similarity = draw(20, columns)
-    similarity[:, 100:164] += 3  # many of the best in one chunk
+    similarity[:10, 100:164] += 3  # all of the best in two chunks; in the other rows they are anywhere
     found, expected = neighbours._top(similarity, 9), similarity.topk(9, dim=1)
     assert torch.equal(found.values, expected.values)
     assert torch.equal(found.indices, expected.indices)
