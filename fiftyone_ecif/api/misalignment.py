@@ -159,7 +159,7 @@ def misalignment_steps(
         "pairs": len(prepared.pairs.ids),
         "noise_rate": list(judgement.rate),
         "power": judgement.power,
-        "seen": judgement.seen,
+        "seen": evidence.seen,
         "signals": list(evidence.names),
         "weights": judgement.weights,
         "detectors": sorted(findings.scores),

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import minimise
+from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.misalignment.canonical import canonical_heads
 from fiftyone_ecif.misalignment.decoys import draw_decoys
@@ -23,11 +24,13 @@ from fiftyone_ecif.misalignment.evidence import (
     FITTED,
     KINDS,
     LOADED,
+    MATCHING,
     SIGNALS,
     Evidence,
 )
 from fiftyone_ecif.misalignment.judgement import judge
 from fiftyone_ecif.misalignment.neighbours import nearest
+from fiftyone_ecif.misalignment.seen import agreement_of_steps, was_fitted
 from fiftyone_ecif.misalignment.signals import NEAR, PairSpace, Surroundings, feature_agreement
 from fiftyone_ecif.progress import Progress
 
@@ -80,8 +83,10 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
     yield Progress("Comparing pairs", 2, 3)
     scope = inputs.objective.scope
     loaded = PairSpace(*inputs.embeddings(scope.start), _scale(inputs, scope.start), around, inputs.device)
-    columns[LOADED] = loaded.measure(image, caption)
+    columns[LOADED] = np.column_stack([loaded.measure(image, caption), loaded.matching(image, caption)])
     del loaded
+    assert isinstance(scope, HeadScope)
+    seen = inputs.trained or was_fitted(agreement_of_steps(scope, scope.start, images[references], texts[references]))
     yield Progress("Comparing pairs", 3, 3)
     of = fold[image]
     columns[FITTED] = np.empty((len(image), len(SIGNALS)), dtype=np.float32)
@@ -99,17 +104,18 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
         beside[sampled] = True
         like = near[0].rows[:, :_SHOWN].numpy(), near[0].similarity[:, :_SHOWN].numpy()
         folds_of = fold.numpy(), of[pairs:].numpy()
-        return Evidence(names, table[:pairs], table[pairs:], decoys.kind, *folds_of, beside, *like)
+        return Evidence(names, table[:pairs], table[pairs:], decoys.kind, *folds_of, beside, seen, *like)
 
     names = (
         *(f"{FEATURES}:{name}" for name in FEATURE_SIGNALS),
-        *(f"{model}:{name}" for model in (LOADED, FITTED, CANONICAL) for name in SIGNALS),
+        *(f"{LOADED}:{name}" for name in (*SIGNALS, MATCHING)),
+        *(f"{model}:{name}" for model in (FITTED, CANONICAL) for name in SIGNALS),
     )
     parts = (image, caption), fold, around, inputs.device
     found = finish((yield from _canonical((images, texts), everything, *parts)))
     if _TRUSTED * pairs < _ENOUGH * max(images.shape[1], texts.shape[1]):
         return found  # there are too few pairs to leave any out
-    score = judge(found, seen=True if inputs.trained else None).score
+    score = judge(found).score
     trusted = torch.from_numpy(np.argsort(score, kind="stable")[: round(_TRUSTED * pairs)]).sort().values
     return finish((yield from _canonical((images, texts), trusted, *parts)))
 

@@ -200,6 +200,6 @@ def test_the_first_proposals_need_no_tags(dataset, reviewed):
     assert len(set(found)) == 16
     assert set(found) <= set(results.ids)
     assert propose_pairs(results, 16) == found
-    probability = judge(results.evidence(), seen=results.diagnostics["seen"]).probability
+    probability = judge(results.evidence()).probability
     doubt = dict(zip(results.ids, np.abs(probability - 0.5), strict=True))
     assert max(doubt[sample] for sample in found[:12]) <= sorted(doubt.values())[11] + 1e-9
