@@ -90,7 +90,7 @@ def test_a_review_end_to_end(dataset, reviewed):
     assert len(learned.proposals) == len(set(learned.proposals)) == 12
     assert not set(learned.proposals) & {*wrong, *right}
     assert dataset.match_tags("val").values("audit_misalignment") == [None] * 24
-    judgement = judge(results.evidence(), read_labels(results), results.diagnostics["seen"])
+    judgement = judge(results.evidence(), read_labels(results))
     np.testing.assert_allclose([found[sample] for sample in results.ids], judgement.probability)
     assert results.noise_rate == pytest.approx(judgement.rate)
     assert results.noise_rate != rate
