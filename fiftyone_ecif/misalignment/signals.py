@@ -7,7 +7,6 @@ embeddings, ``s = u . v``; ``K`` is :data:`NEAR`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -180,22 +179,25 @@ class PairSpace:
         return torch.cat(found)
 
 
-def feature_agreement(images: Tensor, texts: Tensor, around: Surroundings, pairs: Sequence[Tensor]) -> np.ndarray:
+def feature_agreement(
+    images: Tensor, texts: Tensor, around: Surroundings, image: Tensor, caption: Tensor
+) -> np.ndarray:
     """The ``FEATURE_SIGNALS`` of some pairs: how far the captions of similar images are apart, and so on.
 
     Args:
         images: features of all pairs, shape ``(N, w)``; those of images and captions are never compared.
         texts: likewise, shape ``(N, v)``.
         around: what pairs are compared with.
-        pairs: rows of images and of captions, shape ``(M,)`` each.
+        image: rows that the images are of, shape ``(M,)``.
+        caption: rows that the captions are of, likewise.
     """
     found = []
-    for image, caption in zip(*(torch.split(rows, _ROWS) for rows in pairs), strict=True):
-        near_images = without(around.near_images[image], caption)
-        near_captions = without(around.near_captions[caption], image)
+    for at, other in zip(torch.split(image, _ROWS), torch.split(caption, _ROWS), strict=True):
+        near_images = without(around.near_images[at], other)
+        near_captions = without(around.near_captions[other], at)
         columns = [
             1 - torch.einsum("nd,nkd->nk", side[rows], side[near]).mean(1)
-            for side, rows, near in ((texts, caption, near_images), (images, image, near_captions))
+            for side, rows, near in ((texts, other, near_images), (images, at, near_captions))
         ]
         found.append(torch.stack(columns, dim=1))
     agreement: np.ndarray = torch.cat(found).cpu().numpy()

@@ -120,7 +120,7 @@ def test_influence_is_how_a_step_for_the_pair_goes_with_the_steps_of_its_neighbo
 def test_agreement_of_features(world):
     u, v, near, *_, around, _ = world
     images, texts = torch.from_numpy(u), torch.from_numpy(v)
-    found = feature_agreement(images, texts, around, (IMAGE, CAPTION))
+    found = feature_agreement(images, texts, around, IMAGE, CAPTION)
     for row, (a, b) in enumerate(zip(IMAGE.tolist(), CAPTION.tolist(), strict=True)):
         by_image = [m for m in near[0][a] if m != b][: NEAR - 1]
         by_caption = [m for m in near[1][b] if m != a][: NEAR - 1]
