@@ -81,7 +81,7 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
     image, caption = torch.cat([everything, decoys.image]), torch.cat([everything, decoys.caption])
 
     yield Progress("Comparing pairs", 1, 3)
-    agreement = partial(feature_agreement, *features, around)
+    agreement = partial(feature_agreement, features[0], features[1], around)
     columns = {FEATURES: _shared(processes, agreement, image, caption)}
     del features
     yield Progress("Comparing pairs", 2, 3)
