@@ -20,6 +20,7 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.losses import BatchLoss
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import ScopeChoice
+from fiftyone_ecif.models.flat_layers import FlatLayers, merge
 from fiftyone_ecif.models.towers import Tower, differentiable_attention
 from fiftyone_ecif.models.used_parameters import Probe, used_parameters
 
@@ -55,6 +56,7 @@ class TowerScope(Scope):
     ) -> None:
         self.model, self.names, self.loss, self.rank = model, list(names), loss, rank
         self._towers = {tower: Tower(model, tower) for tower in ("image", "text")}
+        self._hidden: set[str] = set()  # what has an adapter and is used where that is not seen
         weights = {name: model.get_parameter(name).detach() for name in names}
         if rank is None:
             pieces = list(weights.values())
@@ -81,7 +83,7 @@ class TowerScope(Scope):
         if self.rank is None:
             return dict(zip(self.names, pieces, strict=True))
         return {
-            name: self._base[name] + (b @ a).view_as(self._base[name])
+            name: merge(self._base[name], a, b)
             for name, a, b in zip(self.names, pieces[::2], pieces[1::2], strict=True)
         }
 
@@ -119,13 +121,19 @@ class TowerScope(Scope):
         return places if self.rank is None else []
 
     def _embed(self, tower: str, theta: Tensor, inputs: Tensor) -> Tensor:
-        changed = {
-            f"model.{name}": value
-            for name, value in self.parameters(theta).items()
-            if name.startswith("visual.") == (tower == "image")
-        }
-        with differentiable_attention():
-            return cast(Tensor, functional_call(self._towers[tower], changed, (inputs,)))
+        own = [name for name in self.names if name.startswith("visual.") == (tower == "image")]
+        adapters = {name: pair for name, pair in self.adapters(theta).items() if name in own}
+        weights = self._base if adapters else self.parameters(theta)
+        weights = {name: weights[name] for name in own}
+        for name in self._hidden.intersection(adapters):
+            weights[name] = merge(weights[name], *adapters.pop(name))
+        given = {f"model.{name}": value for name, value in weights.items()}
+        with differentiable_attention(), FlatLayers(weights, adapters) as layers:
+            embeddings = cast(Tensor, functional_call(self._towers[tower], given, (inputs,)))
+        if layers.unused:
+            self._hidden |= layers.unused
+            return self._embed(tower, theta, inputs)
+        return embeddings
 
 
 def new_adapters(weights: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
