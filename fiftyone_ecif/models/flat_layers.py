@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, multi_head_attention_forward, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from fiftyone_ecif.models.tangents import Linear, Softmax
+from fiftyone_ecif.models.tangents import LayerNorm, Linear, Softmax
 
 _POSITIONAL = 13  # arguments of attention that torch gives without a name
 
@@ -61,6 +61,8 @@ class FlatLayers(TorchFunctionMode):
             return self._attention(args, kwargs)
         if func is scaled_dot_product_attention and len(args) == 3 and not any(kwargs.values()):
             return _mix(*args)
+        if func is layer_norm:
+            return _normed(*args, **kwargs)
         if not self._has_adapted(args, kwargs):
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__":  # shape and precision are the weight's, not so what transposes
@@ -116,6 +118,14 @@ class FlatLayers(TorchFunctionMode):
 def merge(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``W + B A``, of the shape of the weight."""
     return weight + (b @ a).view_as(weight)
+
+
+def _normed(
+    input: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """As torch's function ``layer_norm``."""
+    normed: Tensor = LayerNorm.apply(input, list(shape), weight, bias, eps)
+    return normed
 
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

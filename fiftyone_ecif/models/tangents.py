@@ -1,13 +1,13 @@
 """Layers with a forward-mode rule of their own: torch's computes what is zero, or what is known.
 
-torch multiplies with the derivative of weights that have none, and finds the
-derivative of a softmax by a softmax of its own. In reverse mode, and in reverse
-mode twice, these layers are as torch's.
+torch multiplies with the derivative of weights that have none, finds that of a
+softmax by a softmax of its own, and that of a layer norm in many passes over
+memory. In reverse mode, and in reverse mode twice, these layers are as torch's.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class Linear(torch.autograd.Function):
             a: shape ``(r, w)``; None without an adapter.
             b: shape ``(m, r)``; None without an adapter.
         """
-        outputs = functional.linear(x, weight, bias)
-        return outputs if a is None or b is None else torch.addmm(outputs, x @ a.T, b.T)
+        adapter = (None, None) if a is None else (x @ a.T, b)
+        return _sum_of_products(bias, (x, weight), adapter)  # type: ignore[return-value]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -54,13 +54,10 @@ class Linear(torch.autograd.Function):
     ) -> Tensor:
         """How the output moves as the inputs do, those that move."""
         x, weight, a, b = ctx.saved_tensors
-        found = _add_products(bias_moves, (x_moves, weight), (x, weight_moves))
+        inner, inner_moves = None, None
         if a is not None:
-            inner, inner_moves = x @ a.T, _add_products(None, (x, a_moves), (x_moves, a))
-            if inner_moves is not None and b_moves is not None:
-                inner_moves, inner = torch.cat([inner_moves, inner], 1), None
-                b, b_moves = torch.cat([b, b_moves], 1), None
-            found = _add_products(found, (inner_moves, b), (inner, b_moves))
+            inner, inner_moves = x @ a.T, _sum_of_products(None, (x, a_moves), (x_moves, a))
+        found = _sum_of_products(bias_moves, (x_moves, weight), (x, weight_moves), (inner_moves, b), (inner, b_moves))
         assert found is not None
         return found if found.ndim == 2 else found.expand(len(x), -1)
 
@@ -108,14 +105,80 @@ class Softmax(torch.autograd.Function):
         return _along_shares(ctx.saved_tensors[0], slope)
 
 
-def _add_products(start: Tensor | None, *products: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    """``start + sum rows @ side^T`` of what is there, None if nothing is."""
-    for rows, side in products:
-        if rows is not None and side is not None:
-            start = rows @ side.T if start is None else torch.addmm(start, rows, side.T)
+def _sum_of_products(start: Tensor | None, *products: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+    """``start + sum rows @ side^T`` of what is there, None if nothing is.
+
+    Each sum of two matrices would be a pass over memory, so that narrow rows are put beside others.
+    """
+    there = [(rows, side) for rows, side in products if rows is not None and side is not None]
+    if not there:
+        return start
+    wide = [each for each in there if each[0].shape[1] > each[1].shape[0]]
+    narrow = [each for each in there if each[0].shape[1] <= each[1].shape[0]]
+    beside = [tuple(torch.cat(parts, 1) for parts in zip(*narrow, strict=True))] if len(narrow) > 1 else narrow
+    for rows, side in [*wide, *beside]:
+        start = rows @ side.T if start is None else torch.addmm(start, rows, side.T)
     return start
 
 
+class LayerNorm(torch.autograd.Function):
+    """A layer norm over the last dimensions, with or without weight and bias."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """Of the shape of ``x``."""
+        return functional.layer_norm(x, shape, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps what the derivatives need."""
+        x, ctx.shape, weight, _, ctx.eps = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def jvp(ctx: Any, *moved: Tensor | None) -> Tensor:
+        """How the output moves as the inputs do, those that move."""
+        x, weight = ctx.saved_tensors
+        moves, _, weight_moves, bias_moves, _ = moved
+        parts = [] if bias_moves is None else [bias_moves.expand_as(x)]
+        if moves is not None:
+            along = _along_norm(x, ctx.shape, ctx.eps, moves)
+            parts.append(along if weight is None else along * weight)
+        if weight_moves is not None:
+            parts.append(functional.layer_norm(x, ctx.shape, None, None, ctx.eps) * weight_moves)
+        return cast(Tensor, sum(parts))
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor | None) -> Gradients:
+        """Gradients of what needs them."""
+        if slope is None:
+            return (None,) * 5
+        x, weight = ctx.saved_tensors
+        own, _, of_weight, of_bias, _ = ctx.needs_input_grad
+        dims = list(range(x.ndim - len(ctx.shape)))
+        normed = functional.layer_norm(x, ctx.shape, None, None, ctx.eps) if of_weight else None
+        return (
+            _along_norm(x, ctx.shape, ctx.eps, slope if weight is None else slope * weight) if own else None,
+            None,
+            None if normed is None else (slope * normed).sum(dims),
+            slope.sum(dims) if of_bias else None,
+            None,
+        )
+
+
+def _along_norm(x: Tensor, shape: list[int], eps: float, moves: Tensor) -> Tensor:
+    """A layer norm's Jacobian at ``x``, which is symmetric, times ``moves``."""
+    _, mean, spread = torch.native_layer_norm(x, shape, None, None, eps)
+    only = [True, False, False]
+    along: Tensor = torch.ops.aten.native_layer_norm_backward(moves, x, shape, mean, spread, None, None, only)[0]
+    return along
+
+
 def _along_shares(shares: Tensor, moves: Tensor) -> Tensor:
-    weighted = shares * moves
-    return weighted - shares * weighted.sum(-1, keepdim=True)
+    """A softmax's Jacobian, which is symmetric, times ``moves``."""
+    along: Tensor = torch.ops.aten._softmax_backward_data(moves, shares, -1, shares.dtype)
+    return along

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fiftyone_ecif.bench.speed import passes
 from fiftyone_ecif.models.flat_layers import FlatLayers
-from fiftyone_ecif.models.tangents import Linear, Softmax
+from fiftyone_ecif.models.tangents import LayerNorm, Linear, Softmax
 from fiftyone_ecif.models.towers import differentiable_attention
 
 WIDTH, TOKENS, PAIRS = 8, 5, 3
@@ -48,6 +48,23 @@ def test_a_softmax_has_its_derivatives():
     torch.testing.assert_close(Softmax.apply(scores), scores.softmax(-1))
     assert gradcheck(Softmax.apply, scores, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(Softmax.apply, scores, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        (moving(2, 3, 4), None, None),
+        (moving(2, 3, 4), random(4, seed=1), random(4, seed=2)),
+        (moving(2, 3, 4), moving(4, seed=1), moving(4, seed=2)),
+        (random(2, 3, 4), moving(4, seed=1), random(4, seed=2)),
+        (random(2, 3, 4), random(4, seed=1), moving(4, seed=2)),
+    ],
+)
+def test_a_layer_norm_has_its_derivatives(x, weight, bias):
+    inputs = x, [4], weight, bias, 1e-5
+    torch.testing.assert_close(LayerNorm.apply(*inputs), nn.functional.layer_norm(*inputs))
+    assert gradcheck(LayerNorm.apply, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(LayerNorm.apply, inputs, check_fwd_over_rev=True)
 
 
 CAUSAL = torch.full((TOKENS, TOKENS), -torch.inf, dtype=torch.float64).triu(1)
