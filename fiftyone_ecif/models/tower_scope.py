@@ -154,22 +154,23 @@ class TowerScope(Scope):
     def _embed(self, tower: str, theta: Tensor, inputs: Tensor | Activations) -> Tensor:
         own = self._own(tower)
         adapters = {name: pair for name, pair in self.adapters(theta).items() if name in own}
-        weights = self._base if adapters else self.parameters(theta)
+        weights = self.parameters(theta) if self.rank is None else self._base
         weights = {name: weights[name] for name in own}
         for name in self._hidden.intersection(adapters):
             weights[name] = merge(weights[name], *adapters.pop(name))
-        given = {f"model.{name}": value for name, value in weights.items()}
-        run = self._towers[tower]
         with differentiable_attention(), FlatLayers(weights, adapters) as layers:
-            if isinstance(inputs, Tensor):
-                embeddings = functional_call(run, given, (inputs,))
-            else:
-                with Resumed(inputs) as rest:
-                    embeddings = functional_call(run, given, (rest.inputs,))
+            embeddings = self._run(tower, weights, inputs)
         if layers.unused:
             self._hidden |= layers.unused
             return self._embed(tower, theta, inputs)
-        return cast(Tensor, embeddings)
+        return embeddings
+
+    def _run(self, tower: str, weights: Mapping[str, Tensor], inputs: Tensor | Activations) -> Tensor:
+        run, changed = self._towers[tower], {f"model.{name}": value for name, value in weights.items()}
+        if isinstance(inputs, Tensor):
+            return cast(Tensor, functional_call(run, changed, (inputs,)))
+        with Resumed(inputs) as rest:
+            return cast(Tensor, functional_call(run, changed, (rest.inputs,)))
 
 
 def new_adapters(weights: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
