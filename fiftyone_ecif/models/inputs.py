@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import Resize
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.losses import others_equal
 from fiftyone_ecif.influence.objective import OneByOne
 from fiftyone_ecif.models.images import UnreadableImageError, read_image, read_jpeg
 
@@ -162,6 +163,7 @@ class ImageTextBatches(OneByOne):
         device: where the pixels are needed.
         partition: the row indices of each batch.
         finish: makes of images on the device what the image tower takes.
+        twins (None): by which equal pairs are told (``losses.equal_pairs``), which are not each other's negatives then.
     """
 
     _BUDGET = 4 << 30  # bytes
@@ -173,8 +175,9 @@ class ImageTextBatches(OneByOne):
         device: str,
         partition: Sequence[Tensor],
         finish: Callable[[Tensor], Tensor],
+        twins: Tensor | None = None,
     ) -> None:
-        self.partition, self._finish = partition, finish
+        self.partition, self._finish, self._twins = partition, finish, twins
         self._images, self._tokens, self._device = images, tokens, device
         self._pixels: dict[int, Tensor] = {}
 
@@ -186,8 +189,8 @@ class ImageTextBatches(OneByOne):
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         rows = self.partition[index]
-        pixels = self._decode(rows.tolist())
-        return pixels, self._tokens[rows.to(self._tokens.device)]
+        batch = self._decode(rows.tolist()), self._tokens[rows.to(self._tokens.device)]
+        return batch if self._twins is None else (*batch, others_equal(self._twins, rows).to(self._device))
 
     def _decode(self, rows: list[int]) -> Tensor:
         missing = [row for row in rows if row not in self._pixels]
