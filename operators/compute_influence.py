@@ -124,7 +124,7 @@ def _how(inputs: Any, ctx: Any, pairs: int) -> None:
     if not advanced(inputs, ctx):
         return
     _what_scope(inputs, ctx)
-    for name in ("solver", "damping", "n_partitions"):
+    for name in ("solver", "damping", "spare_equal", "n_partitions"):
         ask_option(inputs, ctx, InfluenceSettings, name)
     ask_fit_and_batches(inputs, ctx, InfluenceSettings, pairs)
 

@@ -58,15 +58,15 @@ def removal_gradients(
     scale = scope.scale(theta)
     images, texts = (
         _side(features, head, scale, projection)
-        for features, head, projection in zip(batch, scope.split(theta), projections, strict=True)
+        for features, head, projection in zip(batch[:2], scope.split(theta), projections, strict=True)
     )
     cosine = images.embedding @ texts.embedding.mT
     similarity = scope.logits(theta, cosine)
     by_image = _Anchors(images, texts, cosine)
     by_text = _Anchors(texts, images, cosine.mT)
-    roles = []
+    roles, loss = [], scope.loss_of(batch)
     for of_images, of_captions in zip(
-        scope.loss.role_gradients(similarity, role), scope.loss.role_gradients(similarity.mT, role), strict=True
+        loss.role_gradients(similarity, role), loss.role_gradients(similarity.mT, role), strict=True
     ):
         gradients = [(torch.zeros_like(by_image.along_anchor), torch.zeros_like(by_image.along_other))]
         gradients += [by_image.gradients(role_gradient) for role_gradient in of_images]
@@ -74,7 +74,7 @@ def removal_gradients(
         blocks = [sum(parts) for parts in zip(*gradients, strict=True)]
         roles.append(torch.cat(blocks, dim=-1))
     if scope.with_scale:
-        along_scale = scope.loss.removal_tangents(similarity, scale * cosine, role)
+        along_scale = loss.removal_tangents(similarity, scale * cosine, role)
         roles = [torch.cat([block, part[..., None]], dim=-1) for block, part in zip(roles, along_scale, strict=True)]
     return roles[0], roles[1]
 

@@ -214,16 +214,16 @@ class ContrastiveLoss:
         ``H_S`` the Hessian of its loss with respect to that: never negative.
         """
         product = torch.zeros_like(vector)
-
-        def batch_loss(similarity: Tensor) -> Tensor:
-            return self.scope.loss.pair_losses(similarity).sum() / self.pairs
-
         for batch in self.own_stacks():
             similarity = partial(self.scope.similarity, batch=batch)
             value, direction = jvp(similarity, (theta,), (vector,))[:2]
-            curved = jvp(grad(batch_loss), (value,), (direction,))[1]
+            curved = jvp(grad(partial(self.batch_loss, batch=batch)), (value,), (direction,))[1]
             product = product + vjp(similarity, theta)[1](curved)[0]
         return self.processes.total(product) + self.proximal * vector
+
+    def batch_loss(self, similarity: Tensor, batch: Any) -> Tensor:
+        """What a batch adds to the value, as a function of its similarity matrix, a scalar."""
+        return self.scope.loss_of(batch).pair_losses(similarity).sum() / self.pairs
 
     def stacks(self) -> list[list[int]]:
         """The numbers of the batches that this process takes, by the stack that they are given in."""
@@ -242,7 +242,8 @@ class ContrastiveLoss:
         return 2 * torch.randint(2, (len(rows),), generator=generator) - 1
 
     def _batch_mean(self, theta: Tensor, batch: Any) -> Tensor:
-        return self.scope.loss.pair_losses(self.scope.similarity(theta, batch)).sum() / self.pairs
+        return self.batch_loss(self.scope.similarity(theta, batch), batch)
 
     def _weighted_loss(self, theta: Tensor, batch: Any, weights: Tensor) -> Tensor:
-        return (self.scope.loss.pair_losses(self.scope.similarity(theta, batch)) * weights).sum()
+        losses = self.scope.loss_of(batch).pair_losses(self.scope.similarity(theta, batch))
+        return (losses * weights).sum()

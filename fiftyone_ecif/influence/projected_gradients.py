@@ -66,7 +66,7 @@ def _pair_rows(
     positive, negative = projection.removal_gradients(theta, batch, role)
     images, captions = (normalize(part, dim=-1) for part in scope.embed(theta, batch))
     cosine = images @ captions.mT
-    losses = scope.loss.own_losses(scope.logits(theta, cosine))
+    losses = scope.loss_of(batch).own_losses(scope.logits(theta, cosine))
     return PairRows(
         row=_array(rows.flatten()),
         batch=np.repeat(np.asarray(stack, dtype=np.int64), rows.shape[-1]),

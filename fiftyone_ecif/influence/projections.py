@@ -29,6 +29,7 @@ from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.influence.curvature import Product, gauss_newton_at, hessian_at
 from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradients
 from fiftyone_ecif.influence.heads import Batch, HeadScope, head_inputs, head_outputs
+from fiftyone_ecif.influence.losses import BatchLoss
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, OneByOne
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.tower_gradients import truncated_gradients
@@ -298,6 +299,9 @@ class _MovedSide(NamedTuple):
         return by, (self.squared + (2 * self.along + by).mul(by).sum(1)).rsqrt()
 
 
+_MovedBatch = tuple[Tensor, _MovedSide, _MovedSide, BatchLoss]
+
+
 class _MovedHeads:
     """The similarity of a head scope as a function of coordinates: at ``theta`` plus what they lift to.
 
@@ -307,8 +311,11 @@ class _MovedHeads:
 
     def __init__(self, projection: KroneckerProjection, theta: Tensor) -> None:
         self.projection, self.theta = projection, theta
-        self.loss = projection.scope.loss
         self.start = theta.new_zeros(projection.rank)
+
+    def loss_of(self, batch: _MovedBatch) -> BatchLoss:
+        """As of a scope."""
+        return batch[-1]
 
     def batches(self, batches: Batches) -> _MovedBatches:
         """The same batches as inner products of the embeddings at ``theta``, and both sides."""
@@ -322,12 +329,12 @@ class _MovedHeads:
                     scope.inputs(batch), embeddings, self.projection.heads, outputs, outputs[::-1], strict=True
                 )
             )
-            made.append((embeddings[0] @ embeddings[1].T, images, captions))
+            made.append((embeddings[0] @ embeddings[1].T, images, captions, scope.loss_of(batch)))
         return _MovedBatches(made, batches.partition)
 
-    def similarity(self, theta: Tensor, batch: tuple[Tensor, _MovedSide, _MovedSide]) -> Tensor:
+    def similarity(self, theta: Tensor, batch: _MovedBatch) -> Tensor:
         """``S`` of a batch at these coordinates, shape ``(n, n)``."""
-        inner, images, captions = batch
+        inner, images, captions, _ = batch
         cut = images.projected_input.shape[1] * images.along.shape[1]
         end = cut + captions.projected_input.shape[1] * captions.along.shape[1]
         image, image_unit = images.moved(theta[:cut])
@@ -343,7 +350,7 @@ class _MovedHeads:
 class _MovedBatches(OneByOne):
     """Batches of :class:`_MovedHeads`."""
 
-    def __init__(self, made: list[tuple[Tensor, _MovedSide, _MovedSide]], partition: Sequence[Tensor]) -> None:
+    def __init__(self, made: list[_MovedBatch], partition: Sequence[Tensor]) -> None:
         self._made, self.partition = made, partition
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
@@ -371,7 +378,7 @@ def principal_projection(
     for batch in batches:
         sides = [
             side(features, head)
-            for features, head in zip(batch, heads, strict=True)
+            for features, head in zip(batch[:2], heads, strict=True)
             for side in (head_inputs, head_outputs)
         ]
         for place, rows in enumerate(sides):

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.functional import normalize
 
-from fiftyone_ecif.influence.losses import BatchLoss
+from fiftyone_ecif.influence.losses import BatchLoss, SparingLoss
 
 
 class Scope(ABC):
     """Some of a model's parameters as one flat vector; the rest is held fixed.
 
-    A batch is a tuple of what the image tower and what the text tower take.
+    A batch is a tuple of what the image tower and what the text tower take, and, where
+    equal pairs are not each other's negatives, which those are (``losses.others_equal``).
 
     Attributes:
         start: the parameters as loaded, shape ``(p,)``.
@@ -50,6 +51,10 @@ class Scope(ABC):
     def logit_parameters(self, theta: Tensor) -> list[int]:
         """Places in ``theta`` of the temperature and the bias, as far as they are in scope."""
         return []
+
+    def loss_of(self, batch: Any) -> BatchLoss:
+        """The loss of a batch as a function of its similarity matrix."""
+        return self.loss if len(batch) == 2 else SparingLoss(self.loss, batch[2])
 
     def similarity(self, theta: Tensor, batch: Any) -> Tensor:
         """``S`` of a batch under the parameters ``theta``, shape ``(n, n)``."""

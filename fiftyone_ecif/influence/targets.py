@@ -18,6 +18,7 @@ from typing_extensions import Self, override
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.losses import equal_pairs
 from fiftyone_ecif.influence.objective import Batches
 from fiftyone_ecif.influence.scope import Scope
 
@@ -64,8 +65,7 @@ class Target(ABC):
         """
         if self.twins is None:
             return torch.eye(len(rows), dtype=torch.bool)
-        found = self.twins[rows.to(self.twins.device)]
-        return (found[:, None] == found).any(-1)
+        return equal_pairs(self.twins, rows)
 
     def losses(self, theta: Tensor) -> Tensor:
         """The loss of each target pair, in the order of the rows, shape ``(M,)``."""
@@ -98,8 +98,34 @@ class Target(ABC):
         return values[places.argsort()]
 
 
-class PairTarget(Target):
-    """A loss of pairs that compete in batches.
+class MatchTarget(Target):
+    """A loss of images and captions that are to be matched in batches."""
+
+    @override
+    def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        """Retrieval within the batch fails: a caption that is not the image's, or an image that is not, is closer."""
+        similarity = self.scope.similarity(theta, batch)
+        return retrieval_margin(similarity, self.right_matches(rows), reduce=torch.maximum) > 0
+
+
+class ContrastiveTarget(MatchTarget):
+    """The mean of the loss that the model is trained with, without equal pairs as negatives where batches tell them."""
+
+    @override
+    def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        return self.scope.loss_of(batch).pair_losses(self.scope.similarity(theta, batch))
+
+
+class RetrievalTarget(MatchTarget):
+    """The mean of :func:`retrieval_margin` in both directions."""
+
+    @override
+    def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        return retrieval_margin(self.scope.similarity(theta, batch), self.right_matches(rows))
+
+
+class PairTarget(MatchTarget):
+    """A function of each batch.
 
     Args:
         scope: what varies.
@@ -120,27 +146,6 @@ class PairTarget(Target):
                 f"The target loss returned shape {tuple(losses.shape)} for {len(rows)} pairs. Return one loss a pair"
             )
         return losses
-
-    def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
-        """Retrieval within the batch fails: a caption that is not the image's, or an image that is not, is closer."""
-        similarity = self.scope.similarity(theta, batch)
-        return retrieval_margin(similarity, self.right_matches(rows), reduce=torch.maximum) > 0
-
-
-class RetrievalTarget(PairTarget):
-    """The mean of :func:`retrieval_margin` in both directions.
-
-    Args:
-        scope: what varies.
-        batches: the target pairs.
-    """
-
-    def __init__(self, scope: Scope, batches: Batches) -> None:
-        super().__init__(scope, batches, lambda images, captions, logits: retrieval_margin(logits))
-
-    @override
-    def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
-        return retrieval_margin(self.scope.similarity(theta, batch), self.right_matches(rows))
 
 
 def retrieval_margin(

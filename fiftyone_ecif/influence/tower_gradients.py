@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn.functional import normalize
 
-from fiftyone_ecif.influence.losses import RoleGradient
+from fiftyone_ecif.influence.losses import BatchLoss, RoleGradient
 from fiftyone_ecif.influence.scope import Scope
 
 #: Share of the length of all pulls on an embedding that is kept.
@@ -50,8 +50,9 @@ def truncated_gradients(
         cosine = images @ captions.T
         similarity = scope.logits(theta, cosine)
         scale = (scope.logits(theta, cosine + 1) - similarity)[0, 0]
-        by_image = scope.loss.role_gradients(similarity, role)
-        by_caption = scope.loss.role_gradients(similarity.T, role)
+        loss = scope.loss_of(batch)
+        by_image = loss.role_gradients(similarity, role)
+        by_caption = loss.role_gradients(similarity.T, role)
         count = len(cosine)
         pulled = theta.new_zeros(2, 2, count, count, images.shape[1])  # role, tower, removed pair, pulled pair
         for number, (of_images, of_captions) in enumerate(zip(by_image, by_caption, strict=True)):
@@ -66,7 +67,7 @@ def truncated_gradients(
     width = len(theta) if basis is None else basis.shape[1]
     gradients = theta.new_zeros(2, count, width)
     spent = 0
-    for tower, (inputs, embed) in enumerate(zip(batch, (scope.embed_images, scope.embed_captions), strict=True)):
+    for tower, (inputs, embed) in enumerate(zip(batch[:2], (scope.embed_images, scope.embed_captions), strict=True)):
         lengths = pulled[:, tower].norm(dim=3).square().sum(0).sqrt()  # (removed, pulled)
         heaviest = lengths.sort(dim=0, descending=True)
         share = heaviest.values.cumsum(0) / lengths.sum(0).clamp_min(torch.finfo(lengths.dtype).tiny)
@@ -76,7 +77,7 @@ def truncated_gradients(
         for k in range(count):
             rows = _pull_back(embed, theta, inputs[k], pulled[:, tower, chosen[:, k], k].flatten(0, 1), basis)
             gradients.index_add_(1, chosen[:, k], rows.unflatten(0, (2, -1)))  # type: ignore[no-untyped-call]
-    direct = _along_logits(scope, theta, cosine, role)
+    direct = _along_logits(scope, loss, theta, cosine, role)
     if direct is not None:
         gradients += direct if basis is None else direct @ basis
     return (gradients[0], gradients[1]), spent / (2 * count)
@@ -111,7 +112,7 @@ def _pull_back(
     return rows
 
 
-def _along_logits(scope: Scope, theta: Tensor, cosine: Tensor, role: str) -> Tensor | None:
+def _along_logits(scope: Scope, loss: BatchLoss, theta: Tensor, cosine: Tensor, role: str) -> Tensor | None:
     """The part of the gradients by which temperature and bias in scope act directly, ``(2, n, p)``, or None."""
     places = scope.logit_parameters(theta)
     if not places:
@@ -121,6 +122,6 @@ def _along_logits(scope: Scope, theta: Tensor, cosine: Tensor, role: str) -> Ten
         direction = torch.zeros_like(theta)
         direction[place] = 1
         similarity, moved = jvp(lambda at: scope.logits(at, cosine), (theta,), (direction,))[:2]
-        for number, tangent in enumerate(scope.loss.removal_tangents(similarity, moved, role)):
+        for number, tangent in enumerate(loss.removal_tangents(similarity, moved, role)):
             gradients[number, :, place] = tangent
     return gradients

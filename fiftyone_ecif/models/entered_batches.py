@@ -46,7 +46,7 @@ class EnteredBatches(OneByOne):
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         rows = self.partition[index]
-        return tuple(self._side(tower, rows) for tower in ("image", "text"))
+        return self._source.with_equal((self._side("image", rows), self._side("text", rows)), rows)
 
     def _side(self, tower: str, rows: Tensor) -> Side:
         if tower not in self._kept:

@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import Resize
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.losses import others_equal
 from fiftyone_ecif.influence.objective import OneByOne
 from fiftyone_ecif.models.images import UnreadableImageError, read_image, read_jpeg
 
@@ -154,6 +155,7 @@ class ImageTextBatches(OneByOne):
         device: where the pixels are needed.
         partition: the row indices of each batch.
         finish: makes of images on the device what the image tower takes.
+        twins (None): by which equal pairs are told (``losses.equal_pairs``), which are not each other's negatives then.
     """
 
     _BUDGET = 4 << 30  # bytes
@@ -165,8 +167,9 @@ class ImageTextBatches(OneByOne):
         device: str,
         partition: Sequence[Tensor],
         finish: Callable[[Tensor], Tensor],
+        twins: Tensor | None = None,
     ) -> None:
-        self.partition, self._finish = partition, finish
+        self.partition, self._finish, self._twins = partition, finish, twins
         self._images, self._tokens, self._device = images, tokens, device
         self._pixels: dict[int, Tensor] = {}  # as few bytes as decoding gives
 
@@ -183,7 +186,11 @@ class ImageTextBatches(OneByOne):
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         rows = self.partition[index]
-        return self.images_of(rows), self.tokens_of(rows)
+        return self.with_equal((self.images_of(rows), self.tokens_of(rows)), rows)
+
+    def with_equal(self, batch: tuple[Any, Any], rows: Tensor) -> tuple[Any, ...]:
+        """A batch with, third, which of its pairs are equal, if equal pairs are spared."""
+        return batch if self._twins is None else (*batch, others_equal(self._twins, rows).to(self._device))
 
     def tokens_of(self, rows: Tensor) -> Tensor:
         """What the text tower takes for some pairs, shape ``(n, t)``."""

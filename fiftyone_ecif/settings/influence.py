@@ -119,6 +119,12 @@ class InfluenceSettings(Settings):
         least=2,
         why_least="leaves no negatives. Use at least 2",
     )
+    spare_equal: bool = option(
+        False,
+        "whether pairs that share their image or their caption are not each other's negatives, in the loss, its "
+        "curvature and the roles of pairs; by default they are, as in training",
+        label="Equal pairs are no negatives",
+    )
     seed: int = option(0, "which pairs share a batch", label="Seed")
     n_partitions: int = option(
         1,

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fiftyone_ecif.bench.fidelity.sketch import sketched_gradients
-from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
+from fiftyone_ecif.influence.direct import batch_influence
+from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss, others_equal
 from fiftyone_ecif.influence.tower_gradients import truncated_gradients
 from fiftyone_ecif.models.tower_scope import TowerScope
 
@@ -35,6 +36,8 @@ def removal_by_autograd(scope, batch, n):
     """The gradient of the pair's own part, and of the batch loss minus that without the pair."""
     theta = scope.start.clone().requires_grad_()
     similarity = scope.similarity(theta, batch)
+    if len(batch) == 3:
+        similarity = similarity.masked_fill(batch[2], -torch.inf)
     keep = [k for k in range(len(similarity)) if k != n]
     losses = scope.loss.pair_losses(similarity)
     removed = losses.sum() - scope.loss.pair_losses(similarity[keep][:, keep]).sum()
@@ -54,6 +57,20 @@ def test_with_everything_kept_they_are_exact(loss, vision, rank):
     for n in range(6):
         for found, expected in zip((positive[n], negative[n]), removal_by_autograd(scope, batch, n), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", [SoftmaxLoss(), SigmoidLoss()], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("rank", [None, 2], ids=["all", "lora"])
+def test_equal_pairs_that_are_spared_do_not_pull(loss, rank):
+    twins = torch.tensor([[0, 0], [1, 1], [0, 2], [2, 1], [0, 4], [5, 5]])
+    scope, batch = make_scope(VIT, loss, rank), (*make_batch(), others_equal(twins, torch.arange(6)))
+    (positive, negative), _ = truncated_gradients(scope, scope.start, batch, kept=1.0)
+    for n in range(6):
+        for found, expected in zip((positive[n], negative[n]), removal_by_autograd(scope, batch, n), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    vector = torch.randn(len(scope.start), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for part, rows in zip(batch_influence(scope, scope.start, batch, vector, 6), (positive, negative), strict=True):
+        torch.testing.assert_close(part, rows @ vector / 6)
 
 
 def test_a_basis_keeps_the_coordinates():
