@@ -71,6 +71,7 @@ class PreparedRun:
         target_pairs: the target's pairs, by the name of the slice.
         features: of images and captions of the training pairs.
         targets: by the name of their table in a run's store, in the order of ``target_pairs``.
+        classes: of the target's pairs, where its loss is about them.
         settings: with the batch size that it was given, or that suits the number of pairs.
         shared: how many target pairs are also training pairs.
     """
@@ -84,6 +85,7 @@ class PreparedRun:
     target_pairs: dict[str, Pairs]
     features: tuple[Tensor | DiskMatrix, Tensor | DiskMatrix]
     targets: dict[str, Target]
+    classes: list[str]
     settings: InfluenceSettings
     shared: int
 
@@ -201,13 +203,13 @@ def prepare(
     batch_size = settings.batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
 
     targets = {}
-    classes = _classes(target_pairs, settings)
+    classes, needs_labels = _classes(target_pairs, settings), find_target_loss(settings.target_loss).needs_labels
     for (label, group), chosen in zip(target_pairs.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, settings.seed)
         features = [resident(side.select(chosen), encoder.placement) for side in (images, texts)]
         batches = encoder.batches(choice, group.paths, group.captions, partition, (features[0], features[1]))
         measured = settings.target_loss_name + settings.function_token, list(settings.templates), classes, settings.seed
-        twins = None if find_target_loss(settings.target_loss).needs_labels else _twins(group)
+        twins = None if needs_labels else _twins(group)
         name = _target_name(label, [keys[row] for row in chosen], measured + ("twins",) * (twins is not None))
         targets[name] = _make_target(encoder, choice, scope, batches, group, settings, classes)
         targets[name].twins = twins
@@ -225,6 +227,7 @@ def prepare(
             resident(texts.select(rows[0]), encoder.placement),
         ),
         targets,
+        classes if needs_labels else [],
         replace(settings, batch_size=batch_size),
         shared,
     )

@@ -238,8 +238,13 @@ def test_select_mistakes_trace(app, dataset, scored):
     expected = list(zip(*view.values(["caption", "ecif_trace"]), strict=True))
     assert expected[0][0] in captions
     worst = traces[0]
+    assert worst.retrieved
     for one in (worst, *worst.culprits, *worst.helpers):
         expect(panel.locator(f"img[alt='{dataset[one.id].caption}']").first).to_be_visible()
+    for match in worst.retrieved:
+        expect(panel.locator(f"img[alt='{dataset[match.found].caption}']").first).to_be_visible()
+        said = f"similarity {match.similarity:.3f}, its own {match.kind} {match.right_similarity:.3f}"
+        expect(panel.get_by_text(f"this {match.kind} for its").first).to_contain_text(said)
     press(panel.get_by_role("button", name="Next", exact=True))
     panel.get_by_text("2 of 2, loss").wait_for()
     app.page.reload()  # what was traced can be looked at again

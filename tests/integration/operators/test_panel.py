@@ -8,6 +8,7 @@ import fiftyone as fo
 import fiftyone.operators as foo
 import numpy as np
 import pytest
+from fiftyone.operators.store import ExecutionStore
 from panel_driver import Panel
 
 from fiftyone_ecif import EcifError, compute_misalignment, group_influence, tag_by_influence, trace
@@ -435,12 +436,46 @@ def test_what_was_traced_can_be_looked_at_again(both):
     for one in (traces[0], *traces[0].culprits, *traces[0].helpers):
         assert both[one.id].filepath in panel.text
         assert both[one.id].caption in panel.text
+    for match in traces[0].retrieved:
+        assert both[match.found].filepath in panel.text
+        assert both[match.found].caption in panel.text
+        assert f"similarity {match.similarity:.3f}, its own {match.kind} {match.right_similarity:.3f}" in panel.text
     assert traces[1].id not in panel.text
     panel.send("turn_trace", by=1)
     assert f"**2 of 2**, loss {traces[1].loss:.2f}" in panel.text
     both.rename_brain_run("ecif", "better")
     again = Panel(both).send("choose_run", value="better").send("choose_page", value="trace")
     assert "**1 of 2**" in again.text
+
+
+def keep_trace(dataset, **changes):
+    """As a trace of one validation pair is remembered."""
+    pair = dataset.match_tags("val").first()
+    store = ExecutionStore.create("fiftyone_ecif_memory", dataset._doc.id)
+    one = {"id": pair.id, "loss": 1.0, "mistake": True, "culprits": [], "helpers": []}
+    store.set(f"trace {dataset._doc.brain_methods['ecif'].id}", [one | changes])
+    return Panel(dataset).send("choose_run", value="ecif").send("choose_page", value="trace")
+
+
+def test_a_trace_of_before_opens_and_says_how_to_get_what_it_lacks(both):
+    panel = keep_trace(both)
+    assert "Mistake **1 of 1**" in panel.text
+    assert "What it retrieved instead was not kept" in panel.text
+    assert "not kept" not in keep_trace(both, mistake=False).text
+
+
+def test_the_class_that_was_taken_for_another_is_said(both):
+    match = {"kind": "class", "found": "seal", "similarity": 0.5, "right": "walrus", "right_similarity": 0.25}
+    said = "the class seal, similarity 0.500, in place of walrus, 0.250"
+    assert said in keep_trace(both, retrieved=[match]).text
+
+
+def test_a_pair_that_is_gone_leaves_what_was_said_of_it(both):
+    gone = both.match_tags("val").last().id
+    match = {"kind": "caption", "found": gone, "similarity": 0.5, "right": gone, "right_similarity": 0.25}
+    both.delete_samples([gone])
+    said = "this caption for its image · similarity 0.500, its own caption 0.250"
+    assert said in keep_trace(both, retrieved=[match]).text.replace("\\\\", "")
 
 
 def test_tabs_that_fire_as_they_are_drawn_turn_no_page(both):

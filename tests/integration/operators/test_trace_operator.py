@@ -123,10 +123,10 @@ def test_a_pair_of_several_mistakes_stands_once_and_names_all(run):
     view = mark_traces(
         results,
         [
-            Trace(one, 3.0, True, pairs(a, b, two), pairs(c), []),
-            Trace(two, 2.0, True, pairs(d, a, c), pairs(b), []),
-            Trace(one, 1.5, True, pairs(a), pairs(), []),  # of another slice of the target
-            Trace(three, 0.1, False, pairs(a), pairs(c), []),
+            Trace(one, 3.0, True, pairs(a, b, two), pairs(c), [], []),
+            Trace(two, 2.0, True, pairs(d, a, c), pairs(b), [], []),
+            Trace(one, 1.5, True, pairs(a), pairs(), [], []),  # of another slice of the target
+            Trace(three, 0.1, False, pairs(a), pairs(c), [], []),
         ],
     )
     assert view.values("id") == [one, a, b, c, two, d, three]
