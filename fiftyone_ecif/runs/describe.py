@@ -6,7 +6,8 @@ from typing import Any
 
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.runs.cache import size_text
-from fiftyone_ecif.runs.manage import find_config, read_entry, read_results, staleness
+from fiftyone_ecif.runs.manage import find_config, read_entry, staleness
+from fiftyone_ecif.runs.reading import read_results
 
 #: What a run found, in plain words.
 _DIAGNOSTICS = {
