@@ -30,6 +30,7 @@ from .jobs import Job, call, report, with_progress
 from .memory import wish
 
 _KEY, _SELECTION = "ecif", "selection"
+_HARMFUL = "tag: harmful"  # what Tag by influence and the panel give
 _FORMATS = (".pt", ".pth", ".safetensors")
 
 
@@ -115,7 +116,7 @@ def _ask_removed(inputs: Any, ctx: Any, key: str) -> None:
         inputs,
         "remove",
         offered,
-        _SELECTION,
+        _SELECTION if ctx.selected else _HARMFUL,
         label="Pairs to remove",
         description="The model will be as if it had never been trained on them",
     )

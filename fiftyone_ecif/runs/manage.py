@@ -84,7 +84,7 @@ class Removal(NamedTuple):
 
     def __str__(self) -> str:
         fields = f"the fields {', '.join(self.fields)}" if self.fields else "no fields"
-        return f"{fields} and {size_text(self.cache_bytes)} of cache"
+        return f"{fields} and {size_text(self.cache_bytes)} of cache" if self.cache_bytes else fields
 
 
 def list_runs(dataset: Any) -> list[RunEntry]:

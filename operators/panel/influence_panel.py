@@ -318,7 +318,7 @@ class InfluencePanel(foo.Panel):
         else:
             jobs_bar(self, ctx, panel)
             if get(ctx, "key") not in run_keys(ctx):
-                nothing_yet(self, panel, waiting=bool(get(ctx, "busy")))
+                nothing_yet(self, panel, waiting=bool(get(ctx, "busy") or run_keys(ctx)))
             elif not current_field(ctx):
                 nothing_left(self, ctx, panel)
             else:
@@ -553,6 +553,7 @@ def _learn(ctx: Any) -> None:
         "by the others.",
     )
     ctx.panel.set_state({"queue": review.proposals, "place": 0, "share": _share(ctx)})
+    dismiss_outcome(ctx)  # which may say otherwise
     field = f"{get(ctx, 'key')}_misalignment"
     ctx.ops.reload_dataset()
     _bring(ctx, every_sample(ctx.dataset).exists(field).sort_by(field, reverse=True))

@@ -10,8 +10,8 @@ from .state import get, plain, run_id
 
 #: What is said of a match, by its kind.
 _SAID = {
-    "caption": "this caption for its image · similarity {similarity:.3f}, its own caption {right_similarity:.3f}",
-    "image": "this image for its caption · similarity {similarity:.3f}, its own image {right_similarity:.3f}",
+    "caption": "its caption, for the image above · similarity {similarity:.3f}, the right caption {right_similarity:.3f}",
+    "image": "its image, for the caption above · similarity {similarity:.3f}, the right image {right_similarity:.3f}",
     "class": "the class {found}, similarity {similarity:.3f}, in place of {right}, {right_similarity:.3f}",
 }
 

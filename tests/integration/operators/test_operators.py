@@ -117,6 +117,14 @@ def test_compute_tag_and_export(dataset, options, tmp_path):
     assert len(path.read_text().splitlines()) == 6
 
 
+def test_what_was_tagged_shows_the_rank_and_is_what_an_edit_would_take_out(dataset, options):
+    operator("compute_influence")(dataset.match_tags("train"), **options)
+    told = operator("tag_by_influence")(dataset, count=5).executor.to_json()["requests"]
+    (shown,) = [request["params"]["fields"] for request in told if request["operator_uri"] == "set_active_fields"]
+    assert shown == ["caption", "ecif_rank"]
+    assert resolve(dataset, "edit_model", {})["remove"]["default"] == "tag: harmful"
+
+
 def test_the_function_and_the_operator_give_the_same_numbers(dataset, options, score):
     train, val = dataset.match_tags("train"), dataset.match_tags("val")
     operator("compute_influence")(train, **options)
@@ -315,7 +323,29 @@ def test_as_many_are_tagged_as_are_estimated_to_be_wrong(dataset, audit_options)
     entered = {"advanced": False, "tagging": "estimated", "tag": "suspect", "trained": True}
     run_in_the_app(dataset, audit_options | entered, "detect_misalignment")
     rate = dataset.load_brain_results("audit").noise_rate
-    assert len(dataset.match_tags("suspect")) == (math.ceil(rate.rate * 96) if rate.told else 0)
+    assert len(dataset.match_tags("suspect")) == (math.ceil(rate.rate * 72) if rate.told else 0)
+
+
+def test_pairs_that_a_model_was_hardly_trained_on_are_left_out_where_it_knows_the_others(dataset, audit_options):
+    asked = {"trained": True}
+    form = resolve(dataset, "detect_misalignment", asked)
+    assert form["leave_out"]["type"]["name"] == "Boolean"
+    assert form["leave_out"]["view"]["label"] == "Leave out the 24 that are tagged 'val'"
+    assert form["counts"]["view"]["label"] == "72 pairs will be scored"
+    unticked = resolve(dataset, "detect_misalignment", asked | {"leave_out": False})
+    assert unticked["counts"]["view"]["label"] == "96 pairs will be scored"
+    assert "leave_out" not in resolve(dataset, "detect_misalignment", {})
+    dataset.untag_samples("train")
+    dataset.tag_samples("test")
+    assert "leave_out" not in resolve(dataset, "detect_misalignment", asked)  # as nothing would be left
+    dataset.untag_samples("test")
+
+    entered = audit_options | {"advanced": False, "tagging": "none", "trained": True}
+    run_in_the_app(dataset, entered | {"leave_out": False}, "detect_misalignment")
+    assert dataset.count("audit_misalignment") == 96
+    run_in_the_app(dataset, entered | {"overwrite": True}, "detect_misalignment")
+    assert dataset.exists("audit_misalignment").count_sample_tags() == {}
+    assert dataset.count("audit_misalignment") == 72
 
 
 def test_nothing_is_tagged_unless_it_is_asked_for(dataset, audit_options):
@@ -650,7 +680,7 @@ def test_the_tag_form_says_where_there_are_more(few):
     stages = few.exists("ecif_influence").limit(5)._serialize()
     params = {"field": "ecif_influence", "direction": "harmful", "count": 100}
     said = resolve(few, "tag_by_influence", params, view=stages)["preview"]["view"]["label"]
-    assert said.endswith("5 of those are harmful. The whole dataset has 20: choose it under 'Tag among'")
+    assert said.endswith("5 of those are harmful. The whole dataset has 20: choose 'Entire dataset' at the top")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from datetime import datetime, timezone
 
 import fiftyone as fo
 import fiftyone.operators as foo
@@ -14,6 +15,7 @@ from panel_driver import Panel
 from fiftyone_ecif import EcifError, compute_misalignment, group_influence, tag_by_influence, trace
 from fiftyone_ecif.api.tracing import mark_traces
 from fiftyone_ecif.demo.training import MODEL
+from fiftyone_ecif.runs.describe import describe_run
 from fiftyone_ecif.runs.score_table import ScoreTable
 from operators.forms import target_view
 from operators.panel.plots import histogram_layout
@@ -250,6 +252,14 @@ def test_what_is_pressed_of_a_run_that_is_gone_does_nothing(both):
     assert "ecif: influence" in panel.send("look_for_jobs").text
 
 
+def test_while_another_run_is_left_it_never_says_that_there_are_no_scores(both):
+    panel = Panel(both).send("choose_run", value="audit")
+    both.delete_brain_run("audit")
+    assert "No scores yet" not in panel.send("dismiss").text  # before it has looked what is left
+    both.delete_brain_run("ecif")
+    assert "No scores yet" in panel.send("dismiss").text
+
+
 def test_a_pair_that_is_deleted_while_it_is_reviewed_is_skipped(both):
     panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review").send("start_review")
     queue = panel.state["queue"]
@@ -274,14 +284,29 @@ def test_review(both):
     assert both[queue[1]].tags == ["train"]
     panel.send("skip").send("say_misaligned").send("say_misaligned").send("say_aligned")
     assert "So far **2** pairs are tagged `aligned` and **2** `misaligned`" in panel.text
+    outcome = {"operator": "detect_misalignment", "name": "Misalignment", "text": "About 18 % are wrong"}
+    memory = ExecutionStore.create("fiftyone_ecif_memory", both._doc.id)
+    memory.set("outcome", outcome | {"failed": False, "when": 1.0, "entered": {}})
     assert "Learning from 4 tags" in panel.send("learn").text
+    assert "About 18 % are wrong" in panel.text
     panel.send("learn_now")
-    assert "Learned from 2 aligned and 2 misaligned pairs" in panel.text
+    assert "About 18 % are wrong" not in panel.text  # which is not true any more
+    learned, asked = (panel.text.index(said) for said in ("Learned from 2 aligned and 2 misaligned pairs", "Pair 1 of"))
+    assert learned < asked
+    assert f"- Reviewed: {datetime.now(timezone.utc):%Y-%m-%d} " in describe_run(both, "audit")
     both.reload()
     assert both[queue[2]]["audit_misalignment"] == 1.0
     assert not set(panel.state["queue"]) & {queue[0], *queue[2:5]}
     scores = both.select(panel.shown(), ordered=True).values("audit_misalignment")
     assert scores == sorted(scores, reverse=True)
+
+
+def test_the_ranking_calls_only_those_harmful_that_are(both):
+    panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="ranking")
+    assert "**1 to 6** of 72 pairs, the most suspicious first" in panel.text
+    harmful = (np.array(both.exists("ecif_influence").values("ecif_influence")) < 0).sum()
+    panel.send("choose_run", value="ecif").send("choose_page", value="ranking")
+    assert f"**1 to 6** of {harmful} harmful pairs" in panel.text
 
 
 def test_the_run_in_plain_words(both):
@@ -376,7 +401,7 @@ def test_no_cut_takes_pairs_that_help_for_harmful_ones(both):
 def test_a_card_is_opened_tagged_and_judged(both):
     panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="ranking")
     worst = both.exists("ecif_influence").sort_by("ecif_influence").first()
-    assert f"no. 1 from the lowest · {worst.ecif_influence:.4g}" in plain_text(panel)
+    assert f"no. 1 from the lowest · influence {worst.ecif_influence:.4g}" in plain_text(panel)
     for text in ("Tag harmful", "Aligned", "Misaligned", "Open"):
         assert text in panel.text
     assert "✓" not in panel.text
@@ -439,7 +464,7 @@ def test_what_was_traced_can_be_looked_at_again(both):
     for match in traces[0].retrieved:
         assert both[match.found].filepath in panel.text
         assert both[match.found].caption in panel.text
-        assert f"similarity {match.similarity:.3f}, its own {match.kind} {match.right_similarity:.3f}" in panel.text
+        assert f"similarity {match.similarity:.3f}, the right {match.kind} {match.right_similarity:.3f}" in panel.text
     assert traces[1].id not in panel.text
     panel.send("turn_trace", by=1)
     assert f"**2 of 2**, loss {traces[1].loss:.2f}" in panel.text
@@ -474,7 +499,7 @@ def test_a_pair_that_is_gone_leaves_what_was_said_of_it(both):
     gone = both.match_tags("val").last().id
     match = {"kind": "caption", "found": gone, "similarity": 0.5, "right": gone, "right_similarity": 0.25}
     both.delete_samples([gone])
-    said = "this caption for its image · similarity 0.500, its own caption 0.250"
+    said = "its caption, for the image above · similarity 0.500, the right caption 0.250"
     assert said in keep_trace(both, retrieved=[match]).text.replace("\\\\", "")
 
 
