@@ -19,6 +19,7 @@ from fiftyone import ViewField
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.models.checkpoint_file import check_checkpoint_file, weights_file
 from fiftyone_ecif.models.libraries import MODEL_LIBRARIES, library_of, model_names
+from fiftyone_ecif.models.model_library import unknown_model
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.settings.option import Settings
@@ -322,7 +323,7 @@ def ask_model(inputs: Any, ctx: Any, default: str) -> None:
     name = ctx.params.get("model") or ""
     library = library_of(name)
     if name and not library.knows(name):
-        refuse(model, f"{library.name} has no model {name!r}")
+        refuse(model, unknown_model(library.name, name, library.model_names()))
     known = library.pretrained_tags(name)
     tags = types.AutocompleteView(allow_user_input=True)
     for tag in known or []:

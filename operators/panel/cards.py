@@ -18,6 +18,7 @@ TOWARDS = {-1: HARMFUL, 1: HELPFUL}
 FULL = {"width": "100%", "boxSizing": "border-box"}
 #: One column as wide as the place, rather than as its content.
 COLUMN = {**FULL, "gridTemplateColumns": "minmax(0, 1fr)"}
+_SHORT = {"positive": "as a positive", "negative": "as a negative"}  # of scores, else the end of the field's name
 _PICTURE = {"maxWidth": "100%", "objectFit": "contain", "display": "block", "margin": "auto"}
 
 
@@ -75,7 +76,8 @@ def say_scores(ctx: Any, sample: str, fields: Iterable[str] | None = None) -> li
             continue
         place, end = board.place(field, sample)
         colour = TOWARDS.get((value > 0) - (value < 0)) if field.endswith("_influence") else None
-        name = field.removeprefix(f"{get(ctx, 'key')}_").replace("_", " ")
+        end_of_name = field.removeprefix(f"{get(ctx, 'key')}_")
+        name = _SHORT.get(end_of_name, end_of_name.replace("_", " "))
         said.append((f"no. {place:,} from the {end} · {name} {value:.4g}", colour))
     return said
 

@@ -10,9 +10,9 @@ from .state import get, plain, run_id
 
 #: What is said of a match, by its kind.
 _SAID = {
-    "caption": "its caption, for the image above · similarity {similarity:.3f}, the right caption {right_similarity:.3f}",
-    "image": "its image, for the caption above · similarity {similarity:.3f}, the right image {right_similarity:.3f}",
-    "class": "the class {found}, similarity {similarity:.3f}, in place of {right}, {right_similarity:.3f}",
+    "caption": "its caption, for the image above · similarity {similarity:.3f}, the right one {right_similarity:.3f}",
+    "image": "its image, for the caption above · similarity {similarity:.3f}, the right one {right_similarity:.3f}",
+    "class": "the class {found!r} · similarity {similarity:.3f}, the right class {right!r} {right_similarity:.3f}",
 }
 
 

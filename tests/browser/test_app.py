@@ -246,7 +246,7 @@ def test_select_mistakes_trace(app, dataset, scored):
         expect(panel.locator(f"img[alt='{dataset[one.id].caption}']").first).to_be_visible()
     for match in worst.retrieved:
         expect(panel.locator(f"img[alt='{dataset[match.found].caption}']").first).to_be_visible()
-        said = f"similarity {match.similarity:.3f}, the right {match.kind} {match.right_similarity:.3f}"
+        said = f"similarity {match.similarity:.3f}, the right one {match.right_similarity:.3f}"
         expect(panel.get_by_text(f"its {match.kind}, for the").first).to_contain_text(said)
     press(panel.get_by_role("button", name="Next", exact=True))
     panel.get_by_text("2 of 2, loss").wait_for()

@@ -211,7 +211,7 @@ def test_the_form_offers_what_fits(dataset):
 @pytest.mark.parametrize(
     ("params", "field", "message"),
     [
-        ({"model": "ViT-B-23"}, "model", "no model 'ViT-B-23'"),
+        ({"model": "ViT-B-23"}, "model", "no model 'ViT-B-23'. Did you mean ViT-B-32"),
         ({"pretrained": "gone/model.pt"}, "pretrained", "Give its whole path"),
         (
             {"model": "ViT-B-32", "pretrained": "laion3b"},

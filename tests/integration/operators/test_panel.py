@@ -464,7 +464,7 @@ def test_what_was_traced_can_be_looked_at_again(both):
     for match in traces[0].retrieved:
         assert both[match.found].filepath in panel.text
         assert both[match.found].caption in panel.text
-        assert f"similarity {match.similarity:.3f}, the right {match.kind} {match.right_similarity:.3f}" in panel.text
+        assert f"similarity {match.similarity:.3f}, the right one {match.right_similarity:.3f}" in panel.text
     assert traces[1].id not in panel.text
     panel.send("turn_trace", by=1)
     assert f"**2 of 2**, loss {traces[1].loss:.2f}" in panel.text
@@ -491,7 +491,7 @@ def test_a_trace_of_before_opens_and_says_how_to_get_what_it_lacks(both):
 
 def test_the_class_that_was_taken_for_another_is_said(both):
     match = {"kind": "class", "found": "seal", "similarity": 0.5, "right": "walrus", "right_similarity": 0.25}
-    said = "the class seal, similarity 0.500, in place of walrus, 0.250"
+    said = "the class 'seal' · similarity 0.500, the right class 'walrus' 0.250"
     assert said in keep_trace(both, retrieved=[match]).text
 
 
@@ -499,7 +499,7 @@ def test_a_pair_that_is_gone_leaves_what_was_said_of_it(both):
     gone = both.match_tags("val").last().id
     match = {"kind": "caption", "found": gone, "similarity": 0.5, "right": gone, "right_similarity": 0.25}
     both.delete_samples([gone])
-    said = "its caption, for the image above · similarity 0.500, the right caption 0.250"
+    said = "its caption, for the image above · similarity 0.500, the right one 0.250"
     assert said in keep_trace(both, retrieved=[match]).text.replace("\\\\", "")
 
 
