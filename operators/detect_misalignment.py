@@ -17,27 +17,13 @@ from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 
 from .base import JobOperator
 from .estimates import Plan, estimate
-from .forms import (
-    HELD_OUT_TAG,
-    advanced,
-    ask_background,
-    ask_embeddings,
-    ask_fit_and_batches,
-    ask_key,
-    ask_model,
-    ask_option,
-    ask_pairs,
-    ask_percent,
-    ask_target,
-    chosen,
-    is_from_form,
-    pairs_to_act_on,
-    refuse,
-    target_names,
-    target_view,
-)
+from .forms import advanced, ask_background, ask_option, ask_percent, is_from_form, refuse
 from .jobs import Job, call, report, show, with_progress
 from .memory import wish
+from .model_input import ask_embeddings, ask_fit_and_batches, ask_model, chosen
+from .name_input import ask_key
+from .pairs_input import ask_pairs, pairs_to_act_on
+from .target_input import HELD_OUT_TAG, ask_target, target_names, target_view
 
 _DEFAULTS = {
     **MisalignmentSettings.defaults(),

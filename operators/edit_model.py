@@ -14,20 +14,11 @@ from fiftyone_ecif.store.files import user_path
 
 from .base import JobOperator
 from .estimates import Plan
-from .forms import (
-    ask_background,
-    ask_new_file,
-    blocked,
-    dropdown,
-    may_replace,
-    new_file,
-    refuse,
-    target_names,
-    target_view,
-    warning,
-)
+from .forms import ask_background, blocked, dropdown, refuse, warning
 from .jobs import Job, call, report, with_progress
 from .memory import wish
+from .name_input import ask_new_file, may_replace, new_file
+from .target_input import target_names, target_view
 
 _KEY, _SELECTION = "ecif", "selection"
 _HARMFUL = "tag: harmful"  # what Tag by influence and the panel give

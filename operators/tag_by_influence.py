@@ -11,8 +11,9 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import every_sample
 
 from .base import FormOperator
-from .forms import ask_percent, blocked, dropdown, pairs_to_act_on, refuse
+from .forms import ask_percent, blocked, dropdown, refuse
 from .jobs import call, set_thumbnails, thumbnails_of
+from .pairs_input import pairs_to_act_on
 
 _LIMITS = {"count": "A number of pairs", "share": "A share of the pairs", "threshold": "All beyond a score"}
 _WHICH = {"harmful": "harmful: without them the model does better", "valuable": "valuable: without them it does worse"}

@@ -17,8 +17,8 @@ from fiftyone_ecif.api.tracing import mark_traces
 from fiftyone_ecif.demo.training import MODEL
 from fiftyone_ecif.runs.describe import describe_run
 from fiftyone_ecif.runs.score_table import ScoreTable
-from operators.forms import target_view
 from operators.panel.plots import histogram_layout
+from operators.target_input import target_view
 
 
 @pytest.fixture(scope="module")
