@@ -7,7 +7,7 @@ import open_clip
 import pytest
 from fiftyone.operators.delegated import DelegatedOperationService
 from fiftyone.operators.executor import ExecutionContext, Executor
-from test_operators import operator, resolve, run_in_the_app, shown_ids
+from operator_driver import operator, resolve, run_in_the_app, shown_ids
 
 from fiftyone_ecif import EcifError, edit_model, trace
 from fiftyone_ecif.api.tracing import Culprit, Trace, mark_traces
