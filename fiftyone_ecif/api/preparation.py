@@ -71,6 +71,7 @@ class PreparedRun:
         target_pairs: the target's pairs, by the name of the slice.
         features: of images and captions of the training pairs.
         targets: by the name of their table in a run's store, in the order of ``target_pairs``.
+        classes: of the target's pairs, where its loss is about them.
         settings: with the batch size that it was given, or that suits the number of pairs.
         shared: how many target pairs are also training pairs.
         twins: by which equal training pairs are told, shape ``(N, 2)``, if they are spared and there are any.
@@ -85,6 +86,7 @@ class PreparedRun:
     target_pairs: dict[str, Pairs]
     features: tuple[Tensor | DiskMatrix, Tensor | DiskMatrix]
     targets: dict[str, Target]
+    classes: list[str]
     settings: InfluenceSettings
     shared: int
     twins: Tensor | None
@@ -208,11 +210,11 @@ def prepare(
     batch_size = settings.batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
 
     targets = {}
-    classes = _classes(target_pairs, settings)
+    classes, needs_labels = _classes(target_pairs, settings), find_target_loss(settings.target_loss).needs_labels
     for (label, group), chosen in zip(target_pairs.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, settings.seed)
         features = [resident(side.select(chosen), encoder.placement) for side in (images, texts)]
-        twins = None if find_target_loss(settings.target_loss).needs_labels else twins_of(group)
+        twins = None if needs_labels else twins_of(group)
         spared = twins if settings.spare_equal else None
         batches = scope.entered(
             encoder.batches(choice, group.paths, group.captions, partition, (features[0], features[1]), spared)
@@ -237,6 +239,7 @@ def prepare(
             resident(texts.select(rows[0]), encoder.placement),
         ),
         targets,
+        classes if needs_labels else [],
         replace(settings, batch_size=batch_size),
         shared,
         twins_of(pairs) if settings.spare_equal else None,

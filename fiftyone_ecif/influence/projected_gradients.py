@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fiftyone_ecif.influence.gradient_store import GradientStore, PairRows, TargetRows
+from fiftyone_ecif.influence.gradient_store import GradientStore, MatchRows, PairRows, TargetRows
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
 from fiftyone_ecif.influence.projections import PROJECTIONS, Projection
 from fiftyone_ecif.influence.scope import Scope
@@ -48,7 +48,8 @@ def keep_gradients(
             rows = [_pair_rows(scope, theta, batches, stack, projection, role) for stack in batches.stacks(numbers)]
             store.write_pairs(start, rows)
         else:
-            store.write_target(name, start, [_target_rows(targets[name], theta, n, projection) for n in numbers])
+            found = [_target_rows(targets[name], theta, number, projection) for number in numbers]
+            store.write_target(name, start, [rows for rows, _ in found], [matches for _, matches in found])
         yield Progress("Computing gradients", done, total)
     if lacks_curvature:
         matrix = store.solver.projected_curvature(projection, objective.sample(), theta)
@@ -78,17 +79,19 @@ def _pair_rows(
     )
 
 
-def _target_rows(target: Target, theta: Tensor, number: int, projection: Projection) -> TargetRows:
+def _target_rows(target: Target, theta: Tensor, number: int, projection: Projection) -> tuple[TargetRows, MatchRows]:
     """What is kept of one batch of a target."""
     batch, rows = target.batches[number], target.batches.partition[number]
     gradients = projection.jacobian(lambda at: target.batch_losses(at, rows, batch), theta)
-    return TargetRows(
+    matches = target.batch_matches(theta, rows, batch)
+    kept = TargetRows(
         row=_array(rows),
         image=_array(normalize(target.scope.embed_images(theta, batch[0]), dim=1).float()),
         loss=_array(target.batch_losses(theta, rows, batch)),
-        mistake=_array(target.batch_mistakes(theta, rows, batch)),
+        mistake=_array(matches.mistakes),
         gradient=_array(gradients.float()),
     )
+    return kept, MatchRows(_array(rows), *map(_array, matches))
 
 
 def _array(tensor: Tensor) -> np.ndarray:

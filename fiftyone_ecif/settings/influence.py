@@ -101,8 +101,9 @@ class InfluenceSettings(Settings):
     damping: float = option(0.0, "added to the curvature, relative to its mean eigenvalue", label="Damping", least=0.0)
     fit: bool = option(
         False,
-        "whether to bring the scope to a stationary point of the pairs' loss first, in memory, starting from the "
-        "loaded weights: influence describes a model at a minimum of its loss",
+        "whether to bring the parameters in scope to a minimum of the pairs' loss first, in memory, starting from the "
+        "loaded weights: influence describes a model at a minimum of its loss. Leave it out only for a model that was "
+        "trained on exactly these pairs to the end",
         label="Fit the model to these pairs first",
     )
     proximal: float = option(
