@@ -60,7 +60,8 @@ def minimise(
         EcifError: if it is not reached
     """
     theta = (objective.scope.start if start is None else start).clone()
-    scale = objective.gradient_scale(objective.scope.start).item()
+    coarse = objective.coarse()
+    scale = coarse.gradient_scale(objective.scope.start).item()
     gradient, value = objective.gradient_and_value(theta)
     noise = 100 * torch.finfo(theta.dtype).eps
     radius, passes, seen = _FIRST * theta.norm().item(), 1, list[tuple[float, float]]()
@@ -76,7 +77,7 @@ def minimise(
             break
         if way is None:
             exactness = norm * min(_FORCING, math.sqrt(relative))
-            for way in _steihaug(hessian_at(objective, theta), gradient, radius, exactness):  # noqa: B007  # the last one
+            for way in _steihaug(hessian_at(coarse, theta), gradient, radius, exactness):  # noqa: B007  # the last one
                 passes += 1
                 yield theta, relative
                 if passes >= max_passes:
@@ -191,7 +192,7 @@ def stationary_point(
                 raise
             theta, relative = best
     else:
-        relative = (objective.gradient_and_value(theta)[0].norm() / objective.gradient_scale(theta)).item()
+        relative = (objective.gradient_and_value(theta)[0].norm() / objective.coarse().gradient_scale(theta)).item()
     if objective.processes.first:
         store.write_parameters(theta.cpu().numpy(), relative)
     return theta, relative

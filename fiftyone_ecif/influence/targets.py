@@ -50,6 +50,12 @@ class Target(ABC):
     def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
         """Which of the pairs of a batch the model gets wrong, bool, shape ``(n,)``."""
 
+    def on(self, scope: Scope) -> Self:
+        """The same for another scope."""
+        other = copy.copy(self)
+        other.scope = scope
+        return other
+
     def part(self, partition: Sequence[Tensor]) -> Self:
         """The same on some of its batches only."""
         other = copy.copy(self)

@@ -160,15 +160,16 @@ def test_jacobians_equal_autograd(made, with_scale, kind):
     theta = scope.start + 0.05
     function = lambda at: scope.loss.pair_losses(scope.similarity(at, batch))  # noqa: E731
     full = torch.autograd.functional.jacobian(function, theta)
-    found = projection.jacobian(function, theta)
+    found = projection.jacobian(lambda scope, at: scope.loss.pair_losses(scope.similarity(at, batch)), theta)
     directions = torch.stack([projection.lift(row) for row in torch.eye(projection.rank, dtype=theta.dtype)])
     torch.testing.assert_close(found, full @ directions.T, rtol=1e-9, atol=1e-10)
 
 
 @each_projection
 @each_scale_scope
-def test_curvature_is_the_restriction_of_the_matrix(made, with_scale):
-    scope, (images, texts), draw = _problem(n=10, with_scale=with_scale)
+@each_kind
+def test_curvature_is_the_restriction_of_the_matrix(made, with_scale, kind):
+    scope, (images, texts), draw = _problem(n=10, with_scale=with_scale, kind=kind)
     projection = make_projection(made, scope, draw)
     batches = FeatureBatches(images, texts, random_partition(10, 4, 0))
     objective = ContrastiveLoss(scope, batches, 10, 0.3)
