@@ -13,7 +13,9 @@ from __future__ import annotations
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from fiftyone_ecif.influence.losses import BatchLoss, LossCurvature
 
@@ -67,7 +69,7 @@ class HeadPoint:
         self._units = [side / length for side, length in zip(embeddings, self._lengths, strict=True)]
         u, v = self._units
         self._loss, self._scale, self._bias = loss, scale, bias
-        self._similarity = scale * (u @ v.mT) + bias
+        self._similarity = (u @ v.mT).mul_(scale).add_(bias)
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +89,7 @@ class HeadPoint:
     @cached_property
     def _inward(self) -> list[Tensor]:
         """Their parts along those."""
-        return [(unit * pull).sum(-1, keepdim=True) for unit, pull in zip(self._units, self._pulls, strict=True)]
+        return [vecdot(unit, pull)[..., None] for unit, pull in zip(self._units, self._pulls, strict=True)]
 
     @property
     def loss(self) -> Tensor:
@@ -97,8 +99,7 @@ class HeadPoint:
     @property
     def _scaled(self) -> Tensor:
         """Cosines, scaled: the slope of the logits in the logarithm of the scale."""
-        scaled: Tensor = self._similarity - self._bias
-        return scaled
+        return self._similarity - self._bias if self._bias else self._similarity
 
     def gradient(self, with_scale: bool) -> Pull:
         """The gradient of the loss.
@@ -120,25 +121,28 @@ class HeadPoint:
             batch: the features, ``(..., n, w_image)`` and ``(..., n, w_text)``.
             direction: of the heads.
         """
-        along, turned, moved = self._move(batch, direction)
+        steps, grows, moved = self._move(batch, direction)
         changed = self._curvature.product(moved)
-        u, v = self._units
-        slope = self._curvature.slope
-        pulls = [
-            self._scale * (changed @ v + slope @ turned[1]),
-            self._scale * (changed.mT @ u + slope.mT @ turned[0]),
+        slopes, changes = (self._curvature.slope, self._curvature.slope.mT), (changed, changed.mT)
+        turned = [
+            torch.addcmul(step, unit, more, value=-1)
+            for step, unit, more in zip(steps, self._units, grows, strict=True)
         ]
         pulled = []
-        for side, (unit, turn) in enumerate(zip(self._units, turned, strict=True)):
-            pull, inward, change = self._pulls[side], self._inward[side], pulls[side]
+        for side, (unit, step, more) in enumerate(zip(self._units, steps, grows, strict=True)):
+            pull, inward = self._pulls[side], self._inward[side]
+            change = changes[side] @ self._units[1 - side]
+            change.add_(slopes[side] @ turned[1 - side]).mul_(self._scale)
             if direction.log_scale is not None:
-                change = change + direction.log_scale * pull
-            inward_change = (turn * pull + unit * change).sum(-1, keepdim=True)
-            shorter = along[side] * (pull - unit * inward)
-            pulled.append(self._off(side, change - turn * inward - unit * inward_change - shorter))
+                change.addcmul_(pull, direction.log_scale)
+            inward_change = (vecdot(step, pull) + vecdot(unit, change))[..., None] - more * inward
+            # what is off the unit embedding, which turned and grew
+            change.addcmul_(step, inward, value=-1).addcmul_(pull, more, value=-1)
+            change.addcmul_(unit, 2 * more * inward - inward_change)
+            pulled.append(change.div_(self._lengths[side]))
         scale_part = None
         if direction.log_scale is not None:
-            scale_part = (changed * self._scaled + slope * moved).sum((-2, -1))
+            scale_part = (changed * self._scaled + self._curvature.slope * moved).sum((-2, -1))
         return Pull(pulled[0], pulled[1], scale_part)
 
     def gauss_newton_product(self, batch: tuple[Tensor, Tensor], direction: Heads) -> Pull:
@@ -149,30 +153,26 @@ class HeadPoint:
     def _to_units(self, slope: Tensor) -> list[Tensor]:
         """How a slope in ``S`` pulls at the unit embeddings of both sides."""
         u, v = self._units
-        return [self._scale * (slope @ v), self._scale * (slope.mT @ u)]
+        return [(slope @ v).mul_(self._scale), (slope.mT @ u).mul_(self._scale)]
 
     def _pull(self, slope: Tensor, pulls: list[Tensor], with_scale: bool) -> Pull:
         """What a slope in ``S`` does, given its pulls at the unit embeddings: the parts along those do nothing."""
         image, text = (
-            self._off(side, pull - unit * (unit * pull).sum(-1, keepdim=True))
-            for side, (unit, pull) in enumerate(zip(self._units, pulls, strict=True))
+            torch.addcmul(pull, unit, vecdot(unit, pull)[..., None], value=-1).div_(length)
+            for unit, pull, length in zip(self._units, pulls, self._lengths, strict=True)
         )
         return Pull(image, text, (slope * self._scaled).sum((-2, -1)) if with_scale else None)
 
     def _move(self, batch: tuple[Tensor, Tensor], direction: Heads) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """By how much of their length embeddings grow, how they turn, and how ``S`` changes."""
-        along, turned = [], []
+        """How embeddings step over their lengths, how much of those they grow by, and how ``S`` changes."""
+        steps, grows = [], []
         for features, head, unit, length in zip(batch, direction[:2], self._units, self._lengths, strict=True):
-            step = (features @ head).div_(length)
-            grows = (unit * step).sum(-1, keepdim=True)
-            along.append(grows)
-            turned.append(step - unit * grows)
+            steps.append((features @ head).div_(length))
+            grows.append(vecdot(unit, steps[-1])[..., None])
         u, v = self._units
-        moved = self._scale * (turned[0] @ v.mT + u @ turned[1].mT)
+        moved = steps[0] @ v.mT
+        moved.add_(u @ steps[1].mT).mul_(self._scale)
+        moved.addcmul_(grows[0] + grows[1].mT, self._scaled, value=-1)
         if direction.log_scale is not None:
-            moved = moved + direction.log_scale * self._scaled
-        return along, turned, moved
-
-    def _off(self, side: int, pull: Tensor) -> Tensor:
-        off: Tensor = pull / self._lengths[side]
-        return off
+            moved.addcmul_(direction.log_scale, self._scaled)
+        return steps, grows, moved
