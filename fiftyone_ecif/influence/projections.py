@@ -338,10 +338,16 @@ class _MovedHeads(HeadScope):
         return self._embed(1, theta, captions)
 
     @override
+    def scale(self, theta: Tensor) -> Tensor | float:
+        return self._scope.scale(self._moved(theta))
+
+    @override
     def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
-        if not self.with_scale:
-            return self._scope.logits(self._theta, cosine)
-        return self._scope.logits(torch.cat([self._theta[:-1], self._theta[-1:] + theta[-1:]]), cosine)
+        return self._scope.logits(self._moved(theta), cosine)
+
+    def _moved(self, theta: Tensor) -> Tensor:
+        """The parameters with the temperature moved; the heads are moved where they embed."""
+        return torch.cat([self._theta[:-1], self._theta[-1:] + theta[-1:]]) if self.with_scale else self._theta
 
     def _embed(self, side: int, theta: Tensor, features: Tensor) -> Tensor:
         head, projection = self._scope.split(self._theta)[side], self._projections[side]
