@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg import cho_solve, cholesky
 
 
 def influence_vectors(curvature: np.ndarray, gradients: np.ndarray, pairs: int) -> np.ndarray:
@@ -49,7 +49,7 @@ class CachedGradients:
     def of_others(self, positive: np.ndarray, negative: np.ndarray) -> CachedGradients:
         """Other pairs with the same curvature, which is factorised once for all."""
         others = replace(self, positive=positive, negative=negative)
-        others.__dict__["_inverse_half"] = self._inverse_half
+        others.__dict__["_inverse"] = self._inverse
         return others
 
     def influence(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,28 +77,30 @@ class CachedGradients:
     @property
     def lengths(self) -> np.ndarray:
         """What each pair does to the model, ``|H^-1/2 g_n|``, shape ``(n,)``."""
-        lengths: np.ndarray = np.linalg.norm(self._whitened, axis=1)
-        return lengths.clip(min=np.finfo(float).tiny)
+        squared = np.einsum("nr,nr->n", self._removed, self._moves)
+        lengths: np.ndarray = np.sqrt(squared.clip(min=np.finfo(float).tiny))
+        return lengths
 
     def self_influence(self) -> np.ndarray:
         """Change of each pair's own loss if it had not been trained on, shape ``(n,)``, in nats.
 
         Large for pairs that the model can only fit by learning them by heart.
         """
-        scores: np.ndarray = np.einsum("nr,nr->n", self._half_solve(self.positive), self._whitened) / self.pairs
+        scores: np.ndarray = np.einsum("nr,nr->n", self.positive, self._moves) / self.pairs
         return scores
 
     @cached_property
-    def _whitened(self) -> np.ndarray:
-        return self._half_solve(self.positive + self.negative)
+    def _removed(self) -> np.ndarray:
+        removed: np.ndarray = self.positive.astype(np.float64) + self.negative
+        return removed
 
     @cached_property
-    def _inverse_half(self) -> np.ndarray:
-        """``L^-T`` with ``L L^T = H``: one product with it is faster than solving for each pair."""
-        factor = cholesky(self.curvature, lower=True)
-        inverse: np.ndarray = solve_triangular(factor, np.eye(len(factor)), lower=True).T
-        return inverse
+    def _moves(self) -> np.ndarray:
+        """``H^-1 g`` of each pair: one product with the inverse is faster than solving for each."""
+        moves: np.ndarray = self._removed @ self._inverse
+        return moves
 
-    def _half_solve(self, gradients: np.ndarray) -> np.ndarray:
-        solved: np.ndarray = gradients.astype(np.float64) @ self._inverse_half
-        return solved
+    @cached_property
+    def _inverse(self) -> np.ndarray:
+        inverse: np.ndarray = cho_solve((cholesky(self.curvature, lower=True), True), np.eye(len(self.curvature)))
+        return inverse

@@ -18,6 +18,7 @@ def smallest_norm(objective: ContrastiveLoss, theta: Tensor) -> float:
         objective: over the pairs.
         theta: the scope's parameters, shape ``(p,)``.
     """
+    theta = objective.placed(theta)
     with torch.no_grad():
         own = [
             torch.stack([part.norm(dim=-1).flatten() for part in objective.scope.embed(theta, batch)], dim=1)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fiftyone_ecif.devices import Placement
-from fiftyone_ecif.influence.head_point import HeadPoint, Heads
-from fiftyone_ecif.influence.heads import HeadScope
+from fiftyone_ecif.influence.head_point import HeadPoint, Heads, Pull
+from fiftyone_ecif.influence.heads import HeadScope, HeadSum
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 
 Product = Callable[[Tensor], Tensor]
@@ -47,7 +47,7 @@ _Part = Callable[[Tensor, bool], Tensor]  # a batch's: of a vector, and whether 
 def _sum_over_batches(
     objective: ContrastiveLoss,
     theta: Tensor,
-    closed: Callable[[HeadPoint, Any, Heads], Tensor],
+    closed: Callable[[HeadPoint, Any, Heads], Pull],
     graph: Callable[[ContrastiveLoss, Tensor, Any], _Part],
 ) -> Product:
     """What the batches and the pull to the start add up to."""
@@ -57,22 +57,26 @@ def _sum_over_batches(
 
 
 class _ClosedForms:
-    """Products of the heads: what a stack of batches needs beside its features is kept, as far as there is room."""
+    """Products of the heads: what a stack of batches needs beside its features is kept, as far as there is room.
+
+    Not of an objective that has a coarse form: its products only check what those of the other lead to.
+    """
 
     def __init__(
         self,
         objective: ContrastiveLoss,
         scope: HeadScope,
         theta: Tensor,
-        product: Callable[[HeadPoint, Any, Heads], Tensor],
+        product: Callable[[HeadPoint, Any, Heads], Pull],
     ) -> None:
-        self._objective, self._scope, self._theta, self._product = objective, scope, theta, product
+        self._objective, self._scope, self._product = objective, scope, product
+        self._theta = objective.placed(theta)
         self._stacks = objective.stacks()
         self._kept: list[HeadPoint] = []
-        self._room = Placement(str(theta.device), theta.dtype).room
+        self._room = Placement(str(theta.device)).room if objective.is_coarse else 0
 
     def __call__(self, vector: Tensor) -> Tensor:
-        total, direction = torch.zeros_like(vector), self._scope.at(vector)
+        total, direction = HeadSum(self._scope, vector), self._scope.at(self._objective.placed(vector))
         for number, batch in enumerate(self._objective.batches.each(self._stacks)):
             if number < len(self._kept):
                 point = self._kept[number]
@@ -81,8 +85,9 @@ class _ClosedForms:
                 if point.nbytes <= self._room and number == len(self._kept):
                     self._kept.append(point)
                     self._room -= point.nbytes
-            total += self._product(point, self._scope.inputs(batch), direction)
-        return self._objective.processes.total(total) / self._objective.pairs + self._objective.proximal * vector
+            total.add(batch, self._product(point, self._scope.inputs(batch), direction))
+        product = self._objective.processes.total(total.total()) / self._objective.pairs
+        return product + self._objective.proximal * vector
 
 
 class _Graphs:

@@ -65,7 +65,7 @@ def minimise(
         EcifError: if it is not reached
     """
     theta = (objective.scope.start if start is None else start).clone()
-    scale = objective.gradient_scale(objective.scope.start).item()
+    scale = objective.coarse().gradient_scale(objective.scope.start).item()
     passes = 0
     if not isinstance(objective.scope, HeadScope):
         for there, relative in _lbfgs(objective, theta, scale, max_passes):
@@ -111,6 +111,7 @@ def _newton(
     objective: ContrastiveLoss, theta: Tensor, scale: float, tolerance: float, max_passes: int
 ) -> Iterator[tuple[Tensor, float]]:
     """As :func:`minimise`, by Newton steps only."""
+    coarse = objective.coarse()
     gradient, value = objective.gradient_and_value(theta)
     noise = 100 * torch.finfo(theta.dtype).eps
     radius, passes, seen = _FIRST * theta.norm().item(), 1, list[tuple[float, float]]()
@@ -126,7 +127,7 @@ def _newton(
             break
         if way is None:
             exactness = max(norm * min(_FORCING, math.sqrt(relative)), _ENOUGH * tolerance * scale)
-            for way in _steihaug(hessian_at(objective, theta), gradient, radius, exactness):  # noqa: B007  # the last one
+            for way in _steihaug(hessian_at(coarse, theta), gradient, radius, exactness):  # noqa: B007  # the last one
                 passes += 1
                 yield theta, relative
                 if passes >= max_passes:
@@ -241,7 +242,7 @@ def stationary_point(
                 raise
             theta, relative = best
     else:
-        relative = (objective.gradient_and_value(theta)[0].norm() / objective.gradient_scale(theta)).item()
+        relative = (objective.gradient_and_value(theta)[0].norm() / objective.coarse().gradient_scale(theta)).item()
     if objective.processes.first:
         store.write_parameters(theta.cpu().numpy(), relative)
     return theta, relative

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fiftyone_ecif.influence.heads import Batch, HeadScope, head_inputs, head_outputs
+from fiftyone_ecif.influence.heads import Batch, HeadScope
 from fiftyone_ecif.influence.losses import RoleGradient
 
 
@@ -40,8 +40,11 @@ def removal_gradients(
     batch: Batch,
     projections: tuple[HeadProjection, HeadProjection],
     role: str = "exact",
+    embeddings: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Projected gradients of both roles of every pair of a batch.
+    """Projected gradients of both roles of every pair of a batch, in the precision of what they are projected by.
+
+    What tells the pairs apart, their similarity and its softmax, is in that of ``theta``.
 
     Args:
         scope: the head scope.
@@ -49,40 +52,43 @@ def removal_gradients(
         batch: image and caption features, ``(n, w_image)`` and ``(n, w_text)``.
         projections: of the image head and of the text head.
         role ("exact"): see ``roles.ROLES``.
+        embeddings (None): of the batch, ``(n, d)`` each, if they are known.
 
     Returns:
         ``(positive, negative)``, each of shape ``(n, r)`` with ``r`` the sum of
         both heads' ``a * b``; the image head's block comes first, and the
         temperature, if it is in scope, last.
     """
-    scale = scope.scale(theta)
-    images, texts = (
-        _side(features, head, scale, projection)
-        for features, head, projection in zip(batch[:2], scope.split(theta), projections, strict=True)
-    )
-    cosine = images.embedding @ texts.embedding.mT
+    scale, kept = scope.scale(theta), projections[0].input.dtype
+    found = scope.embed(theta, batch) if embeddings is None else embeddings
+    units = [normalize(side, dim=-1) for side in found]
+    cosine = units[0] @ units[1].mT
     similarity = scope.logits(theta, cosine)
-    by_image = _Anchors(images, texts, cosine)
-    by_text = _Anchors(texts, images, cosine.mT)
+    images, texts = (
+        _Side(
+            unit.to(kept),
+            (scale * (features.to(kept) @ head.input) / side.norm(dim=-1, keepdim=True)).to(kept),
+            head.output,
+        )
+        for features, side, unit, head in zip(scope.inputs(batch), found, units, projections, strict=True)
+    )
+    rounded = cosine.to(kept)
+    by_image, by_text = _Anchors(images, texts, rounded), _Anchors(texts, images, rounded.mT)
     roles, loss = [], scope.loss_of(batch)
     for of_images, of_captions in zip(
         loss.role_gradients(similarity, role), loss.role_gradients(similarity.mT, role), strict=True
     ):
-        gradients = [(torch.zeros_like(by_image.along_anchor), torch.zeros_like(by_image.along_other))]
-        gradients += [by_image.gradients(role_gradient) for role_gradient in of_images]
-        gradients += [by_text.gradients(role_gradient)[::-1] for role_gradient in of_captions]
-        blocks = [sum(parts) for parts in zip(*gradients, strict=True)]
+        gradients = [by_image.gradients(role_gradient.to(kept)) for role_gradient in of_images]
+        gradients += [by_text.gradients(role_gradient.to(kept))[::-1] for role_gradient in of_captions]
+        nothing = (torch.zeros_like(by_image.along_anchor), torch.zeros_like(by_image.along_other))
+        blocks = [sum(parts[1:], start=parts[0]) for parts in zip(*(gradients or [nothing]), strict=True)]
         roles.append(torch.cat(blocks, dim=-1))
     if scope.with_scale:
         along_scale = loss.removal_tangents(similarity, scale * cosine, role)
-        roles = [torch.cat([block, part[..., None]], dim=-1) for block, part in zip(roles, along_scale, strict=True)]
+        roles = [
+            torch.cat([block, part[..., None].to(kept)], dim=-1) for block, part in zip(roles, along_scale, strict=True)
+        ]
     return roles[0], roles[1]
-
-
-def _side(features: Tensor, head: Tensor, scale: Tensor | float, projection: HeadProjection) -> _Side:
-    embedding = head_outputs(features, head)
-    scaled_input = scale * (head_inputs(features, head) @ projection.input) / embedding.norm(dim=-1, keepdim=True)
-    return _Side(normalize(embedding, dim=-1), scaled_input, projection.output)
 
 
 def _outer(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -107,8 +113,6 @@ class _Anchors:
         self.u_other, self.v_other = (side.embedding @ other.output for side in (anchor, other))
         self.along_anchor = _outer(anchor.scaled_input, self.u_anchor)
         self.along_other = _outer(other.scaled_input, self.v_other)
-        # by the id of a mean, which is kept with them so that no other takes its id
-        self._centres: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def gradients(self, role_gradient: RoleGradient) -> tuple[Tensor, Tensor]:
         """Of the anchors' head and of the others', ``(n, a * b)`` each."""
@@ -125,10 +129,8 @@ class _Anchors:
         return to_anchor, to_other
 
     def _of_mean(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """What the mean of the others does to the anchor, and to the others; role gradients with one mean share it."""
-        if id(mean) not in self._centres:
-            weighted = mean * self.cosine
-            off_centre = mean @ self.v_anchor - weighted.sum(-1, keepdim=True) * self.u_anchor
-            shared = _outer(mean @ self.other.scaled_input, self.u_other) - weighted @ self.along_other
-            self._centres[id(mean)] = mean, _outer(self.anchor.scaled_input, off_centre), shared
-        return self._centres[id(mean)][1:]
+        """What the mean of the others does to the anchor, and to the others."""
+        weighted = mean * self.cosine
+        off_centre = mean @ self.v_anchor - weighted.sum(-1, keepdim=True) * self.u_anchor
+        shared = _outer(mean @ self.other.scaled_input, self.u_other) - weighted @ self.along_other
+        return _outer(self.anchor.scaled_input, off_centre), shared

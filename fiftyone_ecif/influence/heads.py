@@ -20,17 +20,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.linalg import vecdot
 from typing_extensions import override
 
 from fiftyone_ecif.devices import ON_CPU, Placement
-from fiftyone_ecif.influence.head_point import HeadPoint, Heads
+from fiftyone_ecif.influence.head_point import HeadPoint, Heads, Pull
 from fiftyone_ecif.influence.losses import BatchLoss, SoftmaxLoss, others_equal
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 _AT_ONCE = 2**16  # rows that are copied to a device
+_COARSELY = 16  # stacks that are added up in their own precision
+_GRADIENTS = 16  # of all parameters each, at a time
 
 
 def head_inputs(features: Tensor, head: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class HeadScope(Scope):
         return Heads(*self.split(theta), theta[-1] if self.with_scale else None)
 
     def point(self, theta: Tensor, batch: Batch) -> HeadPoint:
-        """A batch, or a stack of batches, seen from ``theta``."""
+        """A batch, or a stack of batches, seen from ``theta``, in the same precision."""
         return HeadPoint(self.loss_of(batch), self.embed(theta, batch), self.scale(theta), self._bias)
 
     def split(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +103,20 @@ class HeadScope(Scope):
         """What of a batch the heads multiply: its features without their offsets, ``(n, w)`` each."""
         image, text = self.split(self.start)
         return head_inputs(batch[0], image), head_inputs(batch[1], text)
+
+    def squared(self, batch: Batch, pull: Pull) -> Tensor:
+        """The squared norms of the gradients of the heads, added up over the batches of a stack, a scalar.
+
+        Args:
+            batch: the features, ``(b, n, w_image)`` and ``(b, n, w_text)``.
+            pull: of each batch at its embeddings.
+        """
+        total = pull.image.new_zeros(())
+        for features, part in zip(self.inputs(batch), pull[:2], strict=True):
+            for start in range(0, len(part), _GRADIENTS):
+                some = slice(start, start + _GRADIENTS)
+                total = total + (features[some].mT @ part[some]).square().sum()
+        return total if pull.log_scale is None else total + pull.log_scale.square().sum()
 
     def scale(self, theta: Tensor) -> Tensor | float:
         """``exp(logit_scale)``."""
@@ -120,13 +136,68 @@ class HeadScope(Scope):
 
     def similarity_and_tangent(self, theta: Tensor, batch: Batch, direction: Tensor) -> tuple[Tensor, Tensor]:
         """As for any scope. Embeddings are linear in the heads, so they move by what ``direction`` embeds."""
-        embeddings, moves = self.embed(theta, batch), self.embed(direction, self.inputs(batch))
-        value, tangent = jvp(self.compare, (theta, *embeddings), (direction, *moves))[:2]
-        return value, tangent
+        embeddings = self.embed(theta, batch)
+        lengths = [side.norm(dim=-1, keepdim=True) for side in embeddings]
+        u, v = (side / length for side, length in zip(embeddings, lengths, strict=True))
+        cosine = u @ v.mT
+        along = self.at(direction)
+        steps = [
+            (features @ head).div_(length)
+            for features, head, length in zip(self.inputs(batch), along[:2], lengths, strict=True)
+        ]
+        grows = [vecdot(step, unit)[..., None] for step, unit in zip(steps, (u, v), strict=True)]
+        tangent = steps[0] @ v.mT + u @ steps[1].mT
+        tangent.addcmul_(grows[0] + grows[1].mT, cosine, value=-1)
+        if along.log_scale is not None:
+            tangent.addcmul_(along.log_scale, cosine)
+        return self.logits(theta, cosine), self.scale(theta) * tangent
 
     @override
     def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
         return self.scale(theta) * cosine + self._bias
+
+
+class HeadSum:
+    """A sum over batches of what they pull at the heads.
+
+    A few are added up in their own precision, all of them in that of the total.
+
+    Args:
+        scope: the heads.
+        like: a vector of its parameters, shape ``(p,)``, in the precision of the total.
+    """
+
+    def __init__(self, scope: HeadScope, like: Tensor) -> None:
+        self._scope, self._total = scope, torch.zeros_like(like)
+        self._few, self._added = self._total, 0
+
+    def add(self, batch: Batch, pull: Pull) -> None:
+        """Adds what a batch, or a stack of batches, pulls.
+
+        Args:
+            batch: its features, ``(..., n, w_image)`` and ``(..., n, w_text)``.
+            pull: at its embeddings.
+        """
+        if pull.image.dtype != self._few.dtype:
+            self._few = torch.zeros_like(self._total, dtype=pull.image.dtype)
+        into = self._scope.at(self._few)
+        for head, features, part in zip(into[:2], self._scope.inputs(batch), pull[:2], strict=True):
+            head.addmm_(features.flatten(0, -2).T, part.flatten(0, -2))
+        if into.log_scale is not None and pull.log_scale is not None:
+            into.log_scale.add_(pull.log_scale.sum())
+        self._added += 1
+        if self._added % _COARSELY == 0:
+            self._settle()
+
+    def total(self) -> Tensor:
+        """Of what was added, flat, shape ``(p,)``."""
+        self._settle()
+        return self._total
+
+    def _settle(self) -> None:
+        if self._few is not self._total:
+            self._total += self._few
+            self._few.zero_()
 
 
 class FeatureBatches(Sequence[Batch]):
@@ -158,6 +229,10 @@ class FeatureBatches(Sequence[Batch]):
     def regrouped(self, partition: Sequence[Tensor]) -> FeatureBatches:
         """The same pairs in other batches."""
         return FeatureBatches(self.images, self.texts, partition, self.placement, self.twins)
+
+    def coarse(self) -> FeatureBatches:
+        """The same batches as :attr:`Placement.coarse`."""
+        return FeatureBatches(self.images, self.texts, self.partition, self.placement.coarse, self.twins)
 
     def stacks(self, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of batches, those that are given as one stack together: of one size, as many as suit."""

@@ -18,6 +18,7 @@ import torch
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
+from fiftyone_ecif.devices import Placement
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.curvature import Product
 from fiftyone_ecif.influence.damping import enough_damping
@@ -46,7 +47,8 @@ class Solution:
     Attributes:
         vector: ``x``, shape ``(p,)``.
         iterations: products used.
-        residual: ``|b - H x| / |b|``, as the iteration keeps it.
+        residual: ``|b - H x| / |b|``, as the iteration keeps it; at last as an exact product has it, if steps were
+            coarse.
         condition_number: the ratio of the largest to the smallest eigenvalue;
             with conjugate gradients, of those that the right-hand side meets
             (Ritz values of the solve).
@@ -61,7 +63,11 @@ class Solution:
 
 
 def solve(
-    product: Product, right: Tensor, damping: float = 0.0, tolerance: float | None = None
+    product: Product,
+    right: Tensor,
+    damping: float = 0.0,
+    tolerance: float | None = None,
+    coarse: Product | None = None,
 ) -> Generator[float, None, Solution]:
     """Solves ``(H + damping * mean eigenvalue) x = b``, damping more where that is not positive.
 
@@ -75,6 +81,7 @@ def solve(
         damping (0.0): at least; relative to the mean eigenvalue.
         tolerance (None): the relative residual to reach; by default 1e-6 in
             float64 and 1e-3 in float32.
+        coarse (None): a cheaper product, nearly the same, for the steps of conjugate gradients.
 
     Yields:
         the relative residual so far
@@ -91,7 +98,8 @@ def solve(
         shift = damping * mean
         try:
             solution = None
-            for solution in conjugate_gradient(partial(_shifted, product, shift), right, tolerance):
+            cheap = coarse and partial(_shifted, coarse, shift)
+            for solution in conjugate_gradient(partial(_shifted, product, shift), right, tolerance, coarse=cheap):
                 yield solution.residual
             assert solution is not None
             return Solution(solution.vector, solution.iterations, solution.residual, solution.condition_number, damping)
@@ -140,63 +148,108 @@ def mean_eigenvalue(product: Product, like: Tensor) -> float:
 
 
 def conjugate_gradient(
-    product: Product, right: Tensor, tolerance: float = 1e-6, max_iterations: int = 1000
+    product: Product,
+    right: Tensor,
+    tolerance: float = 1e-6,
+    max_iterations: int = 1000,
+    coarse: Product | None = None,
 ) -> Iterator[Solution]:
     """Solves ``H x = b`` for a positive-definite ``H`` by conjugate gradients.
 
-    Yields the state after each iteration, so that a caller can show progress or
-    stop; the last one meets the tolerance.
+    Yields the state again and again, so that a caller can show progress or
+    stop; the last one meets the tolerance. Where steps are taken with coarse
+    products, the residual they lead to is computed with an exact one, and
+    solved for likewise if it is too large (iterative refinement).
 
     Args:
         product: maps ``v`` to ``H v``.
         right: ``b``, shape ``(p,)``.
         tolerance (1e-6): the relative residual to reach.
         max_iterations (1000): products to spend at most.
+        coarse (None): a cheaper ``H v`` to take steps with, nearly the same.
 
     Raises:
         NegativeCurvatureError: if ``H`` has negative curvature along the solve
         EcifError: if the tolerance is not reached
     """
-    x, residual = torch.zeros_like(right), right.clone()
-    direction, squared = residual.clone(), residual.dot(residual)
-    norm = squared.sqrt()
-    if norm == 0:
-        yield Solution(x, 0, 0.0, 1.0)
-        return
-    steps: list[float] = []
-    ratios: list[float] = []
-    for iteration in range(1, max_iterations + 1):
+    x, residual, norm = torch.zeros_like(right), right, right.norm()
+    done, relative, condition = 0, 1.0, 1.0
+    while relative > tolerance and done < max_iterations:
+        before, steps = relative, _steps(coarse or product, residual, norm, tolerance, max_iterations - done)
+        try:
+            for state in steps:
+                relative, condition = state.residual, max(condition, state.condition_number)
+                yield Solution(x + state.vector, done + state.iterations, relative, condition)
+        except NegativeCurvatureError:
+            if coarse is None:
+                raise
+            coarse = None  # it may be rounding
+            continue
+        done += state.iterations
+        if coarse is None:
+            x = x + state.vector
+            continue
+        there, done = x + state.vector, done + 1
+        left = right - product(there)
+        relative = (left.norm() / norm.clamp_min(torch.finfo(norm.dtype).tiny)).item()
+        if relative < before:
+            x, residual = there, left
+        if relative > before / 2:
+            relative, coarse = min(relative, before), None  # they lead no further
+        yield Solution(x, done, relative, condition)
+    if relative > tolerance:
+        raise EcifError(
+            f"The solve did not converge in {max_iterations} products: the residual is {relative:.1e}, "
+            f"the condition number about {condition:.1e}. Raise proximal or damping"
+        )
+
+
+def _steps(product: Product, right: Tensor, norm: Tensor, tolerance: float, most: int) -> Iterator[Solution]:
+    """Conjugate gradients until the residual is small beside a norm, or the products are spent.
+
+    All numbers stay on the device: Python looks at them after some steps only (:attr:`Placement.unwatched`).
+    """
+    often = Placement(str(right.device)).unwatched
+    x, residual, direction, squared = torch.zeros_like(right), right, right, right.dot(right)
+    unseen, steps, ratios = list[Tensor](), list[float](), list[float]()
+    for iteration in range(1, most + 1):
         curved = product(direction)
-        curvature = direction.dot(curved)
-        if not torch.isfinite(curvature):
-            raise EcifError("A curvature product is not finite: the model's weights or features hold NaN or infinity")
-        if curvature <= 0:
-            met = (curvature / direction.dot(direction)).item()
-            raise NegativeCurvatureError(
-                f"The curvature is negative ({met:.2g}) along the solve: the model is too far from a minimum for "
-                "influence functions. Set fit=True, or raise damping",
-                met,
-            )
-        step = squared / curvature
-        x = x + step * direction
-        residual = residual - step * curved
-        ratio = residual.dot(residual) / squared
+        before, curvature, length = squared, direction.dot(curved), direction.dot(direction)
+        step = torch.where(before > 0, before / curvature, 0.0)  # none where nothing is left to solve for
+        x, residual = x + step * direction, residual - step * curved
         squared = residual.dot(residual)
-        steps.append(step.item())
-        ratios.append(ratio.item())
-        relative = (squared.sqrt() / norm).item()
+        ratio = torch.where(before > 0, squared / before, 0.0)
+        direction = residual + ratio * direction
+        unseen.append(torch.stack([before, curvature, length, step, ratio, squared.sqrt(), norm]))
+        if iteration % often and iteration < most:
+            continue
+        seen = torch.stack(unseen).tolist()
+        for left, met, size, step_size, ratio_size, *_ in seen:
+            if not math.isfinite(met):
+                raise EcifError(
+                    "A curvature product is not finite: the model's weights or features hold NaN or infinity"
+                )
+            if left > 0 >= met:
+                raise NegativeCurvatureError(
+                    f"The curvature is negative ({met / size:.2g}) along the solve: the model is too far from a "
+                    "minimum for influence functions. Set fit=True, or raise damping",
+                    met / size,
+                )
+            if left > 0:
+                steps.append(step_size)
+                ratios.append(ratio_size)
+        unseen.clear()
+        *_, reached, whole = seen[-1]
+        relative = reached / whole if whole else 0.0
         yield Solution(x, iteration, relative, _condition_number(steps, ratios))
         if relative <= tolerance:
             return
-        direction = residual + ratio * direction
-    raise EcifError(
-        f"The solve did not converge in {max_iterations} products: the residual is {relative:.1e}, "
-        f"the condition number about {_condition_number(steps, ratios):.1e}. Raise proximal or damping"
-    )
 
 
 def _condition_number(steps: list[float], ratios: list[float]) -> float:
     """From the eigenvalues of the Lanczos matrix that conjugate gradients build on the way."""
+    if not steps:
+        return 1.0
     diagonal = np.array([1 / steps[0]] + [1 / a + b / c for a, b, c in zip(steps[1:], ratios, steps, strict=False)])
     off = np.sqrt(ratios[: len(steps) - 1]) / np.array(steps[:-1])
     ritz = eigvalsh_tridiagonal(diagonal, off)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 from torch.nn.functional import logsigmoid
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.roles import Approximation, Role, parse_role
@@ -62,6 +62,10 @@ class RoleGradient:
     def scaled(self, factor: Tensor) -> RoleGradient:
         """The same with ``weight * factor``, ``factor`` of shape ``(n, n)``."""
         return replace(self, weight=self.weight * factor)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same, rounded."""
+        return replace(self, weight=self.weight.to(dtype), mean=self.mean.to(dtype))
 
     def tangent(self, direction: Tensor) -> Tensor:
         """Change of the role of each pair when ``S`` moves along ``direction``, shape ``(n,)``."""
@@ -106,6 +110,33 @@ class SingleRoleGradient(RoleGradient):
 
 
 @dataclass(frozen=True)
+class OwnRoleGradient(RoleGradient):
+    """A role gradient whose anchors carry the role of their own pair.
+
+    Attributes:
+        weight: shape ``(..., n)``.
+        mean: as above.
+    """
+
+    @override
+    def matrix(self) -> Tensor:
+        return torch.diag_embed(self.weight)
+
+    @override
+    def aggregate(self, rows: Tensor) -> Tensor:
+        return (self.weight if rows.dim() == self.weight.dim() else self.weight[..., None]) * rows
+
+    @override
+    def scaled(self, factor: Tensor) -> OwnRoleGradient:
+        return replace(self, weight=self.weight * _diagonal(factor))
+
+    @override
+    def tangent(self, direction: Tensor) -> Tensor:
+        tangent: Tensor = self.weight * (_diagonal(direction) - vecdot(self.mean, direction))
+        return tangent
+
+
+@dataclass(frozen=True)
 class LossCurvature:
     """The first and second derivative of a batch's loss with respect to ``S``.
 
@@ -133,6 +164,15 @@ class BatchLoss(ABC):
     @abstractmethod
     def pair_losses(self, similarity: Tensor) -> Tensor:
         """Each pair's share of the loss, shape ``(n,)``; the loss of the batch is their sum."""
+
+    @abstractmethod
+    def slope(self, similarity: Tensor, weights: Tensor) -> Tensor:
+        """The gradient of the sum of the pair losses, each times its weight, with respect to ``S``, shape ``(n, n)``.
+
+        Args:
+            similarity: ``S``, shape ``(n, n)``.
+            weights: shape ``(n,)``.
+        """
 
     @abstractmethod
     def curvature(self, similarity: Tensor) -> LossCurvature:
@@ -231,6 +271,13 @@ class SoftmaxLoss(BatchLoss):
         return similarity.logsumexp(-1) + similarity.logsumexp(-2) - 2 * _diagonal(similarity)
 
     @override
+    def slope(self, similarity: Tensor, weights: Tensor) -> Tensor:
+        slope = weights[..., :, None] * similarity.softmax(-1)
+        slope.addcmul_(weights[..., None, :], similarity.softmax(-2))
+        _diagonal(slope).sub_(weights, alpha=2)
+        return slope
+
+    @override
     def curvature(self, similarity: Tensor) -> LossCurvature:
         by_image, by_caption = similarity.softmax(-1), similarity.softmax(-2)
         slope = by_image + by_caption
@@ -254,12 +301,20 @@ class SoftmaxLoss(BatchLoss):
         In the exact role no weight can overflow. An anchor gives more than half
         of its weight to at most one other pair; ``1 - P`` is then computed from
         the rest of the row and not by subtraction, so duplicate captions need
-        no clamping. An anchor that no other pair competes for has no weight.
+        no clamping. Likewise a pair's own softmax, near one for a pair that is
+        learned well, is left out of its mean: ``e_n - P`` is ``1 - P_n`` times
+        ``e_n`` less the mean of the others. An anchor that no other pair competes
+        for has no weight.
         """
         mean = similarity.softmax(-1)
         each = _numbers(mean)
-        positive: list[RoleGradient] = [SingleRoleGradient(-torch.ones_like(mean[..., 0, :]), mean, each)]
-        if approximation == "taylor":
+        others = _without_own(mean.clone())
+        share = others.sum(-1)
+        others = others / share.clamp_min(torch.finfo(share.dtype).tiny)[..., None]
+        positive: list[RoleGradient] = [OwnRoleGradient(-share, others)]
+        if mean.shape[-1] == 1:
+            negative: list[RoleGradient] = [RoleGradient(torch.zeros_like(mean), mean)]
+        elif approximation == "taylor":
             negative = [RoleGradient(_without_own(mean.clone()), mean)]
         elif approximation == "as_printed":
             inverse = mean.reciprocal().masked_fill(similarity.isneginf(), 0)
@@ -301,6 +356,12 @@ class SigmoidLoss(BatchLoss):
         return self.own_losses(similarity) + negative / 2
 
     @override
+    def slope(self, similarity: Tensor, weights: Tensor) -> Tensor:
+        slope = (weights[..., :, None] + weights[..., None, :]) / 2 * similarity.sigmoid()
+        _diagonal(slope).copy_(-weights * (-_diagonal(similarity)).sigmoid())
+        return slope
+
+    @override
     def curvature(self, similarity: Tensor) -> LossCurvature:
         slope, rest = similarity.sigmoid(), (-similarity).sigmoid()  # 1 - slope would lose what is small
         curved = slope * rest
@@ -322,7 +383,7 @@ class SigmoidLoss(BatchLoss):
     def both_roles(self, similarity: Tensor, approximation: Approximation) -> RoleGradients:
         none = torch.zeros_like(similarity)
         own = -(-_diagonal(similarity)).sigmoid() / 2  # half with images, half with captions as anchors
-        positive: list[RoleGradient] = [SingleRoleGradient(own, none, _numbers(none))]
+        positive: list[RoleGradient] = [OwnRoleGradient(own, none)]
         negative: list[RoleGradient] = [RoleGradient(_without_own(similarity.sigmoid()), none)]
         return positive, negative
 
@@ -341,6 +402,10 @@ class SparingLoss(BatchLoss):
     @override
     def pair_losses(self, similarity: Tensor) -> Tensor:
         return self._loss.pair_losses(self._spared(similarity))
+
+    @override
+    def slope(self, similarity: Tensor, weights: Tensor) -> Tensor:
+        return self._loss.slope(self._spared(similarity), weights)
 
     @override
     def curvature(self, similarity: Tensor) -> LossCurvature:

@@ -41,7 +41,9 @@ def removal_step(
     """
     left = objective.without(rows)
     gradient = group_gradient(objective, theta, rows)
-    return (yield from solve(SOLVERS[solver].product(left, theta), gradient, damping, tolerance))
+    product = SOLVERS[solver].product(left, theta)
+    coarse = None if left.is_coarse else SOLVERS[solver].product(left.coarse(), theta)
+    return (yield from solve(product, gradient, damping, tolerance, coarse))
 
 
 def group_gradient(objective: ContrastiveLoss, theta: Tensor, rows: Tensor) -> Tensor:

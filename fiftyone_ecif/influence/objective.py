@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
-from fiftyone_ecif.influence.heads import HeadScope
+from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope, HeadSum
 from fiftyone_ecif.influence.scope import Scope
-
-_GRADIENTS = 16  # of all parameters each, at a time
 
 
 class Batches(Protocol):
@@ -130,6 +128,17 @@ class ContrastiveLoss:
         left = self.batches.regrouped(partition_without(self.batches.partition, rows))
         return ContrastiveLoss(self.scope, left, self.pairs, self.proximal, self.processes)
 
+    def coarse(self) -> ContrastiveLoss:
+        """The same on features in the precision of steps (:attr:`Placement.coarse`); totals keep that of ``theta``."""
+        if isinstance(self.batches, FeatureBatches) and not self.is_coarse:
+            return ContrastiveLoss(self.scope, self.batches.coarse(), self.pairs, self.proximal, self.processes)
+        return self
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether there is no coarser form."""
+        return not isinstance(self.batches, FeatureBatches) or self.batches.placement == self.batches.placement.coarse
+
     def sample(self, pairs: int = 512) -> ContrastiveLoss:
         """The objective on its first batches only: enough for directions and the curvature between them.
 
@@ -147,23 +156,24 @@ class ContrastiveLoss:
         value, offset = theta.new_zeros(()), theta - self.scope.start
         with torch.no_grad():
             for batch in self.own_stacks():
-                value = value + self._batch_mean(theta, batch)
+                value = value + self._batch_mean(self.placed(theta), batch)
         return self.processes.total(value) + self.proximal / 2 * offset.dot(offset)
 
     def gradient_and_value(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, shape ``(p,)``, and the value, a scalar."""
         offset = theta - self.scope.start
         gradient, value = torch.zeros_like(theta), theta.new_zeros(())
-        for batch in self.own_stacks():
-            if isinstance(self.scope, HeadScope):
-                at = self.scope.point(theta, batch)
-                part, loss = (
-                    at.gradient(self.scope.inputs(batch), self.scope.with_scale) / self.pairs,
-                    at.loss / self.pairs,
-                )
-            else:
+        if isinstance(self.scope, HeadScope):
+            pulled = HeadSum(self.scope, theta)
+            for batch in self.own_stacks():
+                at = self.scope.point(self.placed(theta), batch)
+                pulled.add(batch, at.gradient(self.scope.with_scale))
+                value = value + at.loss / self.pairs
+            gradient = pulled.total() / self.pairs
+        else:
+            for batch in self.own_stacks():
                 part, loss = grad_and_value(self._batch_mean)(theta, batch)
-            gradient, value = gradient + part, value + loss
+                gradient, value = gradient + part, value + loss
         gradient, value = self.processes.total(gradient), self.processes.total(value)
         return gradient + self.proximal * offset, value + self.proximal / 2 * offset.dot(offset)
 
@@ -188,15 +198,16 @@ class ContrastiveLoss:
         the squared norm of ``sum_i sign_i grad l_i`` is on average the sum of the
         squared norms (Hutchinson's estimator).
         """
-        total = theta.new_zeros(())
-        stacks, gradient = self.stacks(), grad(self._weighted_loss)
-        of_each = torch.vmap(gradient, in_dims=(None, 0, 0), chunk_size=_GRADIENTS)
+        total, theta, stacks = theta.new_zeros(()), self.placed(theta), self.stacks()
         for stack, batch in zip(stacks, self.batches.each(stacks), strict=True):
             signs = torch.stack(
                 [self._signs(self.batches.partition[n], torch.Generator().manual_seed(n)) for n in stack]
             ).to(theta)
-            found = gradient(theta, batch, signs[0]) if len(stack) == 1 else of_each(theta, batch, signs)
-            total = total + found.square().sum()
+            if isinstance(self.scope, HeadScope):
+                pull = self.scope.point(theta, batch).weighted_gradient(signs, self.scope.with_scale)
+                total = total + self.scope.squared(batch, pull)
+            else:
+                total = total + grad(self._weighted_loss)(theta, batch, signs[0]).square().sum()
         return (self.processes.total(total) / self.pairs).sqrt()
 
     def hessian_product(self, theta: Tensor, vector: Tensor) -> Tensor:
@@ -232,6 +243,10 @@ class ContrastiveLoss:
     def own_stacks(self) -> Iterator[Any]:
         """The batches that this process takes, in stacks."""
         return self.batches.each(self.stacks())
+
+    def placed(self, theta: Tensor) -> Tensor:
+        """A vector in the precision of the features."""
+        return theta.to(self.batches.placement.dtype) if isinstance(self.batches, FeatureBatches) else theta
 
     def _shared(self) -> Sequence[int]:
         """The numbers of the batches that this process takes."""

@@ -36,6 +36,7 @@ def keep_gradients(
     """
     scope, batches, processes = objective.scope, objective.batches, objective.processes
     projection = yield from _projection(store, objective, theta, targets)
+    coarse = projection.coarse()
     sources: dict[str | None, Batches] = {None: batches, **{name: target.batches for name, target in targets.items()}}
     there = {name: store.written(name) for name in sources}
     parts = [(name, start) for name, source in sources.items() for start in range(0, len(source), _BATCHES_A_PART)]
@@ -45,7 +46,7 @@ def keep_gradients(
     for done, (name, start) in enumerate(missing, start=1):
         numbers = range(start, min(start + _BATCHES_A_PART, len(sources[name])))
         if name is None:
-            rows = [_pair_rows(scope, theta, batches, stack, projection, role) for stack in batches.stacks(numbers)]
+            rows = [_pair_rows(scope, theta, batches, stack, coarse, role) for stack in batches.stacks(numbers)]
             store.write_pairs(start, rows)
         else:
             found = [_target_rows(targets[name], theta, number, projection) for number in numbers]
@@ -64,8 +65,9 @@ def _pair_rows(
 ) -> PairRows:
     """What is kept of a stack of batches."""
     (batch,), rows = batches.each([stack]), batches.rows(stack)
-    positive, negative = projection.removal_gradients(theta, batch, role)
-    images, captions = (normalize(part, dim=-1) for part in scope.embed(theta, batch))
+    embeddings = scope.embed(theta, batch)
+    positive, negative = projection.removal_gradients(theta, batch, role, embeddings)
+    images, captions = (normalize(part, dim=-1) for part in embeddings)
     cosine = images @ captions.mT
     losses = scope.loss_of(batch).own_losses(scope.logits(theta, cosine))
     return PairRows(
@@ -82,7 +84,7 @@ def _pair_rows(
 def _target_rows(target: Target, theta: Tensor, number: int, projection: Projection) -> tuple[TargetRows, MatchRows]:
     """What is kept of one batch of a target."""
     batch, rows = target.batches[number], target.batches.partition[number]
-    gradients = projection.jacobian(lambda at: target.batch_losses(at, rows, batch), theta)
+    gradients = projection.jacobian(lambda scope, at: target.on(scope).batch_losses(at, rows, batch), theta)
     matches = target.batch_matches(theta, rows, batch)
     kept = TargetRows(
         row=_array(rows),

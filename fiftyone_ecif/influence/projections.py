@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,12 +26,13 @@ from torch.func import jvp, vjp
 from torch.nn.functional import normalize
 from typing_extensions import override
 
+from fiftyone_ecif.devices import Placement
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.influence.curvature import Product, gauss_newton_at, hessian_at
 from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradients
 from fiftyone_ecif.influence.heads import Batch, HeadScope, head_inputs, head_outputs
-from fiftyone_ecif.influence.losses import BatchLoss
-from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, OneByOne
+from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
+from fiftyone_ecif.influence.projected_point import ProjectedPoint
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.tower_gradients import truncated_gradients
 
@@ -76,12 +78,30 @@ class Projection(ABC):
         """The flat vector with these coordinates, ``(r,)`` to ``(p,)``."""
 
     @abstractmethod
-    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
-        """Projected gradients of both roles of every pair of a batch, each of shape ``(n, r)``."""
+    def removal_gradients(
+        self, theta: Tensor, batch: Any, role: str = "exact", embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Projected gradients of both roles of every pair of a batch, each of shape ``(n, r)``.
+
+        Args:
+            theta: where, shape ``(p,)``.
+            batch: what the scope embeds.
+            role ("exact"): one of ``roles.ROLES``.
+            embeddings (None): of the batch before normalisation, if they are known, ``(n, d)`` each.
+        """
+
+    def coarse(self) -> Projection:
+        """The same for gradients that are kept in float32."""
+        return self
 
     @abstractmethod
-    def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
-        """Projected gradients of the entries of ``function(theta)``, ``(n,)`` to ``(n, r)``."""
+    def jacobian(self, function: Callable[[Scope, Tensor], Tensor], theta: Tensor) -> Tensor:
+        """Projected gradients of the entries of ``function(scope, theta)``, ``(n,)`` to ``(n, r)``.
+
+        Args:
+            function: takes a scope that embeds as that of the projection does, and its parameters.
+            theta: where, shape ``(p,)``.
+        """
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -145,12 +165,15 @@ class BasisProjection(Projection):
         return lifted
 
     @override
-    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
+    def removal_gradients(
+        self, theta: Tensor, batch: Any, role: str = "exact", embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         return truncated_gradients(self.scope, theta, batch, role, self.basis)[0]
 
     @override
-    def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
-        columns = [jvp(function, (theta,), (direction.contiguous(),))[1] for direction in self.basis.T]
+    def jacobian(self, function: Callable[[Scope, Tensor], Tensor], theta: Tensor) -> Tensor:
+        at = partial(function, self.scope)
+        columns = [jvp(at, (theta,), (direction.contiguous(),))[1] for direction in self.basis.T]
         return torch.stack(columns, dim=1)
 
     @override
@@ -201,8 +224,9 @@ class KroneckerProjection(Projection):
     @classmethod
     def choose(cls, objective: ContrastiveLoss, theta: Tensor, targets: Sequence[Batches]) -> KroneckerProjection:
         """Those in which the training pairs vary most, whatever the targets."""
+        objective = objective.coarse()
         scope, own = cast(HeadScope, objective.scope), objective.own_stacks()
-        return principal_projection(scope, theta, own, processes=objective.processes)
+        return principal_projection(scope, objective.placed(theta), own, processes=objective.processes)
 
     @override
     @classmethod
@@ -242,37 +266,45 @@ class KroneckerProjection(Projection):
         return torch.cat([*blocks, coordinates[start:]])
 
     @override
-    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
-        return removal_gradients(self.scope, theta, batch, self.heads, role)
+    def removal_gradients(
+        self, theta: Tensor, batch: Any, role: str = "exact", embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return removal_gradients(self.scope, theta, batch, self.heads, role, embeddings)
 
     @override
-    def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
-        value, pull_back = vjp(function, theta)[:2]
-        pulled = torch.vmap(lambda row: self.project(pull_back(row)[0]), chunk_size=_CHUNK)
+    def coarse(self) -> KroneckerProjection:
+        of_scope = self.scope.start
+        dtype = Placement(str(of_scope.device), of_scope.dtype).coarse.dtype
+        heads = [HeadProjection(head.input.to(dtype), head.output.to(dtype)) for head in self.heads]
+        return KroneckerProjection(self.scope, heads[0], heads[1])
+
+    @override
+    def jacobian(self, function: Callable[[Scope, Tensor], Tensor], theta: Tensor) -> Tensor:
+        moved = _MovedHeads(self.scope, theta, self.heads)
+        value, pull_back = vjp(partial(function, moved), moved.start)[:2]
+        pulled = torch.vmap(lambda row: pull_back(row)[0], chunk_size=_CHUNK)
         rows: Tensor = pulled(torch.eye(len(value)).to(value))
         return rows
 
     @override
     def hessian(self, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
-        return self._in_coordinates(objective, theta, ContrastiveLoss.hessian_product)
+        return self._in_coordinates(objective, theta, ProjectedPoint.hessian_products)
 
     @override
     def gauss_newton(self, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
-        return self._in_coordinates(objective, theta, ContrastiveLoss.gauss_newton_product)
+        return self._in_coordinates(objective, theta, ProjectedPoint.gauss_newton_products)
 
     def _in_coordinates(
-        self,
-        objective: ContrastiveLoss,
-        theta: Tensor,
-        product: Callable[[ContrastiveLoss, Tensor, Tensor], Tensor],
+        self, objective: ContrastiveLoss, theta: Tensor, products: Callable[[ProjectedPoint, Tensor], Tensor]
     ) -> Tensor:
         """As for any projection, in coordinates throughout: products in a few directions, not in all parameters."""
-        moved = _MovedHeads(self, theta)
-        # of a scope the loss asks for the similarity only
-        along = ContrastiveLoss(moved, moved.batches(objective.batches), objective.pairs, objective.proximal)  # type: ignore[arg-type]
-        at_once = max(_PRODUCTS, _ENTRIES // max(map(len, objective.batches.partition)) ** 2)
-        columns = torch.vmap(lambda row: product(along, moved.start, row), chunk_size=at_once)
-        matrix: Tensor = columns(torch.eye(self.rank).to(theta))
+        unit = torch.eye(self.rank).to(theta)
+        total = torch.zeros_like(unit)
+        for batch in objective.own_stacks():
+            point = ProjectedPoint(self.scope, theta, batch, self.heads)
+            at_once = max(_PRODUCTS, _ENTRIES // (batch[0].shape[-2] * len(batch[0].flatten(0, -2))))
+            total += torch.cat([products(point, unit[at : at + at_once]) for at in range(0, self.rank, at_once)])
+        matrix = objective.processes.total(total) / objective.pairs + objective.proximal * unit
         return (matrix + matrix.T) / 2
 
     @override
@@ -284,77 +316,43 @@ class KroneckerProjection(Projection):
         }
 
 
-class _MovedSide(NamedTuple):
-    """One tower of a batch at ``theta``, and what moves it."""
+class _MovedHeads(HeadScope):
+    """Heads as a function of coordinates: at ``theta`` plus what they lift to.
 
-    projected_input: Tensor  # (n, a): projected features
-    along: Tensor  # (n, b): embeddings in the directions that they move in
-    across: Tensor  # (n, b of the other side): and in those of the other tower
-    squared: Tensor  # (n,): squared lengths of the embeddings
-
-    def moved(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """How far each embedding moves, ``(n, b)``, and one over its length then, ``(n,)``."""
-        # the directions are orthonormal, so that what it moves by is as long as its coordinates
-        by = self.projected_input @ coordinates.view(self.projected_input.shape[1], -1)
-        return by, (self.squared + (2 * self.along + by).mul(by).sum(1)).rsqrt()
-
-
-_MovedBatch = tuple[Tensor, _MovedSide, _MovedSide, BatchLoss]
-
-
-class _MovedHeads:
-    """The similarity of a head scope as a function of coordinates: at ``theta`` plus what they lift to.
-
-    An embedding moves in the ``b`` output directions of its head only, so that
-    inner products of full width are computed once, at ``theta``.
+    A pull at the embeddings goes on to a few coordinates only, not to all parameters.
     """
 
-    def __init__(self, projection: KroneckerProjection, theta: Tensor) -> None:
-        self.projection, self.theta = projection, theta
-        self.start = theta.new_zeros(projection.rank)
+    def __init__(self, scope: HeadScope, theta: Tensor, projections: tuple[HeadProjection, HeadProjection]) -> None:
+        self._scope, self._theta, self._projections = scope, theta, projections
+        self.loss, self.with_scale = scope.loss, scope.with_scale
+        ranks = [(head.input.shape[1], head.output.shape[1]) for head in projections]
+        self.shapes = (torch.Size(ranks[0]), torch.Size(ranks[1]))
+        self.start = theta.new_zeros(sum(a * b for a, b in ranks) + scope.with_scale)
 
-    def loss_of(self, batch: _MovedBatch) -> BatchLoss:
-        """As of a scope."""
-        return batch[-1]
+    @override
+    def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
+        return self._embed(0, theta, images)
 
-    def batches(self, batches: Batches) -> _MovedBatches:
-        """The same batches as inner products of the embeddings at ``theta``, and both sides."""
-        scope, outputs = self.projection.scope, [head.output for head in self.projection.heads]
-        made = []
-        for batch in batches:
-            embeddings = scope.embed(self.theta, batch)
-            images, captions = (
-                _MovedSide(features @ head.input, rows @ own, rows @ other, rows.square().sum(1))
-                for features, rows, head, own, other in zip(
-                    scope.inputs(batch), embeddings, self.projection.heads, outputs, outputs[::-1], strict=True
-                )
-            )
-            made.append((embeddings[0] @ embeddings[1].T, images, captions, scope.loss_of(batch)))
-        return _MovedBatches(made, batches.partition)
+    @override
+    def embed_captions(self, theta: Tensor, captions: Tensor) -> Tensor:
+        return self._embed(1, theta, captions)
 
-    def similarity(self, theta: Tensor, batch: _MovedBatch) -> Tensor:
-        """``S`` of a batch at these coordinates, shape ``(n, n)``."""
-        inner, images, captions, _ = batch
-        cut = images.projected_input.shape[1] * images.along.shape[1]
-        end = cut + captions.projected_input.shape[1] * captions.along.shape[1]
-        image, image_unit = images.moved(theta[:cut])
-        caption, caption_unit = captions.moved(theta[cut:end])
-        overlap = self.projection.heads[0].output.T @ self.projection.heads[1].output
-        inner = inner + image @ (captions.across + caption @ overlap.T).T + images.across @ caption.T
-        scope, at = self.projection.scope, self.theta
-        if scope.with_scale:
-            at = torch.cat([at[:-1], at[-1:] + theta[-1:]])
-        return scope.logits(at, inner * (image_unit[:, None] * caption_unit))
+    @override
+    def scale(self, theta: Tensor) -> Tensor | float:
+        return self._scope.scale(self._moved(theta))
 
+    @override
+    def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
+        return self._scope.logits(self._moved(theta), cosine)
 
-class _MovedBatches(OneByOne):
-    """Batches of :class:`_MovedHeads`."""
+    def _moved(self, theta: Tensor) -> Tensor:
+        """The parameters with the temperature moved; the heads are moved where they embed."""
+        return torch.cat([self._theta[:-1], self._theta[-1:] + theta[-1:]]) if self.with_scale else self._theta
 
-    def __init__(self, made: list[_MovedBatch], partition: Sequence[Tensor]) -> None:
-        self._made, self.partition = made, partition
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return self._made[index]
+    def _embed(self, side: int, theta: Tensor, features: Tensor) -> Tensor:
+        head, projection = self._scope.split(self._theta)[side], self._projections[side]
+        moved = head_inputs(features, head) @ projection.input @ self.split(theta)[side] @ projection.output.T
+        return head_outputs(features, head) + moved
 
 
 def principal_projection(
@@ -374,7 +372,7 @@ def principal_projection(
         processes (ALONE): the processes that share the batches.
     """
     heads = scope.split(theta)
-    second_moments = [theta.new_zeros(size, size) for head in heads for size in head.shape]
+    second_moments = [scope.start.new_zeros(size, size) for head in heads for size in head.shape]
     for batch in batches:
         sides = [
             side(features, head)

@@ -78,6 +78,7 @@ def score_pairs(
     theta, relative_gradient_norm = yield from stationary_point(kept, objective, options.fit, options.must_converge)
     smallest_norm = _smallest_norm(objective, theta)
     product = solver.product(objective, theta) if solver.solves else None
+    coarse = solver.product(objective.coarse(), theta) if solver.solves and not objective.is_coarse else None
 
     solutions: list[Solution] = []
     gradients: list[Tensor] = []
@@ -87,13 +88,14 @@ def score_pairs(
         gradients.append(gradient)
         losses.append(loss.item())
         if product is not None:
-            steps = solving(solve(product, gradient, options.damping))
+            steps = solving(solve(product, gradient, options.damping, coarse=coarse))
             solutions.append((yield from piece(steps, number, len(targets))))
     diagnostics: dict[str, Any] = {
         "parameters": len(theta),
         "relative_gradient_norm": relative_gradient_norm,
         "smallest_norm": smallest_norm,
         "training_loss": ContrastiveLoss(scope, batches, pairs, processes=processes)
+        .coarse()
         .loss(theta)
         .item(),  # without the pull
         "target_loss": float(np.mean(losses)),
@@ -126,7 +128,7 @@ def score_pairs(
 
 def _smallest_norm(objective: ContrastiveLoss, theta: Tensor) -> float:
     """See :func:`smallest_norm`; refused where an embedding has collapsed."""
-    smallest = smallest_norm(objective, theta)
+    smallest = smallest_norm(objective.coarse(), theta)
     if not smallest >= COLLAPSED:
         raise EcifError(
             f"An embedding has collapsed: its length before normalisation is {smallest:.1e} of the median, and no "

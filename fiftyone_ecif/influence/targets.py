@@ -74,6 +74,12 @@ class Target(ABC):
     def batch_matches(self, theta: Tensor, rows: Tensor, batch: Any) -> Matches:
         """What the model confuses the pairs of a batch with."""
 
+    def on(self, scope: Scope) -> Self:
+        """The same for another scope."""
+        other = copy.copy(self)
+        other.scope = scope
+        return other
+
     def part(self, partition: Sequence[Tensor]) -> Self:
         """The same on some of its batches only."""
         other = copy.copy(self)

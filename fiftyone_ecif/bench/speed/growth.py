@@ -1,7 +1,8 @@
-"""Scoring of synthetic pairs in a process of its own: ``python -m fiftyone_ecif.bench.speed.growth PAIRS``.
+"""Scoring of synthetic pairs in a process of its own: ``python -m fiftyone_ecif.bench.speed.growth PAIRS [WIDTHS]``.
 
-Prints one JSON object: ``pairs``, ``seconds`` of :func:`fiftyone_ecif.influence.scoring.score_pairs` in the
-heads scope from an empty store, ``memory_mib`` (the most that was ever resident, everything
+Prints one JSON object: ``pairs``, ``widths`` (``narrow`` or ``clip``), ``seconds`` of
+:func:`fiftyone_ecif.influence.scoring.score_pairs` in the heads scope from an empty store, ``cpu_seconds`` of it by all
+threads, ``memory_mib`` (the most that was ever resident, everything
 included), ``import_mib`` (as much before it began) and ``products`` (with the curvature).
 """
 
@@ -28,7 +29,7 @@ from fiftyone_ecif.progress import result_of
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
 from fiftyone_ecif.store.tables import Store
 
-_WIDTH, _EMBEDDING = 64, 32
+_WIDTHS = {"narrow": (64, 64, 32), "clip": (768, 512, 512)}  # of the features of images and captions, and embeddings
 _BATCH = 256
 _TARGET = 256  # pairs
 
@@ -41,41 +42,51 @@ def measure(pairs: int) -> dict[str, Any]:
     return found
 
 
-def synthetic(pairs: int, seed: int, folder: Path) -> tuple[DiskMatrix, DiskMatrix]:
-    """Features of images and captions that share what they show, ``(pairs, 64)`` each, on the disk in a folder."""
+def synthetic(pairs: int, seed: int, folder: Path, widths: str = "narrow") -> tuple[DiskMatrix, DiskMatrix]:
+    """Features of images and captions that share what they show, ``(pairs, w)`` each, on the disk in a folder."""
     generator = torch.Generator().manual_seed(seed)
-    images, texts = DiskMatrix(pairs, _WIDTH, folder), DiskMatrix(pairs, _WIDTH, folder)
+    image, text, _ = _WIDTHS[widths]
+    images, texts = DiskMatrix(pairs, image, folder), DiskMatrix(pairs, text, folder)
     for places in torch.split(torch.arange(pairs), _BATCH):
-        shown = torch.randn(len(places), _WIDTH, generator=generator)
-        images.write(places.numpy(), shown.numpy())
-        texts.write(places.numpy(), (shown + 0.5 * torch.randn(shown.shape, generator=generator)).numpy())
+        shown = torch.randn(len(places), max(image, text), generator=generator)
+        images.write(places.numpy(), shown[:, :image].numpy())
+        other = torch.randn(shown.shape, generator=generator)
+        texts.write(places.numpy(), (shown + 0.5 * other)[:, :text].numpy())
     return images, texts
 
 
-def scope() -> HeadScope:
+def scope(widths: str = "narrow") -> HeadScope:
     """Heads that map both kinds of features alike."""
-    head = torch.randn(_WIDTH, _EMBEDDING, generator=torch.Generator().manual_seed(0)) / _WIDTH**0.5
-    return HeadScope(head, head.clone(), scale=10.0)
+    image, text, embedding = _WIDTHS[widths]
+    widest = max(image, text)
+    head = torch.randn(widest, embedding, generator=torch.Generator().manual_seed(0)) / widest**0.5
+    return HeadScope(head[:image].clone(), head[:text].clone(), scale=10.0)
 
 
-def _score(pairs: int) -> dict[str, Any]:
+def _score(pairs: int, widths: str = "narrow") -> dict[str, Any]:
     before = _resident()
-    heads = scope()
+    heads = scope(widths)
     with tempfile.TemporaryDirectory(prefix="ecif-growth-") as name, fresh_cache(Path(name)):
-        features, partition = synthetic(pairs, 1, Path(name)), random_partition(pairs, _BATCH, 0)
-        aims = FeatureBatches(*synthetic(_TARGET, 2, Path(name)), random_partition(_TARGET, _BATCH, 0))
+        features, partition = synthetic(pairs, 1, Path(name), widths), random_partition(pairs, _BATCH, 0)
+        aims = FeatureBatches(*synthetic(_TARGET, 2, Path(name), widths), random_partition(_TARGET, _BATCH, 0))
         target = Contrastive().make(heads, aims)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         images, texts = (side.in_order(torch.cat(partition)) for side in features)
         batches = FeatureBatches(images, texts, partition)
         store = Store("growth")
         store.ensure_writable()
         scores = result_of(score_pairs(store, heads, batches, {"target": target}, ScoringOptions()))
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     products = scores.diagnostics["solve_iterations"]
     return {
-        "pairs": pairs, "seconds": seconds, "memory_mib": _resident(), "import_mib": before, "products": products
-    }  # fmt: skip
+        "pairs": pairs,
+        "widths": widths,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "memory_mib": _resident(),
+        "import_mib": before,
+        "products": products,
+    }
 
 
 def _resident() -> float:
@@ -87,4 +98,4 @@ def _resident() -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_score(int(sys.argv[1]))))
+    print(json.dumps(_score(int(sys.argv[1]), *sys.argv[2:])))

@@ -80,7 +80,7 @@ def _ecif(heads: Heads, train: TensorDataset, queries: TensorDataset, solver: st
     else:
         curvature = chosen.stored_curvature([positive + negative])
     asked = tuple(part.double() for part in queries.tensors)
-    targets = projection.jacobian(lambda at: pair_losses(scope.similarity(at, asked)), scope.start)
+    targets = projection.jacobian(lambda scope, at: pair_losses(scope.similarity(at, asked)), scope.start)
     parts = CachedGradients(positive, negative, curvature, PAIRS).influence(targets.numpy())
     return parts[0] + parts[1]
 

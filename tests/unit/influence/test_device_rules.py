@@ -18,6 +18,7 @@ from fiftyone_ecif.influence.curvature import gauss_newton_at, hessian_at
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.head_gradients import HeadProjection
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
+from fiftyone_ecif.influence.linear_solve import conjugate_gradient
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projections import KroneckerProjection
@@ -105,3 +106,12 @@ def test_stored_gradients(problem, device):
 def test_best_of_chunks(device):
     similarity = torch.randn(8, 64 * 40 + 3, device="cuda")
     assert neighbours._top(similarity, 5).indices.device.type == "cuda"
+
+
+def test_a_solve_looks_at_its_numbers_every_few_steps_only(device):
+    right, products = torch.randn(600, device="cuda", dtype=device.dtype), []
+    steps = conjugate_gradient(lambda v: (products.append(1), 2 * v)[1], right)
+    with pytest.raises(DataDependentOutputException):
+        next(steps)
+    assert len(products) == device.unwatched > 1
+    assert Placement("cpu").unwatched == 1

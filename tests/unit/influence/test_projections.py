@@ -14,6 +14,7 @@ from fiftyone_ecif.influence.projections import (
     gradient_basis,
     principal_projection,
 )
+from fiftyone_ecif.influence.targets import PairTarget, ZeroShotTarget
 
 each_kind = pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 each_scale_scope = pytest.mark.parametrize("with_scale", [False, True], ids=["fixed", "with_scale"])
@@ -160,15 +161,36 @@ def test_jacobians_equal_autograd(made, with_scale, kind):
     theta = scope.start + 0.05
     function = lambda at: scope.loss.pair_losses(scope.similarity(at, batch))  # noqa: E731
     full = torch.autograd.functional.jacobian(function, theta)
-    found = projection.jacobian(function, theta)
+    found = projection.jacobian(lambda scope, at: scope.loss.pair_losses(scope.similarity(at, batch)), theta)
     directions = torch.stack([projection.lift(row) for row in torch.eye(projection.rank, dtype=theta.dtype)])
     torch.testing.assert_close(found, full @ directions.T, rtol=1e-9, atol=1e-10)
 
 
 @each_projection
 @each_scale_scope
-def test_curvature_is_the_restriction_of_the_matrix(made, with_scale):
-    scope, (images, texts), draw = _problem(n=10, with_scale=with_scale)
+@pytest.mark.parametrize("of", ["pairs", "classes"])
+def test_gradients_of_a_target_equal_autograd(made, with_scale, of):
+    """Whatever it asks of the scope: unit embeddings, logits, prompts."""
+    scope, batch, draw = _problem(with_scale=with_scale)
+    projection, rows = make_projection(made, scope, draw), torch.arange(7)
+    batches = FeatureBatches(*batch, [rows])
+    if of == "pairs":
+        target = PairTarget(scope, batches, lambda images, captions, logits: logits.diagonal() + images[:, 0])
+    else:
+        target = ZeroShotTarget(scope, batches, rows % 3, draw(6, 6), templates=2)
+    theta = scope.start + 0.05
+    full = torch.autograd.functional.jacobian(lambda at: target.batch_losses(at, rows, batch), theta)
+    found = projection.jacobian(lambda scope, at: target.on(scope).batch_losses(at, rows, batch), theta)
+    directions = torch.stack([projection.lift(row) for row in torch.eye(projection.rank, dtype=theta.dtype)])
+    torch.testing.assert_close(found, full @ directions.T, rtol=1e-9, atol=1e-10)
+    assert target.scope is scope
+
+
+@each_projection
+@each_scale_scope
+@each_kind
+def test_curvature_is_the_restriction_of_the_matrix(made, with_scale, kind):
+    scope, (images, texts), draw = _problem(n=10, with_scale=with_scale, kind=kind)
     projection = make_projection(made, scope, draw)
     batches = FeatureBatches(images, texts, random_partition(10, 4, 0))
     objective = ContrastiveLoss(scope, batches, 10, 0.3)
