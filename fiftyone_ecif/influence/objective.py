@@ -130,14 +130,17 @@ class ContrastiveLoss:
 
     def coarse(self) -> ContrastiveLoss:
         """The same on features in the precision of steps (:attr:`Placement.coarse`); totals keep that of ``theta``."""
-        if isinstance(self.batches, FeatureBatches) and not self.is_coarse:
+        if not self.is_coarse:
+            assert isinstance(self.batches, FeatureBatches)
             return ContrastiveLoss(self.scope, self.batches.coarse(), self.pairs, self.proximal, self.processes)
         return self
 
     @property
     def is_coarse(self) -> bool:
         """Whether there is no coarser form."""
-        return not isinstance(self.batches, FeatureBatches) or self.batches.placement == self.batches.placement.coarse
+        if not (isinstance(self.scope, HeadScope) and isinstance(self.batches, FeatureBatches)):
+            return True
+        return self.batches.placement == self.batches.placement.coarse
 
     def sample(self, pairs: int = 512) -> ContrastiveLoss:
         """The objective on its first batches only: enough for directions and the curvature between them.
@@ -198,16 +201,19 @@ class ContrastiveLoss:
         the squared norm of ``sum_i sign_i grad l_i`` is on average the sum of the
         squared norms (Hutchinson's estimator).
         """
-        total, theta, stacks = theta.new_zeros(()), self.placed(theta), self.stacks()
-        for stack, batch in zip(stacks, self.batches.each(stacks), strict=True):
-            signs = torch.stack(
-                [self._signs(self.batches.partition[n], torch.Generator().manual_seed(n)) for n in stack]
-            ).to(theta)
-            if isinstance(self.scope, HeadScope):
-                pull = self.scope.point(theta, batch).weighted_gradient(signs, self.scope.with_scale)
+        total, theta = theta.new_zeros(()), self.placed(theta)
+        signs = {
+            n: self._signs(self.batches.partition[n], torch.Generator().manual_seed(n)).to(theta)
+            for n in self._shared()
+        }
+        if isinstance(self.scope, HeadScope):
+            for stack, batch in zip(self.stacks(), self.own_stacks(), strict=True):
+                weights = torch.stack([signs[n] for n in stack])
+                pull = self.scope.point(theta, batch).weighted_gradient(weights, self.scope.with_scale)
                 total = total + self.scope.squared(batch, pull)
-            else:
-                total = total + grad(self._weighted_loss)(theta, batch, signs[0]).square().sum()
+        else:
+            for n, weights in signs.items():
+                total = total + grad(self._weighted_loss)(theta, self.batches[n], weights).square().sum()
         return (self.processes.total(total) / self.pairs).sqrt()
 
     def hessian_product(self, theta: Tensor, vector: Tensor) -> Tensor:
