@@ -11,6 +11,7 @@ from fiftyone_ecif.errors import EcifError
 _KEPT_ON_CPU = 2**28  # bytes; what a run keeps beside its data is small beside torch
 _SHARE = 0.4  # of a GPU's free memory, for one thing that is kept there
 _STACKED = {"cpu": 2**16, "gpu": 2**24}  # similarities computed at once
+_SAMPLES = {"cpu": 32, "gpu": 256}  # images or captions back-propagated at once
 
 
 def choose_device(device: str | None) -> str:
@@ -72,6 +73,11 @@ class Placement:
     def stacked(self) -> int:
         """How many similarities are worth computing at once: a GPU is launch-bound with few, a CPU's cache is small."""
         return _STACKED["cpu" if torch.device(self.device).type == "cpu" else "gpu"]
+
+    @property
+    def samples(self) -> int:
+        """How many images or captions are worth back-propagating at once."""
+        return _SAMPLES["cpu" if torch.device(self.device).type == "cpu" else "gpu"]
 
 
 ON_CPU = Placement()

@@ -9,8 +9,8 @@ kept as its coordinates in a subspace of orthonormal directions:
   batch are matrix products. They are kept as ``input.T @ gradient @ output`` for
   each head: LoGra's Kronecker projection (arXiv 2405.13954), applied to the
   removal gradient.
-* any scope: each embedding is back-propagated alone, for the pairs whose removal
-  pulls it most (see ``tower_gradients``).
+* any scope: each embedding is back-propagated along the few directions in which
+  removals pull it (see ``tower_gradients``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradi
 from fiftyone_ecif.influence.heads import Batch, HeadScope, head_inputs, head_outputs
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, OneByOne
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.influence.tower_gradients import truncated_gradients
+from fiftyone_ecif.influence.tower_gradients import tower_gradients
 
 _CHUNK = 32  # vectors at a time
 _PRODUCTS = 8  # likewise; of matrices of a batch, which then stay in the processor's cache
@@ -145,7 +145,7 @@ class BasisProjection(Projection):
 
     @override
     def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
-        return truncated_gradients(self.scope, theta, batch, role, self.basis)[0]
+        return tower_gradients(self.scope, theta, batch, role, self.basis)[0]
 
     @override
     def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
