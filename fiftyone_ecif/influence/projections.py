@@ -31,7 +31,7 @@ from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradi
 from fiftyone_ecif.influence.heads import Batch, HeadScope, head_inputs, head_outputs
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss, OneByOne
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.influence.tower_gradients import tower_gradients
+from fiftyone_ecif.influence.tower_gradients import TOLERANCE, tower_gradients
 
 _CHUNK = 32  # vectors at a time
 _PRODUCTS = 8  # likewise; of matrices of a batch, which then stay in the processor's cache
@@ -75,8 +75,17 @@ class Projection(ABC):
         """The flat vector with these coordinates, ``(r,)`` to ``(p,)``."""
 
     @abstractmethod
-    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
-        """Projected gradients of both roles of every pair of a batch, each of shape ``(n, r)``."""
+    def removal_gradients(
+        self, theta: Tensor, batch: Any, role: str = "exact", tolerance: float = TOLERANCE
+    ) -> tuple[Tensor, Tensor]:
+        """Projected gradients of both roles of every pair of a batch, each of shape ``(n, r)``.
+
+        Args:
+            theta: where, shape ``(p,)``.
+            batch: images and captions, ``n`` of each.
+            role ("exact"): see ``roles.ROLES``.
+            tolerance (0.01): see :func:`tower_gradients`; in closed form there is no error.
+        """
 
     @abstractmethod
     def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
@@ -144,8 +153,10 @@ class BasisProjection(Projection):
         return lifted
 
     @override
-    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
-        return tower_gradients(self.scope, theta, batch, role, self.basis)[0]
+    def removal_gradients(
+        self, theta: Tensor, batch: Any, role: str = "exact", tolerance: float = TOLERANCE
+    ) -> tuple[Tensor, Tensor]:
+        return tower_gradients(self.scope, theta, batch, role, self.basis, tolerance)[0]
 
     @override
     def jacobian(self, function: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
@@ -241,7 +252,9 @@ class KroneckerProjection(Projection):
         return torch.cat([*blocks, coordinates[start:]])
 
     @override
-    def removal_gradients(self, theta: Tensor, batch: Any, role: str = "exact") -> tuple[Tensor, Tensor]:
+    def removal_gradients(
+        self, theta: Tensor, batch: Any, role: str = "exact", tolerance: float = TOLERANCE
+    ) -> tuple[Tensor, Tensor]:
         return removal_gradients(self.scope, theta, batch, self.heads, role)
 
     @override

@@ -21,7 +21,7 @@ from fiftyone_ecif.influence.scope import Scope
 
 #: Relative error of stored gradients, by default.
 TOLERANCE = 1e-2
-_MARGIN = 0.5  # pulls that are left out may weigh more in the parameters than among pulls
+_MARGIN = 0.7  # what is left out of the pulls weighed up to 1.3 times as much in gradients
 
 
 def tower_gradients(
@@ -41,8 +41,9 @@ def tower_gradients(
         role ("exact"): see ``roles.ROLES``.
         basis (None): directions to keep coordinates of, orthonormal columns,
             shape ``(p, r)``; by default all of the gradient.
-        tolerance (0.01): the length of the error of all gradients over their length,
-            about; 0 for none but rounding.
+        tolerance (0.01): what the length of the error is to stay below, over the
+            length of all gradients. It is chosen by the pulls, and no bound; 0 for no
+            error but rounding.
 
     Returns:
         the gradients of the positive and the negative role, ``(n, r)`` each, and

@@ -6,8 +6,10 @@ import torch
 
 from fiftyone_ecif.bench.fidelity.sketch import sketched_gradients
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
+from fiftyone_ecif.influence.projections import BasisProjection
 from fiftyone_ecif.influence.tower_gradients import tower_gradients
 from fiftyone_ecif.models.tower_scope import TowerScope
+from fiftyone_ecif.settings.influence import InfluenceSettings
 
 VIT = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
@@ -82,6 +84,16 @@ def test_the_tolerance_bounds_the_error(loss, vision, rank):
         spendings.append(spent)
     assert spendings == sorted(spendings, reverse=True)
     assert spendings[3] < most / 4
+
+
+def test_stored_gradients_are_as_exact_as_is_asked_for():
+    scope, batch = make_scope(VIT, SoftmaxLoss(), 2), make_batch(12)
+    basis = torch.linalg.qr(torch.randn(len(scope.start), 5, dtype=torch.float64)).Q
+    projection = BasisProjection(scope, basis)
+    exact = [part @ basis for part in tower_gradients(scope, scope.start, batch, tolerance=0.0)[0]]
+    asked = InfluenceSettings(gradient_tolerance=0.0).scoring.gradient_tolerance
+    assert relative_error(projection.removal_gradients(scope.start, batch, tolerance=asked), exact) < 1e-12
+    assert 1e-6 < relative_error(projection.removal_gradients(scope.start, batch), exact) < 1e-2
 
 
 @pytest.mark.parametrize("role", ["positive", "negative"])
