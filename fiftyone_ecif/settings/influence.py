@@ -142,8 +142,8 @@ class InfluenceSettings(Settings):
     )
     gradient_tolerance: float = option(
         0.01,
-        "of stored gradients of deep scopes: what their relative error is to stay below, as estimated; 0 for exact ones, "
-        "which take many times as long. Those of heads are exact",
+        "of stored gradients of deep scopes: what their relative error is to stay below, as estimated; 0 for exact "
+        "ones, which take many times as long. Those of heads are exact",
         label="Tolerance of kept gradients",
         least=0.0,
     )
