@@ -113,7 +113,7 @@ class PreparedRun:
         chosen = self.settings
         made_of: list[Any] = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
         if chosen.keep_gradients and PROJECTIONS[self.scope.projection].suits_target:
-            made_of += list(self.targets)
+            made_of += [*self.targets, chosen.gradient_tolerance]
         if chosen.embeddings:  # the keys of pairs say nothing of those
             made_of.append(self.encoder.fingerprint)
         if self.twins is not None:

@@ -14,13 +14,19 @@ from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
 from fiftyone_ecif.influence.projections import PROJECTIONS, Projection
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.targets import Target
+from fiftyone_ecif.influence.tower_gradients import TOLERANCE
 from fiftyone_ecif.progress import Progress
 
 _BATCHES_A_PART = 8
 
 
 def keep_gradients(
-    store: GradientStore, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target], role: str = "exact"
+    store: GradientStore,
+    objective: ContrastiveLoss,
+    theta: Tensor,
+    targets: Mapping[str, Target],
+    role: str = "exact",
+    tolerance: float = TOLERANCE,
 ) -> Generator[Progress, None, Projection]:
     """Writes projected gradients and their curvature to the store, as far as they are not there.
 
@@ -30,6 +36,7 @@ def keep_gradients(
         theta: where, shape ``(p,)``.
         targets: name -> target.
         role ("exact"): one of ``roles.ROLES``.
+        tolerance (0.01): of the gradients, see :func:`tower_gradients`.
 
     Returns:
         what the gradients are projected by
@@ -46,7 +53,9 @@ def keep_gradients(
     for done, (name, start) in enumerate(missing, start=1):
         numbers = range(start, min(start + _BATCHES_A_PART, len(sources[name])))
         if name is None:
-            rows = [_pair_rows(scope, theta, batches, stack, coarse, role) for stack in batches.stacks(numbers)]
+            rows = [
+                _pair_rows(scope, theta, batches, stack, coarse, role, tolerance) for stack in batches.stacks(numbers)
+            ]
             store.write_pairs(start, rows)
         else:
             found = [_target_rows(targets[name], theta, number, projection) for number in numbers]
@@ -61,12 +70,18 @@ def keep_gradients(
 
 
 def _pair_rows(
-    scope: Scope, theta: Tensor, batches: Batches, stack: Sequence[int], projection: Projection, role: str
+    scope: Scope,
+    theta: Tensor,
+    batches: Batches,
+    stack: Sequence[int],
+    projection: Projection,
+    role: str,
+    tolerance: float,
 ) -> PairRows:
     """What is kept of a stack of batches."""
     (batch,), rows = batches.each([stack]), batches.rows(stack)
     embeddings = scope.embed(theta, batch)
-    positive, negative = projection.removal_gradients(theta, batch, role, embeddings)
+    positive, negative = projection.removal_gradients(theta, batch, role, tolerance, embeddings)
     images, captions = (normalize(part, dim=-1) for part in embeddings)
     cosine = images @ captions.mT
     losses = scope.loss_of(batch).own_losses(scope.logits(theta, cosine))

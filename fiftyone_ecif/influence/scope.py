@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vjp
 from torch.nn.functional import normalize
 
 from fiftyone_ecif.influence.losses import BatchLoss, SparingLoss
+
+_CHUNK = 32  # gradients at a time, of all parameters each
 
 
 class Scope(ABC):
@@ -72,3 +76,45 @@ class Scope(ABC):
     def embed(self, theta: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """Image and caption embeddings of a batch before normalisation, ``(n, d)`` each."""
         return self.embed_images(theta, batch[0]), self.embed_captions(theta, batch[1])
+
+    def sample_gradients(
+        self, theta: Tensor, tower: str, inputs: Any, directions: Tensor, basis: Tensor | None = None
+    ) -> Tensor:
+        """Gradients of each embedding of one tower, before normalisation, along some directions of its own.
+
+        Args:
+            theta: the parameters, shape ``(p,)``.
+            tower: ``"image"`` or ``"text"``.
+            inputs: what that tower takes, of ``n`` samples.
+            directions: shape ``(n, q, d)``.
+            basis (None): directions to keep coordinates of, ``(p, r)``; by default
+                all of the gradient.
+
+        Returns:
+            shape ``(n, q, r)``
+        """
+        embed = self.embed_images if tower == "image" else self.embed_captions
+        return gradients_one_by_one(embed, theta, inputs, directions, basis)
+
+
+def gradients_one_by_one(
+    embed: Callable[[Tensor, Any], Tensor], theta: Tensor, inputs: Any, directions: Tensor, basis: Tensor | None
+) -> Tensor:
+    """What :meth:`Scope.sample_gradients` gives, by autograd for one sample after another.
+
+    Args:
+        embed: makes of parameters and ``n`` inputs the embeddings, ``(n, d)``.
+        theta, inputs, directions, basis: as there.
+    """
+
+    def of_one(sample: Any, along: Tensor) -> Tensor:
+        pull_back = vjp(lambda at: embed(at, sample[None])[0], theta)[1]
+
+        def coordinates(direction: Tensor) -> Tensor:
+            gradient: Tensor = pull_back(direction)[0]
+            return gradient if basis is None else gradient @ basis
+
+        rows: Tensor = torch.vmap(coordinates, chunk_size=_CHUNK)(along)
+        return rows
+
+    return torch.stack([of_one(sample, along) for sample, along in zip(inputs, directions, strict=True)])

@@ -147,6 +147,13 @@ class InfluenceSettings(Settings):
         label="Keep gradients",
         kind=bool,
     )
+    gradient_tolerance: float = option(
+        0.01,
+        "of stored gradients of deep scopes: what their relative error is to stay below, as estimated; 0 for exact "
+        "ones, which take many times as long. Those of heads are exact",
+        label="Tolerance of kept gradients",
+        least=0.0,
+    )
     function_token: str = field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -198,7 +205,15 @@ class InfluenceSettings(Settings):
     def scoring(self) -> ScoringOptions:
         """The options of the mathematics among them."""
         assert self.solver is not None
-        return ScoringOptions(self.fit, self.proximal, self.role, self.solver, self.damping, bool(self.keep_gradients))
+        return ScoringOptions(
+            self.fit,
+            self.proximal,
+            self.role,
+            self.solver,
+            self.damping,
+            bool(self.keep_gradients),
+            self.gradient_tolerance,
+        )
 
     @property
     def target_loss_name(self) -> str:

@@ -53,7 +53,7 @@ class Sizes:
     width: int = 192
     layers: int = 6
     depth: int = 12
-    deep_batch: int = 32
+    deep_batch: int = 64
     stored: int = 1_000_000
     growth: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
     repeats: int = 3
@@ -63,7 +63,6 @@ QUICK = Sizes(
     photographs=256,
     width=128,
     layers=4,
-    deep_batch=16,
     stored=100_000,
     growth=(1_000, 5_000, 30_000),
 )
@@ -103,7 +102,8 @@ def run(
         ],
         "cached": lambda: [
             passes.cached("heads", sizes.batch, sizes.width, sizes.layers, sizes.repeats),
-            passes.cached("lora:2", sizes.deep_batch, sizes.width, sizes.layers, 1),
+            passes.cached("lora:2", sizes.deep_batch, sizes.width, sizes.layers, sizes.repeats),
+            passes.cached_trained("lora:2", sizes.deep_batch, sizes.repeats),
         ],
         "store": lambda: stored.rescore(sizes.stored, sizes.repeats),
         "growth": lambda: [growth.measure(pairs) for pairs in sizes.growth],
