@@ -129,7 +129,7 @@ def fit_steps(
     _check_count(pairs)
 
     partition = random_partition(len(pairs.ids), settings.batch_size, settings.seed)
-    batches = encoder.batches(choice, pairs.paths, pairs.captions, partition)
+    batches = scope.entered(encoder.batches(choice, pairs.paths, pairs.captions, partition))
     if state is None:
         before = yield from mean_loss(scope, scope.start, batches)
         state = {

@@ -98,9 +98,11 @@ class PreparedRun:
         partition = random_partition(len(self.pairs.ids), self.batch_size, seed)
         order = torch.cat(partition)
         features = [side if isinstance(side, Tensor) else side.in_order(order) for side in self.features]
-        return self.encoder.batches(
+        batches = self.encoder.batches(
             self.choice, self.pairs.paths, self.pairs.captions, partition, (features[0], features[1])
         )
+        entered: Batches = self.scope.entered(batches)
+        return entered
 
     def run_name(self, seed: int) -> str:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
@@ -205,7 +207,9 @@ def prepare(
     for (label, group), chosen in zip(target_pairs.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, settings.seed)
         features = [resident(side.select(chosen), encoder.placement) for side in (images, texts)]
-        batches = encoder.batches(choice, group.paths, group.captions, partition, (features[0], features[1]))
+        batches = scope.entered(
+            encoder.batches(choice, group.paths, group.captions, partition, (features[0], features[1]))
+        )
         measured = settings.target_loss_name + settings.function_token, list(settings.templates), classes, settings.seed
         twins = None if find_target_loss(settings.target_loss).needs_labels else _twins(group)
         name = _target_name(label, [keys[row] for row in chosen], measured + ("twins",) * (twins is not None))
@@ -375,7 +379,7 @@ def _make_target(
     loss = find_target_loss(settings.target_loss)
     if not loss.needs_labels:
         return loss.make(scope, batches)
-    prompts = encoder.prompts(choice, fill_prompts(classes, settings.templates))
+    prompts = scope.entered_captions(encoder.prompts(choice, fill_prompts(classes, settings.templates)))
     labels = torch.tensor([classes.index(label) for label in target_pairs.captions])
     return loss.make(scope, batches, Classes(labels, prompts, len(settings.templates)))
 

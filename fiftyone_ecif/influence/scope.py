@@ -43,6 +43,14 @@ class Scope(ABC):
     def logits(self, theta: Tensor, cosine: Tensor) -> Tensor:
         """Scaled (and, for a sigmoid loss, shifted) cosine similarities."""
 
+    def entered(self, batches: Any) -> Any:
+        """Batches of the same pairs, for :meth:`similarity`, with what no parameter in scope reaches computed once."""
+        return batches
+
+    def entered_captions(self, captions: Any) -> Any:
+        """Captions for :meth:`embed_captions` in the same way."""
+        return captions
+
     def logit_parameters(self, theta: Tensor) -> list[int]:
         """Places in ``theta`` of the temperature and the bias, as far as they are in scope."""
         return []

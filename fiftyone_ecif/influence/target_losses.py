@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from typing_extensions import override
 
@@ -33,7 +33,7 @@ class Classes(NamedTuple):
     """
 
     labels: Tensor
-    prompts: Tensor
+    prompts: Any
     templates: int
 
 

@@ -184,7 +184,7 @@ class ZeroShotTarget(Target):
         templates: prompts a class; their unit embeddings are averaged.
     """
 
-    def __init__(self, scope: Scope, batches: Batches, labels: Tensor, prompts: Tensor, templates: int = 1) -> None:
+    def __init__(self, scope: Scope, batches: Batches, labels: Tensor, prompts: Any, templates: int = 1) -> None:
         super().__init__(scope, batches)
         self.labels, self.prompts, self.templates = labels, prompts, templates
 

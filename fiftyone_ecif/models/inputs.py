@@ -109,14 +109,6 @@ def loaded(
         stacker.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(images: Images, rows: Sequence[int]) -> list[Loaded]:
-    return [images[row] for row in rows]
-
-
-def _when_read(parts: Sequence[Future[list[Loaded]]], pin: bool) -> tuple[list[int], Tensor, dict[int, str]]:
-    return _together([one for part in parts for one in part.result()], pin)
-
-
 def _together(batch: Sequence[Loaded], pin: bool) -> tuple[list[int], Tensor, dict[int, str]]:
     images = {index: image for index, image, _ in batch if image is not None}
     failures = {index: reason for index, _, reason in batch if reason is not None}
@@ -176,7 +168,12 @@ class ImageTextBatches(OneByOne):
     ) -> None:
         self.partition, self._finish = partition, finish
         self._images, self._tokens, self._device = images, tokens, device
-        self._pixels: dict[int, Tensor] = {}
+        self._pixels: dict[int, Tensor] = {}  # as few bytes as decoding gives
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs there are, in batches or not."""
+        return len(self._images)
 
     def regrouped(self, partition: Sequence[Tensor]) -> ImageTextBatches:
         """The same pairs in other batches; what is decoded is shared."""
@@ -186,12 +183,25 @@ class ImageTextBatches(OneByOne):
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         rows = self.partition[index]
-        pixels = self._decode(rows.tolist())
-        return pixels, self._tokens[rows.to(self._tokens.device)]
+        return self.images_of(rows), self.tokens_of(rows)
 
-    def _decode(self, rows: list[int]) -> Tensor:
-        missing = [row for row in rows if row not in self._pixels]
-        found = {row: self._pixels[row] for row in rows if row in self._pixels}
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """What the text tower takes for some pairs, shape ``(n, t)``."""
+        return self._tokens[rows.to(self._tokens.device)]
+
+    def images_of(self, rows: Tensor, keep: bool = True) -> Tensor:
+        """What the image tower takes for some pairs, shape ``(n, 3, h, w)``.
+
+        Args:
+            rows: of the pairs.
+            keep (True): whether their pixels are asked for again.
+
+        Raises:
+            EcifError: for a file that cannot be read any more
+        """
+        wanted = rows.tolist()
+        found = {row: self._pixels[row] for row in wanted if row in self._pixels}
+        missing = [row for row in wanted if row not in found]
         if missing:
             with ThreadPoolExecutor() as pool:
                 loaded = list(pool.map(self._images.__getitem__, missing))
@@ -200,6 +210,6 @@ class ImageTextBatches(OneByOne):
                     path = self._images.paths[row]
                     raise EcifError(f"The image {path} cannot be read any more ({reason}). Run again")
                 found[row] = image
-        if found[rows[0]].nbytes * len(self._images) <= self._BUDGET:
+        if keep and found[wanted[0]].nbytes * self.pairs <= self._BUDGET:
             self._pixels |= found
-        return self._finish(torch.stack([found[row] for row in rows]).to(self._device))
+        return self._finish(torch.stack([found[row] for row in wanted]).to(self._device))

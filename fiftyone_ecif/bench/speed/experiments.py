@@ -40,6 +40,7 @@ class Sizes:
         scopes: of direct scoring.
         batch: pairs in its batch.
         width, layers: of both towers of the model.
+        depth: layers of the model whose last blocks are a scope, as many as a base model has.
         deep_batch: pairs in the batch of stored gradients of a deep scope.
         stored: pairs in the synthetic store.
         growth: numbers of synthetic pairs.
@@ -51,6 +52,7 @@ class Sizes:
     batch: int = 256
     width: int = 192
     layers: int = 6
+    depth: int = 12
     deep_batch: int = 64
     stored: int = 1_000_000
     growth: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
@@ -89,7 +91,14 @@ def run(
     sections: dict[str, Callable[[], list[Row]]] = {
         "embed": lambda: embedding.embed(sizes.photographs, max(1, sizes.repeats - 2)),
         "direct": lambda: [
-            passes.direct(scope, sizes.batch, sizes.width, sizes.layers, sizes.repeats) for scope in sizes.scopes
+            passes.direct(
+                scope,
+                sizes.batch,
+                sizes.width,
+                sizes.depth if scope.startswith("blocks") else sizes.layers,
+                sizes.repeats,
+            )
+            for scope in sizes.scopes
         ],
         "cached": lambda: [
             passes.cached("heads", sizes.batch, sizes.width, sizes.layers, sizes.repeats),

@@ -20,7 +20,7 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.objective import random_partition
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models import fine_tuning
-from fiftyone_ecif.models.inputs import ImageTextBatches
+from fiftyone_ecif.models.entered_batches import EnteredBatches
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.settings.fine_tuning import FitSettings
 
@@ -152,9 +152,9 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_numbers(step, stop, tuned, p
 
 def test_each_epoch_has_batches_of_its_own_and_so_has_each_seed(pairs, options, tmp_path, monkeypatch):
     orders = []
-    regrouped = ImageTextBatches.regrouped
+    regrouped = EnteredBatches.regrouped
     monkeypatch.setattr(
-        ImageTextBatches,
+        EnteredBatches,
         "regrouped",
         lambda batches, partition: orders.append(torch.cat(partition).tolist()) or regrouped(batches, partition),
     )
