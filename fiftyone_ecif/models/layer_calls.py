@@ -129,14 +129,14 @@ class SampleLayers:
 
     Args:
         run: the tower, which computes the embedding of each sample from that sample alone.
-        inputs: of ``n`` samples.
+        inputs: of ``n`` samples, indexed by them.
         weights: by name, as ``run`` uses them.
 
     Attributes:
         names: of the weights whose gradients can be had, because all that is done with them was seen.
     """
 
-    def __init__(self, run: Callable[[Tensor], Tensor], inputs: Tensor, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, run: Callable[[Any], Tensor], inputs: Any, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad(), LayerCalls(weights) as alone:
             run(inputs[:1])
         with torch.enable_grad(), LayerCalls(weights) as seen:

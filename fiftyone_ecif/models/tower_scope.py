@@ -150,6 +150,52 @@ class TowerScope(Scope):
             start += shape.numel()
         return places if self.rank is None else []
 
+    @override
+    def sample_gradients(
+        self, theta: Tensor, tower: str, inputs: Tensor | Activations, directions: Tensor, basis: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`Scope.sample_gradients`: from the inputs of layers and the gradients of their outputs.
+
+        What is not in a layer that can be seen is differentiated one sample after another.
+        """
+        mine = self._own(tower)
+        adapters = self.adapters(theta)
+        weights = {name: value for name, value in self.parameters(theta).items() if name in mine}
+        size = len(theta) if basis is None else basis.shape[1]
+        found = theta.new_zeros(*directions.shape[:2], size)
+        layers = SampleLayers(partial(self._run, tower, weights), inputs, weights)
+        places = self._places()
+        for number, direction in enumerate(directions.unbind(1) if layers.names else ()):
+            for name, rows in layers.gradients(direction, adapters):
+                if basis is None:
+                    found[:, number, places[name]] += rows
+                else:
+                    found[:, number] += rows @ basis[places[name]]
+        rest = [torch.arange(places[name].start, places[name].stop) for name in weights if name not in layers.names]
+        if rest:
+            within = torch.cat(rest).to(theta.device)
+
+            def embed(at: Tensor, samples: Tensor | Activations) -> Tensor:
+                return self._embed(tower, theta.index_copy(0, within, at), samples)
+
+            kept = None if basis is None else basis[within]
+            rows = gradients_one_by_one(embed, theta[within], inputs, directions, kept)
+            if basis is None:
+                found[:, :, within] += rows
+            else:
+                found += rows
+        return found
+
+    def _places(self) -> dict[str, slice]:
+        """Where the parameters of each name, or its adapter's, are in the flat vector."""
+        each = 1 if self.rank is None else 2
+        places, start = {}, 0
+        for number, name in enumerate(self.names):
+            size = sum(shape.numel() for shape in self._shapes[each * number : each * (number + 1)])
+            places[name] = slice(start, start + size)
+            start += size
+        return places
+
     def _own(self, tower: str) -> list[str]:
         """Names of parameters of a tower in scope; those of the logits are counted to the text tower's."""
         return [name for name in self.names if name.startswith("visual.") == (tower == "image")]
@@ -174,52 +220,6 @@ class TowerScope(Scope):
             return cast(Tensor, functional_call(run, changed, (inputs,)))
         with Resumed(inputs) as rest:
             return cast(Tensor, functional_call(run, changed, (rest.inputs,)))
-
-    @override
-    def sample_gradients(
-        self, theta: Tensor, tower: str, inputs: Tensor, directions: Tensor, basis: Tensor | None = None
-    ) -> Tensor:
-        """As :meth:`Scope.sample_gradients`: from the inputs of layers and the gradients of their outputs.
-
-        What is not in a layer that can be seen is differentiated one sample after another.
-        """
-        mine = {name for name in self.names if name.startswith("visual.") == (tower == "image")}
-        adapters = self.adapters(theta)
-        weights = {name: value for name, value in self.parameters(theta).items() if name in mine}
-        size = len(theta) if basis is None else basis.shape[1]
-        found = theta.new_zeros(*directions.shape[:2], size)
-        layers = SampleLayers(partial(self._run, tower, weights), inputs, weights)
-        places = self._places()
-        for number, direction in enumerate(directions.unbind(1) if layers.names else ()):
-            for name, rows in layers.gradients(direction, adapters):
-                if basis is None:
-                    found[:, number, places[name]] += rows
-                else:
-                    found[:, number] += rows @ basis[places[name]]
-        rest = [torch.arange(places[name].start, places[name].stop) for name in weights if name not in layers.names]
-        if rest:
-            within = torch.cat(rest).to(theta.device)
-
-            def embed(at: Tensor, samples: Tensor) -> Tensor:
-                return self._embed(tower, theta.index_copy(0, within, at), samples)
-
-            kept = None if basis is None else basis[within]
-            rows = gradients_one_by_one(embed, theta[within], inputs, directions, kept)
-            if basis is None:
-                found[:, :, within] += rows
-            else:
-                found += rows
-        return found
-
-    def _places(self) -> dict[str, slice]:
-        """Where the parameters of each name, or its adapter's, are in the flat vector."""
-        each = 1 if self.rank is None else 2
-        places, start = {}, 0
-        for number, name in enumerate(self.names):
-            size = sum(shape.numel() for shape in self._shapes[each * number : each * (number + 1)])
-            places[name] = slice(start, start + size)
-            start += size
-        return places
 
 
 def new_adapters(weights: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from fiftyone_ecif.bench.fidelity.world import make_world
 from fiftyone_ecif.bench.speed.stopwatch import side_by_side
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.head_gradients import HeadProjection
@@ -166,6 +165,8 @@ def cached(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
 @one_thread()
 def cached_trained(text: str, pairs: int, repeats: int) -> Row:
     """Likewise for a deep scope of a small trained model, on the pairs that it was trained on."""
+    from fiftyone_ecif.bench.fidelity.world import make_world  # which needs FiftyOne
+
     world = make_world(400, 100, 300)
     encoder, choice = world.encoder, parse_scope(text)
     scope = TowerScope(encoder.model, encoder.scope_names(choice), encoder.loss, choice.rank)

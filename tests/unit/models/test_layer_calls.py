@@ -11,6 +11,7 @@ from fiftyone_ecif.influence.losses import SoftmaxLoss
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.layer_calls import SampleLayers
+from fiftyone_ecif.models.tower_cut import Activations
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
@@ -23,7 +24,9 @@ VISIONS = {
 
 def make_scope(vision, text):
     torch.manual_seed(0)
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=VISIONS[vision], text_cfg=TEXT).eval().double()
+    model = (
+        open_clip.CLIP(embed_dim=16, vision_cfg=VISIONS[vision], text_cfg=TEXT).eval().double().requires_grad_(False)
+    )
     side = VISIONS[vision]["image_size"]
     batch = torch.randn(3, 3, side, side, dtype=torch.float64), torch.randint(1, 50, (3, 8))
     choice = parse_scope(text)
@@ -46,6 +49,18 @@ def test_gradients_of_each_sample_are_those_of_autograd(vision, text):
         torch.testing.assert_close(whole, expected, rtol=1e-9, atol=1e-12)
         kept = scope.sample_gradients(scope.start, tower, inputs, directions, basis)
         torch.testing.assert_close(kept, expected @ basis, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("text", ["lora:2:1", "blocks:1"])
+def test_so_are_those_from_where_the_towers_are_cut(text):
+    scope, batch = make_scope("vit", text)
+    directions = torch.randn(3, 2, 16, dtype=torch.float64)
+    for tower, inputs in zip(("image", "text"), batch, strict=True):
+        entered = scope.enter(tower, inputs)
+        assert isinstance(entered, Activations)
+        expected = Scope.sample_gradients(scope, scope.start, tower, inputs, directions)
+        found = scope.sample_gradients(scope.start, tower, entered, directions)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_so_are_those_of_convolutions():
