@@ -67,7 +67,8 @@ def judge(evidence: Evidence, labels: np.ndarray | None = None) -> Judgement:
     return Judgement(
         weighed.pairs,
         probability,
-        mixture.rate,
+        # features of towers that were fitted to the pairs hide wrong ones, and decoys are found too easily by them
+        mixture.rate.unbounded() if evidence.seen and not known.any() else mixture.rate,
         power,
         dict(zip(names, weighed.weights.tolist(), strict=True)),
         _reasons(weighed, names),

@@ -44,6 +44,10 @@ class NoiseRate(NamedTuple):
     low: float
     high: float
 
+    def unbounded(self) -> NoiseRate:
+        """The same where there may be any number of wrong pairs more that are not seen."""
+        return self._replace(high=max(self.high, self.low + TOO_WIDE, float(_RATES[-1])))
+
     @property
     def told(self) -> bool:
         """Whether the interval is narrow enough to say anything."""

@@ -70,6 +70,11 @@ def test_what_weights_say_that_know_the_pairs_by_heart_is_left_out():
     knows = evidence.pairs.copy()
     knows[wrong, 0] -= APART[0]  # a wrong pair looks right to the weights as loaded, a decoy does not
     found = judge(replace(evidence, pairs=knows, seen=True))
+    assert not found.rate.told
+    assert found.rate.low <= wrong.mean() <= found.rate.high
+    labels = np.full(PAIRS, -1)
+    labels[:100] = wrong[:100]
+    assert judge(replace(evidence, pairs=knows, seen=True), labels).rate.told  # what a person says can be told
     assert set(found.weights) == {name for name in NAMES if name.startswith(CANONICAL)}
     trusting = judge(replace(evidence, pairs=knows))
     assert roc_auc_score(wrong, found.score) > roc_auc_score(wrong, trusting.score) + 0.1
