@@ -99,7 +99,8 @@ class HeadPoint:
     @property
     def _scaled(self) -> Tensor:
         """Cosines, scaled: the slope of the logits in the logarithm of the scale."""
-        return self._similarity - self._bias if self._bias else self._similarity
+        scaled: Tensor = self._similarity - self._bias if self._bias else self._similarity
+        return scaled
 
     def gradient(self, with_scale: bool) -> Pull:
         """The gradient of the loss.
