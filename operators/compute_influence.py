@@ -16,25 +16,13 @@ from fiftyone_ecif.settings.job import JobSettings
 
 from .base import JobOperator
 from .estimates import Plan, estimate
-from .forms import (
-    advanced,
-    ask_background,
-    ask_embeddings,
-    ask_fit_and_batches,
-    ask_key,
-    ask_model,
-    ask_option,
-    ask_pairs,
-    ask_split,
-    chosen,
-    dropdown,
-    is_from_form,
-    pairs_to_act_on,
-    refuse,
-    split,
-)
+from .forms import advanced, ask_background, ask_option, dropdown, is_from_form, refuse
 from .jobs import Job, call, report, show, with_progress
 from .memory import entered_before, wish
+from .model_input import ask_embeddings, ask_fit_and_batches, ask_model, chosen
+from .name_input import ask_key
+from .pairs_input import ask_pairs, pairs_to_act_on
+from .target_input import ask_split, split
 
 _DEFAULTS = {**InfluenceSettings.defaults(), **JobSettings.defaults(), "brain_key": "ecif", "pretrained": ""}
 _SCOPES = ("heads", "heads+logit_scale", "lora:4", "blocks:1")
@@ -124,7 +112,7 @@ def _how(inputs: Any, ctx: Any, pairs: int) -> None:
     if not advanced(inputs, ctx):
         return
     _what_scope(inputs, ctx)
-    for name in ("solver", "damping", "n_partitions"):
+    for name in ("solver", "damping", "spare_equal", "n_partitions"):
         ask_option(inputs, ctx, InfluenceSettings, name)
     ask_fit_and_batches(inputs, ctx, InfluenceSettings, pairs)
 

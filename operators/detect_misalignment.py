@@ -17,26 +17,13 @@ from fiftyone_ecif.settings.misalignment import MisalignmentSettings
 
 from .base import JobOperator
 from .estimates import Plan, estimate
-from .forms import (
-    advanced,
-    ask_background,
-    ask_embeddings,
-    ask_fit_and_batches,
-    ask_key,
-    ask_model,
-    ask_option,
-    ask_pairs,
-    ask_percent,
-    ask_target,
-    chosen,
-    is_from_form,
-    pairs_to_act_on,
-    refuse,
-    target_names,
-    target_view,
-)
+from .forms import advanced, ask_background, ask_option, ask_percent, is_from_form, refuse
 from .jobs import Job, call, report, show, with_progress
 from .memory import wish
+from .model_input import ask_embeddings, ask_fit_and_batches, ask_model, chosen
+from .name_input import ask_key
+from .pairs_input import ask_pairs, pairs_to_act_on
+from .target_input import HELD_OUT_TAG, ask_target, target_names, target_view
 
 _DEFAULTS = {
     **MisalignmentSettings.defaults(),
@@ -45,6 +32,7 @@ _DEFAULTS = {
     "brain_key": "audit",
     "pretrained": "",
 }
+_UNSEEN = (HELD_OUT_TAG, "val", "valid", "validation", "test", "dev")
 _TAGGING = {
     "none": "None",
     "estimated": "As many as the estimated noise rate says",
@@ -69,6 +57,10 @@ class DetectMisalignment(JobOperator):
         if samples is None:
             return
         params = _DEFAULTS | ctx.params
+        unseen = _unseen_tags(samples) if params["trained"] else []
+        others = len(samples.match_tags(unseen)) if unseen else 0
+        if unseen and params.get("leave_out", True):
+            samples = samples.match_tags(unseen, bool=False)
         takes = estimate(_plan(params, len(samples)))
         inputs.view("counts", types.Notice(label=f"{len(samples):,} pairs will be scored", description=takes))
         if not ask_embeddings(inputs, ctx, MisalignmentSettings):
@@ -76,6 +68,14 @@ class DetectMisalignment(JobOperator):
         described = "Names the run and its fields: KEY_misalignment, KEY_reason, KEY_duplicate"
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, MisalignmentConfig())
         ask_option(inputs, ctx, MisalignmentSettings, "trained")
+        if others:
+            inputs.bool(
+                "leave_out",
+                default=True,
+                label=f"Leave out the {others:,} that are tagged {' or '.join(map(repr, unseen))}",
+                description="A model that was not trained on those finds them wrong beside pairs it knows by heart",
+                view=types.CheckboxView(),
+            )
         _ask_tag(inputs, ctx)
         if advanced(inputs, ctx):
             _ask_detector(inputs, ctx, samples)
@@ -95,6 +95,9 @@ class DetectMisalignment(JobOperator):
         samples = pairs_to_act_on(ctx)
         if len(samples) == 0:
             raise EcifError("No samples are selected")
+        if is_from_form(ctx.params) and params["trained"] and params.get("leave_out", True):
+            unseen = _unseen_tags(samples)
+            samples = samples.match_tags(unseen, bool=False) if unseen else samples
         work = misalignment_steps(
             samples,
             *chosen(ctx, params, MisalignmentSettings),
@@ -125,6 +128,13 @@ class DetectMisalignment(JobOperator):
 def _plan(params: dict[str, Any], pairs: int) -> Plan:
     kind = " ".join(map(str, ("misalignment", *(params.get(name) for name in ("model", "detector", "fit")))))
     return Plan(kind, pairs, params["model"], "heads")
+
+
+def _unseen_tags(samples: Any) -> list[str]:
+    """The tags of those samples that a model is usually not trained on; none where hardly any others are left."""
+    there = samples.distinct("tags")
+    found = [tag for tag in _UNSEEN if tag in there]
+    return found if found and len(samples.match_tags(found, bool=False)) > 1 else []
 
 
 def _knows_the_pairs(ctx: Any) -> bool:

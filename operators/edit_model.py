@@ -14,22 +14,14 @@ from fiftyone_ecif.store.files import user_path
 
 from .base import JobOperator
 from .estimates import Plan
-from .forms import (
-    ask_background,
-    ask_new_file,
-    blocked,
-    dropdown,
-    may_replace,
-    new_file,
-    refuse,
-    target_names,
-    target_view,
-    warning,
-)
+from .forms import ask_background, blocked, dropdown, refuse, warning
 from .jobs import Job, call, report, with_progress
 from .memory import wish
+from .name_input import ask_new_file, may_replace, new_file
+from .target_input import target_names, target_view
 
 _KEY, _SELECTION = "ecif", "selection"
+_HARMFUL = "tag: harmful"  # what Tag by influence and the panel give
 _FORMATS = (".pt", ".pth", ".safetensors")
 
 
@@ -115,7 +107,7 @@ def _ask_removed(inputs: Any, ctx: Any, key: str) -> None:
         inputs,
         "remove",
         offered,
-        _SELECTION,
+        _SELECTION if ctx.selected else _HARMFUL,
         label="Pairs to remove",
         description="The model will be as if it had never been trained on them",
     )

@@ -161,7 +161,8 @@ def estimate(plan: Plan) -> str:
             return "How long that takes is not known yet: no such run ended on this machine"
         span = _span(total + _work(expected, plan.partitions))
         return (
-            f"A first guess from the size of the model, without a GPU: about {span}. No such run ended on this machine"
+            f"A first guess from the size of the model, without a GPU: about {span}. "
+            "No such run has ended on this machine yet"
         )
     said = f"Takes about {_span(_work(expected, plan.partitions) + expected[_LOADING])}"
     if "encode" in pace:

@@ -11,8 +11,9 @@ from typing_extensions import override
 from fiftyone_ecif.store.files import user_path
 
 from .base import FormOperator
-from .forms import ask_caption_field, ask_new_file, may_replace, new_file, pairs_to_act_on
 from .jobs import call
+from .name_input import ask_new_file, may_replace, new_file
+from .pairs_input import ask_caption_field, pairs_to_act_on
 
 
 class ExportPairs(FormOperator):

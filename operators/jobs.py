@@ -265,6 +265,15 @@ def thumbnail_fields(key: str, config: Any) -> list[str]:
     return [f"{key}_{end}" for end in ends]
 
 
+def thumbnails_of(dataset: Any, field: str) -> list[str]:
+    """What the thumbnails say where pairs were chosen by a score: the caption, and what the run says that wrote it."""
+    configs = {key: dataset.get_brain_info(key).config for key in dataset.list_brain_runs(method="ecif")}
+    for key, config in configs.items():
+        if field in config.fields(key):
+            return [config.caption_field, *thumbnail_fields(key, config)]
+    return [field]
+
+
 def set_thumbnails(ctx: Any, *fields: str) -> Any:
     """Has the thumbnails show these fields, in place of what other runs wrote there."""
     ours = fields_of_runs(ctx.dataset)

@@ -84,16 +84,19 @@ def keep_trace(ctx: Any, run: str, traces: Sequence[Any]) -> None:
     """
     told = [
         {"id": one.id, "loss": one.loss, "mistake": one.mistake}
-        | {side: [pair._asdict() for pair in getattr(one, side)] for side in ("culprits", "helpers")}
+        | {name: [found._asdict() for found in getattr(one, name)] for name in ("retrieved", "culprits", "helpers")}
         for one in traces
     ]
     ctx.store(_STORE).set(_TRACE + run, told)
 
 
 def last_trace(ctx: Any, run: str) -> list[dict[str, Any]]:
-    """What was traced last with a run: ``id``, ``loss``, ``mistake``, ``culprits`` and ``helpers`` of each."""
+    """What was traced last with a run: of each ``id``, ``loss``, ``mistake``, ``retrieved``, ``culprits``, ``helpers``.
+
+    What was kept by an older version says nothing of what was retrieved.
+    """
     found: list[dict[str, Any]] = ctx.store(_STORE).get(_TRACE + run) or []
-    return found
+    return [{"retrieved": [], **one} for one in found]
 
 
 def _is_plain(value: Any) -> bool:

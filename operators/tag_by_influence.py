@@ -11,8 +11,9 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import every_sample
 
 from .base import FormOperator
-from .forms import ask_percent, blocked, dropdown, pairs_to_act_on, refuse
-from .jobs import call
+from .forms import ask_percent, blocked, dropdown, refuse
+from .jobs import call, set_thumbnails, thumbnails_of
+from .pairs_input import pairs_to_act_on
 
 _LIMITS = {"count": "A number of pairs", "share": "A share of the pairs", "threshold": "All beyond a score"}
 _WHICH = {"harmful": "harmful: without them the model does better", "valuable": "valuable: without them it does worse"}
@@ -81,6 +82,7 @@ class TagByInfluence(FormOperator):
         view = tag_by_influence(pairs_to_act_on(ctx), field, tag, direction, **{limit: _limit(ctx)})
         count = len(view)
         ctx.ops.reload_dataset()
+        set_thumbnails(ctx, *thumbnails_of(ctx.dataset, field))
         tagged = every_sample(ctx.dataset).match_tags(tag).exists(field)
         ctx.ops.set_view(view=tagged.sort_by(field, reverse=DIRECTIONS[direction] == "highest"))
         ctx.ops.notify(f"Tagged {count:,} pairs {tag!r}", variant="success")
@@ -136,5 +138,5 @@ def _say_how_many(inputs: Any, ctx: Any, field: str, direction: str, taken: int)
         if direction != "suspicious":
             said += f", and {right:,} of those are {direction}"
         if right_of_all > right:
-            said += f". The whole dataset has {right_of_all:,}: choose it under 'Tag among'"
+            said += f". The whole dataset has {right_of_all:,}: choose 'Entire dataset' at the top"
     inputs.view("preview", types.Notice(label=said))

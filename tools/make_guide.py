@@ -87,7 +87,7 @@ class Walk:
     def detect(self):
         app = self.app
         form = app.form("Detect misaligned pairs")
-        form.fill(Model=MODEL, Pretrained=self.weights).tick("The model was trained on these pairs")
+        form.fill(Model=MODEL, Pretrained=self.weights)
         self.shoot("detect-form")
         form.run()
         app.said(re.compile(r"^Scored 600 pairs, skipped 0\. (About|How many)"))

@@ -27,6 +27,7 @@ from fiftyone_ecif.influence.solvers import SOLVERS, default_solver
 from fiftyone_ecif.models.checkpoint import new_checkpoint
 from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.runs.influence import InfluenceResults
+from fiftyone_ecif.runs.reading import read_results
 
 
 class GroupInfluence(NamedTuple):
@@ -185,7 +186,7 @@ def edit_steps(
         solution.residual,
         seconds,
     )
-    run = results.samples._dataset.load_brain_results(results.key, cache=False)  # which may be newer than these results
+    run = read_results(results.samples._dataset, results.key)  # which may be newer than these results
     run.diagnostics["edit"] = edit._asdict()
     run.save()
     return edit

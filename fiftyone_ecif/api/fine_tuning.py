@@ -10,11 +10,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+from fiftyone_ecif.api.preparation import twins_of
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.devices import choose_device
 from fiftyone_ecif.errors import EcifError
@@ -29,7 +30,7 @@ from fiftyone_ecif.progress import Progress
 from fiftyone_ecif.samples.pairs import Pairs, check_collection, read_pairs, warn_skipped
 from fiftyone_ecif.settings.fine_tuning import FitSettings
 from fiftyone_ecif.settings.option import check_known, documented
-from fiftyone_ecif.store.keys import digest, pair_key
+from fiftyone_ecif.store.keys import PairKey, content_of, digest, image_key
 
 logger = logging.getLogger(__name__)
 _READ_AT_ONCE = 64  # images
@@ -58,6 +59,7 @@ def fit_model(
     While it runs, its state is saved to ``{path}.resume`` every few seconds. A
     fit that was stopped goes on from there when it is run again with the same
     arguments, and ends where it would have ended; on the CPU to the last bit.
+    Images that were moved meanwhile are known again by their bytes.
 
     The checkpoint is for ``pretrained=path`` with the same model name. Of a
     ``local-dir:…`` or ``hf-hub:…`` model, it belongs into a folder with a copy
@@ -116,8 +118,13 @@ def fit_steps(
     encoder = load_encoder(settings.model, settings.pretrained, device)
     scope = encoder.scope(choice, settings.seed)
     resume = path.with_name(f"{path.name}.resume")
-    fingerprint = _fingerprint(settings, pairs, encoder, scope)
-    state = load_state(resume, fingerprint, overwrite)
+    paths, captions = pairs.paths, pairs.captions
+    quick = _fingerprint([image_key(path) for path in paths], captions, settings, encoder, scope)
+
+    def by_content() -> str:
+        return _fingerprint([content_of(path) or "" for path in paths], captions, settings, encoder, scope)
+
+    state = load_state(resume, quick, by_content, overwrite)
     yield Progress("Loading the model", 1, 1)
 
     if state is None:
@@ -129,11 +136,13 @@ def fit_steps(
     _check_count(pairs)
 
     partition = random_partition(len(pairs.ids), settings.batch_size, settings.seed)
-    batches = encoder.batches(choice, pairs.paths, pairs.captions, partition)
+    twins = twins_of(pairs) if settings.spare_equal else None
+    batches = scope.entered(encoder.batches(choice, pairs.paths, pairs.captions, partition, twins=twins))
     if state is None:
         before = yield from mean_loss(scope, scope.start, batches)
         state = {
-            "digest": fingerprint,
+            "digest": quick,
+            "content": by_content(),
             "unreadable": unreadable,
             "loss_before": before,
             "step": 0,
@@ -193,7 +202,20 @@ def _check_count(pairs: Pairs) -> None:
         raise EcifError(f"Fine-tuning needs at least 2 readable pairs, there are {len(pairs.ids)}")
 
 
-def _fingerprint(settings: FitSettings, pairs: Pairs, encoder: DualEncoder, scope: Scope) -> str:
-    """A digest of all that the result depends on: settings, pairs, weights and where the scope starts."""
-    keys = [pair_key(path, caption) for path, caption in zip(pairs.paths, pairs.captions, strict=True)]
-    return digest([json.dumps([asdict(settings), encoder.fingerprint, keys]), scope.start.cpu().numpy().tobytes()])
+def _fingerprint(
+    images: Sequence[str], captions: Sequence[str], settings: FitSettings, encoder: DualEncoder, scope: Scope
+) -> str:
+    """A digest of all that the result depends on: settings, pairs, weights and where the scope starts.
+
+    Args:
+        images: what the image of each pair is known by.
+        captions: of the pairs.
+        settings: of the fit.
+        encoder: the model.
+        scope: what is trained.
+    """
+    chosen = asdict(settings)
+    if not settings.spare_equal:
+        del chosen["spare_equal"]  # which earlier fits did not have
+    keys = [PairKey(image, digest(caption)) for image, caption in zip(images, captions, strict=True)]
+    return digest([json.dumps([chosen, encoder.fingerprint, keys]), scope.start.cpu().numpy().tobytes()])

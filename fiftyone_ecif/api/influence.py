@@ -187,6 +187,7 @@ def influence_steps(
         diagnostics,
         [pair.digest for pair in prepared.keys],
         {name: group.ids for name, group in prepared.target_pairs.items()},
+        prepared.classes,
     )
     write_run(results, columns, overwrite)
     processes.wait()

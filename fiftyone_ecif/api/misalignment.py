@@ -12,6 +12,7 @@ from fiftyone_ecif.api.embeddings import Arrays, take_arrays
 from fiftyone_ecif.api.preparation import PreparedRun, prepare
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.devices import say_device
+from fiftyone_ecif.distributed import ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import stationary_point
 from fiftyone_ecif.influence.gradient_store import GradientStore
@@ -129,14 +130,15 @@ def misalignment_steps(
 ) -> Generator[Progress, None, MisalignmentResults]:
     """:func:`compute_misalignment` as a generator of its progress, for a caller that shows it or stops it."""
     _check_tag(tag, share, threshold)
-    detector = DETECTORS[settings.detector]
+    detector, processes = DETECTORS[settings.detector], ProcessGroup.here()
     if (target is not None) != detector.needs_target:
         needing = " or ".join(f"detector={name!r}" for name, one in DETECTORS.items() if one.needs_target)
         raise EcifError(f"target, a view of validation pairs, and {needing} belong together")
     check_collection(samples, settings.caption_field)
     check_view(samples)
     check_writable(samples._dataset, ["tags"] * bool(tag))
-    overwrite = job.overwrite or brain_key in finish_writing(samples._dataset)  # its job was killed, and is run again
+    finished = processes.gather(finish_writing(samples._dataset) if processes.first else [])
+    overwrite = job.overwrite or brain_key in finished  # its job was killed, and is run again
     prepared = yield from prepare(
         samples,
         {} if target is None else target,
@@ -144,14 +146,19 @@ def misalignment_steps(
         job,
         arrays=arrays,
         check=lambda: check_key(samples._dataset, brain_key, overwrite, MisalignmentConfig(settings)),
+        processes=processes,
     )
     store = prepared.store.inside(prepared.run_name(settings.seed))
     settings = replace(settings, batch_size=prepared.batch_size)
-    inputs, norm = yield from _open_inputs(prepared, settings, store)
+    inputs, norm = yield from _open_inputs(prepared, settings, store, processes)
     findings = yield from run_detectors(inputs, [Calibrated.name, settings.detector])
     evidence, judgement = findings.evidence, findings.judgement
     assert evidence is not None
     assert judgement is not None
+    if not processes.first:
+        processes.wait()  # for the first one to write
+        samples._dataset.reload()
+        return samples._dataset.load_brain_results(brain_key)  # type: ignore[no-any-return]
     table = _write_evidence(store, settings, evidence)
 
     yield Progress("Writing fields", 0, 1)
@@ -159,7 +166,7 @@ def misalignment_steps(
         "pairs": len(prepared.pairs.ids),
         "noise_rate": list(judgement.rate),
         "power": judgement.power,
-        "seen": judgement.seen,
+        "seen": evidence.seen,
         "signals": list(evidence.names),
         "weights": judgement.weights,
         "detectors": sorted(findings.scores),
@@ -191,6 +198,7 @@ def misalignment_steps(
             logger.warning("Nothing was tagged. %s. Give share or threshold", judgement.rate)
         diagnostics["tagged"] = tag_misaligned(results, tag, share, threshold) if limited else 0
         results.save()
+    processes.wait()
     yield Progress("Writing fields", 1, 1)
     poor = [] if norm is None else [judge_fit(results.config, diagnostics)]
     for remark in [*prepared.encoder.notes, *(each.text for each in poor if settings.fit and not each.fine)]:
@@ -252,11 +260,11 @@ def _check_tag(tag: str | None, share: float | None, threshold: float | None) ->
 
 
 def _open_inputs(
-    prepared: PreparedRun, settings: MisalignmentSettings, store: Store
+    prepared: PreparedRun, settings: MisalignmentSettings, store: Store, processes: ProcessGroup
 ) -> Generator[Progress, None, tuple[DetectorInputs, float | None]]:
     """The pairs and the model as detectors take them, and how far from a minimum it is where that matters."""
     batches = prepared.batches(settings.seed)
-    objective = ContrastiveLoss(prepared.scope, batches, len(prepared.pairs.ids), settings.proximal)
+    objective = ContrastiveLoss(prepared.scope, batches, len(prepared.pairs.ids), settings.proximal, processes)
     kept = GradientStore(store, objective.pairs)
     duplicates = find_duplicates(prepared.features[0][:], prepared.pairs.captions, prepared.encoder.device)
     gradients = influence = None
@@ -266,7 +274,7 @@ def _open_inputs(
         method = ScoringOptions(fit=settings.fit, proximal=settings.proximal, must_converge=False)
         if prepared.targets:
             scores = yield from score_pairs(
-                store, prepared.scope, prepared.batches(settings.seed), prepared.targets, method
+                store, prepared.scope, prepared.batches(settings.seed), prepared.targets, method, processes
             )
             influence = (scores.positive + scores.negative).mean(0)
         else:

@@ -47,7 +47,7 @@ from fiftyone_ecif.samples.pairs import (
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
-from fiftyone_ecif.store.keys import PairKey, content_digest, digest, equal_files, pair_key
+from fiftyone_ecif.store.keys import PairKey, content_of, digest, equal_files, pair_key
 from fiftyone_ecif.store.known_files import KnownFiles
 from fiftyone_ecif.store.tables import Store
 
@@ -71,8 +71,10 @@ class PreparedRun:
         target_pairs: the target's pairs, by the name of the slice.
         features: of images and captions of the training pairs.
         targets: by the name of their table in a run's store, in the order of ``target_pairs``.
+        classes: of the target's pairs, where its loss is about them.
         settings: with the batch size that it was given, or that suits the number of pairs.
         shared: how many target pairs are also training pairs.
+        twins: by which equal training pairs are told, shape ``(N, 2)``, if they are spared and there are any.
     """
 
     encoder: DualEncoder
@@ -84,8 +86,10 @@ class PreparedRun:
     target_pairs: dict[str, Pairs]
     features: tuple[Tensor | DiskMatrix, Tensor | DiskMatrix]
     targets: dict[str, Target]
+    classes: list[str]
     settings: InfluenceSettings
     shared: int
+    twins: Tensor | None
 
     @property
     def batch_size(self) -> int:
@@ -98,18 +102,22 @@ class PreparedRun:
         partition = random_partition(len(self.pairs.ids), self.batch_size, seed)
         order = torch.cat(partition)
         features = [side if isinstance(side, Tensor) else side.in_order(order) for side in self.features]
-        return self.encoder.batches(
-            self.choice, self.pairs.paths, self.pairs.captions, partition, (features[0], features[1])
+        batches = self.encoder.batches(
+            self.choice, self.pairs.paths, self.pairs.captions, partition, (features[0], features[1]), self.twins
         )
+        entered: Batches = self.scope.entered(batches)
+        return entered
 
     def run_name(self, seed: int) -> str:
         """Of the store of a partition: a digest of all that its parameters and gradients depend on."""
         chosen = self.settings
         made_of: list[Any] = [chosen.scope, chosen.fit, chosen.proximal, chosen.batch_size, seed, chosen.role]
         if chosen.keep_gradients and PROJECTIONS[self.scope.projection].suits_target:
-            made_of += list(self.targets)
+            made_of += [*self.targets, chosen.gradient_tolerance]
         if chosen.embeddings:  # the keys of pairs say nothing of those
             made_of.append(self.encoder.fingerprint)
+        if self.twins is not None:
+            made_of.append("spare_equal")
         start = self.scope.start.cpu().numpy().tobytes()  # adapters are not part of the encoder
         return "run-" + digest(chain([json.dumps(made_of)], map("".join, self.keys), [start]))
 
@@ -159,7 +167,8 @@ def prepare(
     _check_sizes(pairs, target_pairs, settings.batch_size)
     _classes(target_pairs, settings)
     shared = _warn_shared(pairs, target_pairs)
-    _warn_twins(pairs)
+    if not settings.spare_equal:
+        _warn_twins(pairs)
     home = Store(str(samples._dataset._doc.id))
     home.ensure_writable()
     home.claim(database_id())
@@ -201,14 +210,19 @@ def prepare(
     batch_size = settings.batch_size or min(DEFAULT_BATCH_SIZE, len(pairs.ids))
 
     targets = {}
-    classes = _classes(target_pairs, settings)
+    classes, needs_labels = _classes(target_pairs, settings), find_target_loss(settings.target_loss).needs_labels
     for (label, group), chosen in zip(target_pairs.items(), rows[1:], strict=True):
         partition = random_partition(len(group.ids), batch_size, settings.seed)
         features = [resident(side.select(chosen), encoder.placement) for side in (images, texts)]
-        batches = encoder.batches(choice, group.paths, group.captions, partition, (features[0], features[1]))
-        measured = settings.target_loss_name + settings.function_token, list(settings.templates), classes, settings.seed
-        twins = None if find_target_loss(settings.target_loss).needs_labels else _twins(group)
-        name = _target_name(label, [keys[row] for row in chosen], measured + ("twins",) * (twins is not None))
+        twins = None if needs_labels else twins_of(group)
+        spared = twins if settings.spare_equal else None
+        batches = scope.entered(
+            encoder.batches(choice, group.paths, group.captions, partition, (features[0], features[1]), spared)
+        )
+        function = settings.target_loss_name + settings.function_token
+        measured: tuple[Any, ...] = function, list(settings.templates), classes, settings.seed
+        measured += ("twins",) * (twins is not None) + ("spare_equal",) * (spared is not None)
+        name = _target_name(label, [keys[row] for row in chosen], measured)
         targets[name] = _make_target(encoder, choice, scope, batches, group, settings, classes)
         targets[name].twins = twins
         targets[name].processes = processes
@@ -225,8 +239,10 @@ def prepare(
             resident(texts.select(rows[0]), encoder.placement),
         ),
         targets,
+        classes if needs_labels else [],
         replace(settings, batch_size=batch_size),
         shared,
+        twins_of(pairs) if settings.spare_equal else None,
     )
 
 
@@ -239,17 +255,10 @@ def _recognise(
     with ThreadPoolExecutor(max(1, workers)) as readers:
         for start in range(0, len(own), _READ_AT_ONCE):
             part = own[start : start + _READ_AT_ONCE]
-            found = zip(part, readers.map(_content, part), strict=True)
+            found = zip(part, readers.map(content_of, part), strict=True)
             contents += [(path, content) for path, content in found if content is not None]
             yield Progress("Recognising images", start + len(part), len(own))
     known.learn(dict(sorted(processes.gather(contents))))
-
-
-def _content(path: str) -> str | None:
-    try:
-        return content_digest(path)
-    except OSError:  # which is said where the image is decoded
-        return None
 
 
 def _target_name(label: str, keys: list[PairKey], measured: tuple[Any, ...]) -> str:
@@ -375,12 +384,12 @@ def _make_target(
     loss = find_target_loss(settings.target_loss)
     if not loss.needs_labels:
         return loss.make(scope, batches)
-    prompts = encoder.prompts(choice, fill_prompts(classes, settings.templates))
+    prompts = scope.entered_captions(encoder.prompts(choice, fill_prompts(classes, settings.templates)))
     labels = torch.tensor([classes.index(label) for label in target_pairs.captions])
     return loss.make(scope, batches, Classes(labels, prompts, len(settings.templates)))
 
 
-def _twins(pairs: Pairs) -> Tensor | None:
+def twins_of(pairs: Pairs) -> Tensor | None:
     """Numbers of the image and the caption of each pair, the same for equal ones; None if no two pairs share any."""
     words: dict[str, int] = {}
     found = [equal_files(pairs.paths), [words.setdefault(caption, len(words)) for caption in pairs.captions]]
@@ -419,7 +428,7 @@ def _warn_twins(pairs: Pairs) -> None:
     if twins:
         logger.warning(
             "%d of the %d training pairs share their image or their caption with another: where they meet in a batch, "
-            "each is a negative of the other, as in training",
+            "each is a negative of the other, as in training, unless spare_equal=True",
             twins,
             len(pairs.ids),
         )

@@ -61,7 +61,7 @@ def review_misalignment(
             kind among those of the run
     """
     labels = read_labels(results)
-    judgement = judge(results.evidence(), labels, results.diagnostics["seen"])
+    judgement = judge(results.evidence(), labels)
     probability, known = judgement.probability, labels >= 0
     auroc, low, high = auroc_with_interval(judgement.score[known], labels[known] == 1, seed)
     gone = _gone(results)
@@ -98,7 +98,7 @@ def propose_pairs(results: MisalignmentResults, count: int = 20, seed: int = 0) 
         count (20): how many.
         seed (0): of those from everywhere.
     """
-    probability = judge(results.evidence(), None, results.diagnostics["seen"]).probability
+    probability = judge(results.evidence()).probability
     said = set(every_sample(results.samples._dataset).match_tags([ALIGNED, MISALIGNED]).values("id"))
     known = np.array([sample in said for sample in results.ids]) | _gone(results)
     return [results.ids[row] for row in propose(probability, known, count, seed)]

@@ -12,7 +12,7 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.gradient_store import MissingRowsError, target_mistakes
 from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.progress import Progress
-from fiftyone_ecif.runs.influence import TRACE, InfluenceConfig, InfluenceResults
+from fiftyone_ecif.runs.influence import TRACE, InfluenceConfig, InfluenceResults, TargetPairs
 from fiftyone_ecif.runs.writing import write_scores
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.store.tables import Store
@@ -46,6 +46,25 @@ class Neighbour(NamedTuple):
     similarity: float
 
 
+class Retrieved(NamedTuple):
+    """What a query retrieved instead of what is right.
+
+    Attributes:
+        kind: ``"caption"`` for the query's image, ``"image"`` for its caption, or
+            ``"class"`` of its image.
+        found: the sample that has the caption or image, or the name of the class.
+        similarity: cosine of the query and what it retrieved.
+        right: likewise of what is right, the most similar where several are.
+        right_similarity: its cosine, which is lower.
+    """
+
+    kind: str
+    found: str
+    similarity: float
+    right: str
+    right_similarity: float
+
+
 class Trace(NamedTuple):
     """What is behind one query.
 
@@ -57,6 +76,8 @@ class Trace(NamedTuple):
         helpers: those that lower it, best first.
         neighbours: the training pairs most like it, for comparison: where one
             would look without influence.
+        retrieved: what a mistake retrieved instead, in each direction that fails;
+            nothing by a run of before that was kept.
     """
 
     id: str
@@ -65,6 +86,7 @@ class Trace(NamedTuple):
     culprits: list[Culprit]
     helpers: list[Culprit]
     neighbours: list[Neighbour]
+    retrieved: list[Retrieved]
 
 
 def trace(
@@ -173,6 +195,7 @@ def trace_steps(
                         harms,
                         helps,
                         like,
+                        _retrieved(target_pairs, row, results.target_classes),
                     )
                 )
     return sorted(traces, key=lambda found: -found.loss)
@@ -233,6 +256,25 @@ def mark_traces(results: InfluenceResults, traces: Sequence[Trace]) -> Any:
     results.record(traced=True)
     write_scores(results, {field: {pair: "; ".join(said) for pair, said in says.items()}})
     return every_sample(dataset).select(list(dict.fromkeys(order)), ordered=True)
+
+
+def _retrieved(target_pairs: TargetPairs, row: int, classes: Sequence[str]) -> list[Retrieved]:
+    """What a pair of a target retrieved instead, in each direction that fails."""
+    matches = target_pairs.matches
+    if matches is None:
+        return []
+    names, kinds = (classes, ("class",)) if classes else (target_pairs.ids, ("caption", "image"))
+    return [
+        Retrieved(
+            kind,
+            names[matches.wrong[row, side]],
+            float(matches.wrong_similarity[row, side]),
+            names[matches.right[row, side]],
+            float(matches.right_similarity[row, side]),
+        )
+        for side, kind in enumerate(kinds)
+        if matches.wrong_similarity[row, side] > matches.right_similarity[row, side]
+    ]
 
 
 def _lowest(values: np.ndarray, count: int) -> Sequence[int]:

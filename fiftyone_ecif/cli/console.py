@@ -43,7 +43,7 @@ def job(shared: bool = False) -> Iterator[None]:
     with contextlib.redirect_stdout(_messages()):
         try:
             if not shared and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise EcifError("Only score can be shared between processes. Run this command without torchrun")
+                raise EcifError("Only score and misalignment can be shared by processes. Run this without torchrun")
             yield
         except EcifError as error:
             raise click.ClickException(str(error)) from error

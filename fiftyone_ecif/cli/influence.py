@@ -134,28 +134,33 @@ def trace(dataset: str, key: str, as_json: bool, **options: Any) -> None:
         from fiftyone_ecif.runs.manage import load_run
 
         found = load_dataset(dataset)
-        traces = find(load_run(found, key), **options)
-        texts = _captions(found, key, traces)
+        results = load_run(found, key)
+        traces = find(results, **options)
+        texts = _captions(results, traces)
         result = [
             {
                 **one._asdict(),
                 "culprits": [culprit._asdict() for culprit in one.culprits],
                 "helpers": [helper._asdict() for helper in one.helpers],
                 "neighbours": [neighbour._asdict() for neighbour in one.neighbours],
+                "retrieved": [retrieved._asdict() for retrieved in one.retrieved],
             }
             for one in traces
         ]
     print_result(result, as_json, lambda r: _trace_report(r, texts))
 
 
-def _captions(dataset: Any, key: str, traces: Any) -> dict[str, str]:
-    """Captions of the training pairs that traces name, or what became of them."""
+def _captions(results: Any, traces: Any) -> dict[str, str]:
+    """Captions of the pairs that traces name, or what became of them."""
     from fiftyone_ecif.samples.pairs import pairs_now
 
-    config = dataset.get_brain_info(key).config
-    named = [pair.id for one in traces for pair in (*one.culprits, *one.helpers, *one.neighbours)]
-    there = pairs_now(dataset, config.caption_field, named)
-    return {sample: there[sample][1] or "(no caption)" if sample in there else "(deleted)" for sample in named}
+    pairs = [pair.id for one in traces for pair in (*one.culprits, *one.helpers, *one.neighbours)]
+    target = [match.found for one in traces for match in one.retrieved if match.kind != "class"]
+    texts: dict[str, str] = {}
+    for dataset, named in ((results.samples._dataset, pairs), (results.target_dataset(), target)):
+        there = pairs_now(dataset, results.config.caption_field, named) if dataset is not None else {}
+        texts |= {sample: there[sample][1] or "(no caption)" if sample in there else "(deleted)" for sample in named}
+    return texts
 
 
 def _trace_report(traces: list[dict[str, Any]], captions: dict[str, str]) -> str:
@@ -163,7 +168,15 @@ def _trace_report(traces: list[dict[str, Any]], captions: dict[str, str]) -> str
         return "No mistakes."
     lines = []
     for one in traces:
-        lines += ["", f"{one['id']}, loss {one['loss']:.3f}", "  Relative influence  Culprit                   Caption"]
+        lines += ["", f"{one['id']}, loss {one['loss']:.3f}"]
+        if one["retrieved"]:
+            lines.append("          Similarity  Right one  Retrieved instead")
+        for r in one["retrieved"]:
+            what = (
+                f"{r['found']}, not {r['right']}" if r["kind"] == "class" else f"{r['found']}  {captions[r['found']]}"
+            )
+            lines.append(f"  {r['similarity']:18.3f}  {r['right_similarity']:9.3f}  {r['kind']} {what}")
+        lines.append("  Relative influence  Culprit                   Caption")
         lines += [f"  {c['relative_influence']:18.2e}  {c['id']}  {captions[c['id']]}" for c in one["culprits"]]
         lines += ["  Relative influence  Helper                    Caption"]
         lines += [f"  {h['relative_influence']:18.2e}  {h['id']}  {captions[h['id']]}" for h in one["helpers"]]

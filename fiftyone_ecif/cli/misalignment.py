@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fiftyone_ecif.cli.console import AS_JSON, SLICE, job, load_dataset, narrow, print_result
+from fiftyone_ecif.cli.console import AS_JSON, SLICE, job, load_dataset, load_dataset_in_turn, narrow, print_result
 from fiftyone_ecif.cli.flags import flags
 from fiftyone_ecif.misalignment.judgement import TRUSTED
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
@@ -51,17 +51,23 @@ def misalignment(
     """Find pairs of DATASET whose caption does not belong to the image, without labels.
 
     Example: fiftyone-ecif misalignment my-pairs --model ViT-B-32 --pretrained laion2b_s34b_b79k --mark suspect
-    """
-    with job():
-        from fiftyone_ecif.api.misalignment import compute_misalignment
 
-        found = load_dataset(dataset)
+    Several processes share the work: torchrun --nproc-per-node 4 -m fiftyone_ecif misalignment ...
+    """
+    with job(shared=True):
+        from fiftyone_ecif.distributed import join
+
+        processes = join()
+        found = load_dataset_in_turn(dataset, processes)
+        from fiftyone_ecif.api.misalignment import compute_misalignment  # brings FiftyOne
+
         results = compute_misalignment(
             narrow(found, tags, view, slice),
             target=narrow(found, target_tags, target_view, slice) if target_tags or target_view else None,
             brain_key=key,
             tag=mark,
             skip_failures=not strict,
+            progress=None if processes.first else False,
             **options,
         )
         result = {
@@ -73,7 +79,9 @@ def misalignment(
             "tagged": results.diagnostics.get("tagged"),
             "diagnostics": results.diagnostics,
         }
-    print_result(result, as_json, lambda r: _misalignment_report(r, mark))
+        processes.wait()  # FiftyOne's database can go when the process that started it ends
+    if processes.first:
+        print_result(result, as_json, lambda r: _misalignment_report(r, mark))
 
 
 def _misalignment_report(result: dict[str, Any], mark: str | None) -> str:

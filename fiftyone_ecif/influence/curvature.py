@@ -120,14 +120,14 @@ class _Graphs:
 
 
 def _hessian_graph(objective: ContrastiveLoss, point: Tensor, batch: Any) -> _Part:
-    gradient = _gradient(_mean_loss(objective, objective.scope.similarity(point, batch)), point)
+    gradient = _gradient(objective.batch_loss(objective.scope.similarity(point, batch), batch), point)
     return lambda vector, keeps: _pull(gradient, point, vector, keeps)
 
 
 def _gauss_newton_graph(objective: ContrastiveLoss, point: Tensor, batch: Any) -> _Part:
     similarity = objective.scope.similarity(point, batch)
     values = similarity.detach().clone().requires_grad_()
-    slope = _gradient(_mean_loss(objective, values), values)
+    slope = _gradient(objective.batch_loss(values, batch), values)
     rows = torch.zeros_like(values).requires_grad_()
     pulled = _gradient(similarity, point, rows)  # linear in the rows: pulled back, it pushes forward
 
@@ -136,11 +136,6 @@ def _gauss_newton_graph(objective: ContrastiveLoss, point: Tensor, batch: Any) -
         return _pull(similarity, point, _pull(slope, values, pushed, keeps), keeps)
 
     return part
-
-
-def _mean_loss(objective: ContrastiveLoss, similarity: Tensor) -> Tensor:
-    """What a batch adds to the objective, a scalar."""
-    return objective.scope.loss.pair_losses(similarity).sum() / objective.pairs
 
 
 def _gradient(output: Tensor, point: Tensor, rows: Tensor | None = None) -> Tensor:

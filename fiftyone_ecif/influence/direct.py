@@ -42,7 +42,7 @@ def batch_influence(
         ``(positive, negative)``, each of shape ``(n,)``; the influence is their sum
     """
     similarity, direction = scope.similarity_and_tangent(theta, batch, solution)
-    positive, negative = scope.loss.removal_tangents(similarity, direction, role)
+    positive, negative = scope.loss_of(batch).removal_tangents(similarity, direction, role)
     return positive / pairs, negative / pairs
 
 

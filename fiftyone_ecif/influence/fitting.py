@@ -25,6 +25,8 @@ from fiftyone_ecif.progress import Progress
 _TOLERANCES = {(True, True): 1e-5, (True, False): 1e-5, (False, True): 1e-4, (False, False): 1e-3}
 _Way = tuple[Tensor, Tensor, bool]  # a step, the Hessian times it, and whether it ends at the region's bound
 _FORCING = 0.5  # how exact a step is: the residual over the gradient, at most
+_ENOUGH = 0.3  # of the gradient norm that is wanted: no step needs to be more exact
+_MAGNIFIED = 1e8  # torch's L-BFGS forgets steps whose curvature product is below 1e-10
 _FIRST = 0.3  # the region at first, of the length of the weights
 _POOR, _GOOD = 0.25, 0.75  # of what a step promised: the region shrinks below, grows above
 _ACCEPTED = 1e-4  # of what a step promised
@@ -36,7 +38,10 @@ _USABLE = 10 * COLLAPSED
 def minimise(
     objective: ContrastiveLoss, tolerance: float = 1e-5, max_passes: int = 3000, start: Tensor | None = None
 ) -> Iterator[tuple[Tensor, float]]:
-    """Minimises the objective by Newton steps within a trust region.
+    """Minimises the objective by Newton steps within a trust region, inside the towers by L-BFGS first.
+
+    There a product with the Hessian takes several gradients, so that L-BFGS is
+    quicker wherever it gets on at all. Newton steps go on from where it does not.
 
     A step goes along conjugate gradients of the exact Hessian until it is exact
     enough, meets negative curvature, which it follows, or leaves the region in
@@ -60,8 +65,53 @@ def minimise(
         EcifError: if it is not reached
     """
     theta = (objective.scope.start if start is None else start).clone()
+    scale = objective.coarse().gradient_scale(objective.scope.start).item()
+    passes = 0
+    if not isinstance(objective.scope, HeadScope):
+        for there, relative in _lbfgs(objective, theta, scale, max_passes):
+            theta, passes = there, passes + 1
+            yield theta, relative
+            if relative <= tolerance:
+                return
+    yield from _newton(objective, theta, scale, tolerance, max_passes - passes)
+
+
+def _lbfgs(objective: ContrastiveLoss, start: Tensor, scale: float, max_steps: int) -> Iterator[tuple[Tensor, float]]:
+    """Steps of L-BFGS as long as they get on: the parameters and the relative gradient norm after each."""
+    theta = start.clone()
+    optimiser = torch.optim.LBFGS(
+        [theta],
+        max_iter=1,  # a step at a time
+        max_eval=25,
+        history_size=20,
+        tolerance_grad=0,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+    last: list[Tensor] = []  # the last parameters evaluated, their gradient and value
+    seen: list[tuple[float, float]] = []
+
+    def evaluate() -> Tensor:
+        if not last or not torch.equal(last[0], theta):
+            last[:] = theta.clone(), *objective.gradient_and_value(theta)
+        theta.grad = _MAGNIFIED * last[1]
+        return _MAGNIFIED * last[2]
+
+    while len(seen) < max_steps and not _stagnates(seen):
+        before = theta.clone()
+        optimiser.step(evaluate)  # type: ignore[no-untyped-call]
+        evaluate()
+        if torch.equal(theta, before) or not last[2].isfinite():  # the line search finds no better point
+            return
+        seen.append((last[2].item(), last[1].norm().item()))
+        yield theta.clone(), seen[-1][1] / scale
+
+
+def _newton(
+    objective: ContrastiveLoss, theta: Tensor, scale: float, tolerance: float, max_passes: int
+) -> Iterator[tuple[Tensor, float]]:
+    """As :func:`minimise`, by Newton steps only."""
     coarse = objective.coarse()
-    scale = coarse.gradient_scale(objective.scope.start).item()
     gradient, value = objective.gradient_and_value(theta)
     noise = 100 * torch.finfo(theta.dtype).eps
     radius, passes, seen = _FIRST * theta.norm().item(), 1, list[tuple[float, float]]()
@@ -76,7 +126,7 @@ def minimise(
         if passes >= max_passes or _stagnates(seen):
             break
         if way is None:
-            exactness = norm * min(_FORCING, math.sqrt(relative))
+            exactness = max(norm * min(_FORCING, math.sqrt(relative)), _ENOUGH * tolerance * scale)
             for way in _steihaug(hessian_at(coarse, theta), gradient, radius, exactness):  # noqa: B007  # the last one
                 passes += 1
                 yield theta, relative

@@ -60,6 +60,24 @@ class TargetRows(NamedTuple):
     gradient: np.ndarray
 
 
+class MatchRows(NamedTuple):
+    """What the model confuses some pairs of a target with, see :class:`fiftyone_ecif.influence.targets.Matches`.
+
+    Attributes:
+        row: which pairs they are, shape ``(m,)``.
+        wrong: which row or class is the strongest wrong match in each direction, shape ``(m, k)``.
+        wrong_similarity: cosine, likewise.
+        right: the strongest right match.
+        right_similarity: its cosine.
+    """
+
+    row: np.ndarray
+    wrong: np.ndarray
+    wrong_similarity: np.ndarray
+    right: np.ndarray
+    right_similarity: np.ndarray
+
+
 class Effects(NamedTuple):
     """What each pair does on its own.
 
@@ -80,6 +98,7 @@ class GradientStore:
     =========================  ==================================================
     ``gradients``              those of :class:`PairRows`
     one for each target        those of :class:`TargetRows`
+    ``{target}-matches``       those of :class:`MatchRows`; older runs have none
     ``projection``             ``matrix``: the directions, a part for each array
     ``projected-curvature``    ``matrix``, a part for each solver
     ``effects``                those of :class:`Effects`, for a solver and damping
@@ -128,8 +147,8 @@ class GradientStore:
 
     def written(self, target: str | None = None) -> set[int]:
         """The batches that parts start with which are there, of the pairs or of a target."""
-        table = self._pairs if target is None else self._store.table(target)
-        return {int(part) for part in table.parts() if part.isdecimal()}
+        tables = [self._pairs] if target is None else [self._store.table(target), self._matches(target)]
+        return set.intersection(*({int(part) for part in table.parts() if part.isdecimal()} for table in tables))
 
     def write_pairs(self, start: int, rows: Sequence[PairRows]) -> None:
         """Keeps some batches of pairs as one part.
@@ -140,8 +159,9 @@ class GradientStore:
         """
         _write(self._pairs, start, rows)
 
-    def write_target(self, target: str, start: int, rows: Sequence[TargetRows]) -> None:
+    def write_target(self, target: str, start: int, rows: Sequence[TargetRows], matches: Sequence[MatchRows]) -> None:
         """Keeps some batches of a target's pairs, likewise."""
+        _write(self._matches(target), start, matches)
         _write(self._store.table(target), start, rows)
 
     def has_curvature(self) -> bool:
@@ -214,6 +234,18 @@ class GradientStore:
         """
         return TargetRows(*_in_order(self._store.table(name), pairs, TargetRows._fields))
 
+    def matches(self, name: str, pairs: int) -> MatchRows | None:
+        """What the model confuses a target's pairs with, in their order; None if that was not kept.
+
+        Args:
+            name: of the target.
+            pairs: ``M``.
+        """
+        try:
+            return MatchRows(*_in_order(self._matches(name), pairs, MatchRows._fields))
+        except MissingRowsError:
+            return None
+
     def pair(self, row: int, *names: str) -> list[np.ndarray] | None:
         """Some of the columns of one pair, without reading those of others; None if it is not there."""
         for part in self._pairs.parts():
@@ -266,6 +298,9 @@ class GradientStore:
     def _pairs(self) -> Table:
         return self._store.table("gradients")
 
+    def _matches(self, target: str) -> Table:
+        return self._store.table(f"{target}-matches")
+
     @property
     def _curvatures(self) -> Table:
         return self._store.table("projected-curvature")
@@ -306,7 +341,7 @@ def target_mistakes(store: Store, targets: Sequence[str]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _write(table: Table, start: int, rows: Sequence[PairRows] | Sequence[TargetRows]) -> None:
+def _write(table: Table, start: int, rows: Sequence[PairRows] | Sequence[TargetRows] | Sequence[MatchRows]) -> None:
     columns: dict[str, Any] = {name: [getattr(part, name) for part in rows] for name in rows[0]._fields}
     table.write(f"{start:09d}", {name: np.concatenate(values) for name, values in columns.items()})
 

@@ -74,9 +74,9 @@ def removal_gradients(
     )
     rounded = cosine.to(kept)
     by_image, by_text = _Anchors(images, texts, rounded), _Anchors(texts, images, rounded.mT)
-    roles = []
+    roles, loss = [], scope.loss_of(batch)
     for of_images, of_captions in zip(
-        scope.loss.role_gradients(similarity, role), scope.loss.role_gradients(similarity.mT, role), strict=True
+        loss.role_gradients(similarity, role), loss.role_gradients(similarity.mT, role), strict=True
     ):
         gradients = [by_image.gradients(role_gradient.to(kept)) for role_gradient in of_images]
         gradients += [by_text.gradients(role_gradient.to(kept))[::-1] for role_gradient in of_captions]
@@ -84,7 +84,7 @@ def removal_gradients(
         blocks = [sum(parts[1:], start=parts[0]) for parts in zip(*(gradients or [nothing]), strict=True)]
         roles.append(torch.cat(blocks, dim=-1))
     if scope.with_scale:
-        along_scale = scope.loss.removal_tangents(similarity, scale * cosine, role)
+        along_scale = loss.removal_tangents(similarity, scale * cosine, role)
         roles = [
             torch.cat([block, part[..., None].to(kept)], dim=-1) for block, part in zip(roles, along_scale, strict=True)
         ]

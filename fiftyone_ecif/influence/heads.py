@@ -25,11 +25,11 @@ from typing_extensions import override
 
 from fiftyone_ecif.devices import ON_CPU, Placement
 from fiftyone_ecif.influence.head_point import HeadPoint, Heads, Pull
-from fiftyone_ecif.influence.losses import BatchLoss, SoftmaxLoss
+from fiftyone_ecif.influence.losses import BatchLoss, SoftmaxLoss, others_equal
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 _AT_ONCE = 2**16  # rows that are copied to a device
 _COARSELY = 16  # stacks that are added up in their own precision
 _GRADIENTS = 16  # of all parameters each, at a time
@@ -91,7 +91,7 @@ class HeadScope(Scope):
 
     def point(self, theta: Tensor, batch: Batch) -> HeadPoint:
         """A batch, or a stack of batches, seen from ``theta``, in the same precision."""
-        return HeadPoint(self.loss, self.embed(theta, batch), self.scale(theta), self._bias)
+        return HeadPoint(self.loss_of(batch), self.embed(theta, batch), self.scale(theta), self._bias)
 
     def split(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The two weight matrices inside a flat vector."""
@@ -99,7 +99,7 @@ class HeadScope(Scope):
         cut = image.numel()
         return theta[:cut].view(image), theta[cut : cut + text.numel()].view(text)
 
-    def inputs(self, batch: Batch) -> Batch:
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What of a batch the heads multiply: its features without their offsets, ``(n, w)`` each."""
         image, text = self.split(self.start)
         return head_inputs(batch[0], image), head_inputs(batch[1], text)
@@ -212,6 +212,7 @@ class FeatureBatches(Sequence[Batch]):
         texts: caption features, shape ``(N, w_text)``, likewise.
         partition: the row indices of each batch.
         placement (ON_CPU): where batches are given, and in which precision.
+        twins (None): by which equal pairs are told (``losses.equal_pairs``), which are not each other's negatives then.
     """
 
     def __init__(
@@ -220,16 +221,18 @@ class FeatureBatches(Sequence[Batch]):
         texts: Tensor | DiskMatrix,
         partition: Sequence[Tensor],
         placement: Placement = ON_CPU,
+        twins: Tensor | None = None,
     ) -> None:
-        self.images, self.texts, self.partition, self.placement = images, texts, partition, placement
+        self.images, self.texts, self.partition = images, texts, partition
+        self.placement, self.twins = placement, twins
 
     def regrouped(self, partition: Sequence[Tensor]) -> FeatureBatches:
         """The same pairs in other batches."""
-        return FeatureBatches(self.images, self.texts, partition, self.placement)
+        return FeatureBatches(self.images, self.texts, partition, self.placement, self.twins)
 
     def coarse(self) -> FeatureBatches:
         """The same batches as :attr:`Placement.coarse`."""
-        return FeatureBatches(self.images, self.texts, self.partition, self.placement.coarse)
+        return FeatureBatches(self.images, self.texts, self.partition, self.placement.coarse, self.twins)
 
     def stacks(self, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of batches, those that are given as one stack together: of one size, as many as suit."""
@@ -270,9 +273,11 @@ class FeatureBatches(Sequence[Batch]):
         return (self[index] for index in range(len(self)))
 
     def _read(self, rows: Tensor) -> Batch:
-        """Features of some rows, ``(..., w)``."""
+        """Features of some rows, ``(..., w)``, and which of these are equal."""
         images, texts = (self._placed(side, rows) for side in (self.images, self.texts))
-        return images, texts
+        if self.twins is None:
+            return images, texts
+        return images, texts, others_equal(self.twins, rows).to(images.device)
 
     def _placed(self, side: Tensor | DiskMatrix, rows: Tensor) -> Tensor:
         if isinstance(side, Tensor):

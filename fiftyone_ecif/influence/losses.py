@@ -7,7 +7,7 @@ keeps its leading dimensions.
 Losses are in nats. Pair ``n`` enters the loss of its batch in two roles:
 
 * as a *positive*, through its own loss;
-* as a *negative*, by competing with every other pair.
+* as a *negative*, by competing with every other pair, or with all but equal ones (:class:`SparingLoss`).
 
 Removing it changes the batch loss by exactly the sum of the two::
 
@@ -303,7 +303,8 @@ class SoftmaxLoss(BatchLoss):
         the rest of the row and not by subtraction, so duplicate captions need
         no clamping. Likewise a pair's own softmax, near one for a pair that is
         learned well, is left out of its mean: ``e_n - P`` is ``1 - P_n`` times
-        ``e_n`` less the mean of the others.
+        ``e_n`` less the mean of the others. An anchor that no other pair competes
+        for has no weight.
         """
         mean = similarity.softmax(-1)
         each = _numbers(mean)
@@ -316,14 +317,16 @@ class SoftmaxLoss(BatchLoss):
         elif approximation == "taylor":
             negative = [RoleGradient(_without_own(mean.clone()), mean)]
         elif approximation == "as_printed":
-            negative = [RoleGradient(-_without_own(mean.reciprocal()), mean)]
+            inverse = mean.reciprocal().masked_fill(similarity.isneginf(), 0)
+            negative = [RoleGradient(-_without_own(inverse), mean)]
         else:
             most, top = mean.max(-1)
             rest = similarity.scatter(-1, top[..., None], -torch.inf).softmax(-1)
             light = _without_own(mean.scatter(-1, top[..., None], 0))
+            own = top == each
             negative = [
                 RoleGradient(light / (1 - light), mean),
-                SingleRoleGradient(most.masked_fill(top == each, 0), rest, top),
+                SingleRoleGradient(most.masked_fill(own, 0), torch.where(own[..., None], mean, rest), top),
             ]
         return positive, negative
 
@@ -383,6 +386,64 @@ class SigmoidLoss(BatchLoss):
         positive: list[RoleGradient] = [OwnRoleGradient(own, none)]
         negative: list[RoleGradient] = [RoleGradient(_without_own(similarity.sigmoid()), none)]
         return positive, negative
+
+
+class SparingLoss(BatchLoss):
+    """A loss in which equal pairs are not each other's negatives: logits between them are taken as -infinity.
+
+    Args:
+        loss: of a batch in which all pairs compete.
+        equal: which pairs do not, bool, symmetric and False on the diagonal, shape ``(..., n, n)``.
+    """
+
+    def __init__(self, loss: BatchLoss, equal: Tensor) -> None:
+        self.name, self._loss, self._equal = loss.name, loss, equal
+
+    @override
+    def pair_losses(self, similarity: Tensor) -> Tensor:
+        return self._loss.pair_losses(self._spared(similarity))
+
+    @override
+    def slope(self, similarity: Tensor, weights: Tensor) -> Tensor:
+        return self._loss.slope(self._spared(similarity), weights)
+
+    @override
+    def curvature(self, similarity: Tensor) -> LossCurvature:
+        return self._loss.curvature(self._spared(similarity))
+
+    @override
+    def own_losses(self, similarity: Tensor) -> Tensor:
+        return self._loss.own_losses(self._spared(similarity))
+
+    @override
+    def check_role(self, role: str) -> Role:
+        return self._loss.check_role(role)
+
+    @override
+    def both_roles(self, similarity: Tensor, approximation: Approximation) -> RoleGradients:
+        return self._loss.both_roles(self._spared(similarity), approximation)
+
+    def _spared(self, similarity: Tensor) -> Tensor:
+        return similarity.masked_fill(self._equal, -torch.inf)
+
+
+def equal_pairs(twins: Tensor, rows: Tensor) -> Tensor:
+    """Which pairs of a batch share their image or their caption, themselves included, bool, shape ``(..., n, n)``.
+
+    >>> equal_pairs(torch.tensor([[0, 0], [0, 1], [1, 2]]), torch.tensor([0, 1, 2])).tolist()
+    [[True, True, False], [True, True, False], [False, False, True]]
+
+    Args:
+        twins: a number for the image and one for the caption of each row, shape ``(N, 2)``, the same where those are.
+        rows: of the batch, shape ``(..., n)``.
+    """
+    found = twins[rows.to(twins.device)]
+    return (found[..., :, None, :] == found[..., None, :, :]).any(-1)
+
+
+def others_equal(twins: Tensor, rows: Tensor) -> Tensor:
+    """As :func:`equal_pairs`, without the pairs themselves: what :class:`SparingLoss` takes."""
+    return _without_own(equal_pairs(twins, rows))
 
 
 def _diagonal(matrix: Tensor) -> Tensor:

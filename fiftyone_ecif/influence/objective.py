@@ -130,14 +130,17 @@ class ContrastiveLoss:
 
     def coarse(self) -> ContrastiveLoss:
         """The same on features in the precision of steps (:attr:`Placement.coarse`); totals keep that of ``theta``."""
-        if isinstance(self.batches, FeatureBatches) and not self.is_coarse:
+        if not self.is_coarse:
+            assert isinstance(self.batches, FeatureBatches)
             return ContrastiveLoss(self.scope, self.batches.coarse(), self.pairs, self.proximal, self.processes)
         return self
 
     @property
     def is_coarse(self) -> bool:
         """Whether there is no coarser form."""
-        return not isinstance(self.batches, FeatureBatches) or self.batches.placement == self.batches.placement.coarse
+        if not (isinstance(self.scope, HeadScope) and isinstance(self.batches, FeatureBatches)):
+            return True
+        return self.batches.placement == self.batches.placement.coarse
 
     def sample(self, pairs: int = 512) -> ContrastiveLoss:
         """The objective on its first batches only: enough for directions and the curvature between them.
@@ -198,16 +201,19 @@ class ContrastiveLoss:
         the squared norm of ``sum_i sign_i grad l_i`` is on average the sum of the
         squared norms (Hutchinson's estimator).
         """
-        total, theta, stacks = theta.new_zeros(()), self.placed(theta), self.stacks()
-        for stack, batch in zip(stacks, self.batches.each(stacks), strict=True):
-            signs = torch.stack(
-                [self._signs(self.batches.partition[n], torch.Generator().manual_seed(n)) for n in stack]
-            ).to(theta)
-            if isinstance(self.scope, HeadScope):
-                pull = self.scope.point(theta, batch).weighted_gradient(signs, self.scope.with_scale)
+        total, theta = theta.new_zeros(()), self.placed(theta)
+        signs = {
+            n: self._signs(self.batches.partition[n], torch.Generator().manual_seed(n)).to(theta)
+            for n in self._shared()
+        }
+        if isinstance(self.scope, HeadScope):
+            for stack, batch in zip(self.stacks(), self.own_stacks(), strict=True):
+                weights = torch.stack([signs[n] for n in stack])
+                pull = self.scope.point(theta, batch).weighted_gradient(weights, self.scope.with_scale)
                 total = total + self.scope.squared(batch, pull)
-            else:
-                total = total + grad(self._weighted_loss)(theta, batch, signs[0]).square().sum()
+        else:
+            for n, weights in signs.items():
+                total = total + grad(self._weighted_loss)(theta, self.batches[n], weights).square().sum()
         return (self.processes.total(total) / self.pairs).sqrt()
 
     def hessian_product(self, theta: Tensor, vector: Tensor) -> Tensor:
@@ -225,16 +231,16 @@ class ContrastiveLoss:
         ``H_S`` the Hessian of its loss with respect to that: never negative.
         """
         product = torch.zeros_like(vector)
-
-        def batch_loss(similarity: Tensor) -> Tensor:
-            return self.scope.loss.pair_losses(similarity).sum() / self.pairs
-
         for batch in self.own_stacks():
             similarity = partial(self.scope.similarity, batch=batch)
             value, direction = jvp(similarity, (theta,), (vector,))[:2]
-            curved = jvp(grad(batch_loss), (value,), (direction,))[1]
+            curved = jvp(grad(partial(self.batch_loss, batch=batch)), (value,), (direction,))[1]
             product = product + vjp(similarity, theta)[1](curved)[0]
         return self.processes.total(product) + self.proximal * vector
+
+    def batch_loss(self, similarity: Tensor, batch: Any) -> Tensor:
+        """What a batch adds to the value, as a function of its similarity matrix, a scalar."""
+        return self.scope.loss_of(batch).pair_losses(similarity).sum() / self.pairs
 
     def stacks(self) -> list[list[int]]:
         """The numbers of the batches that this process takes, by the stack that they are given in."""
@@ -257,7 +263,8 @@ class ContrastiveLoss:
         return 2 * torch.randint(2, (len(rows),), generator=generator) - 1
 
     def _batch_mean(self, theta: Tensor, batch: Any) -> Tensor:
-        return self.scope.loss.pair_losses(self.scope.similarity(theta, batch)).sum() / self.pairs
+        return self.batch_loss(self.scope.similarity(theta, batch), batch)
 
     def _weighted_loss(self, theta: Tensor, batch: Any, weights: Tensor) -> Tensor:
-        return (self.scope.loss.pair_losses(self.scope.similarity(theta, batch)) * weights).sum()
+        losses = self.scope.loss_of(batch).pair_losses(self.scope.similarity(theta, batch))
+        return (losses * weights).sum()

@@ -9,18 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fiftyone_ecif.influence.gradient_store import GradientStore, PairRows, TargetRows
+from fiftyone_ecif.influence.gradient_store import GradientStore, MatchRows, PairRows, TargetRows
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
 from fiftyone_ecif.influence.projections import PROJECTIONS, Projection
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.targets import Target
+from fiftyone_ecif.influence.tower_gradients import TOLERANCE
 from fiftyone_ecif.progress import Progress
 
 _BATCHES_A_PART = 8
 
 
 def keep_gradients(
-    store: GradientStore, objective: ContrastiveLoss, theta: Tensor, targets: Mapping[str, Target], role: str = "exact"
+    store: GradientStore,
+    objective: ContrastiveLoss,
+    theta: Tensor,
+    targets: Mapping[str, Target],
+    role: str = "exact",
+    tolerance: float = TOLERANCE,
 ) -> Generator[Progress, None, Projection]:
     """Writes projected gradients and their curvature to the store, as far as they are not there.
 
@@ -30,6 +36,7 @@ def keep_gradients(
         theta: where, shape ``(p,)``.
         targets: name -> target.
         role ("exact"): one of ``roles.ROLES``.
+        tolerance (0.01): of the gradients, see :func:`tower_gradients`.
 
     Returns:
         what the gradients are projected by
@@ -46,10 +53,13 @@ def keep_gradients(
     for done, (name, start) in enumerate(missing, start=1):
         numbers = range(start, min(start + _BATCHES_A_PART, len(sources[name])))
         if name is None:
-            rows = [_pair_rows(scope, theta, batches, stack, coarse, role) for stack in batches.stacks(numbers)]
+            rows = [
+                _pair_rows(scope, theta, batches, stack, coarse, role, tolerance) for stack in batches.stacks(numbers)
+            ]
             store.write_pairs(start, rows)
         else:
-            store.write_target(name, start, [_target_rows(targets[name], theta, n, projection) for n in numbers])
+            found = [_target_rows(targets[name], theta, number, projection) for number in numbers]
+            store.write_target(name, start, [rows for rows, _ in found], [matches for _, matches in found])
         yield Progress("Computing gradients", done, total)
     if lacks_curvature:
         matrix = store.solver.projected_curvature(projection, objective.sample(), theta)
@@ -60,15 +70,21 @@ def keep_gradients(
 
 
 def _pair_rows(
-    scope: Scope, theta: Tensor, batches: Batches, stack: Sequence[int], projection: Projection, role: str
+    scope: Scope,
+    theta: Tensor,
+    batches: Batches,
+    stack: Sequence[int],
+    projection: Projection,
+    role: str,
+    tolerance: float,
 ) -> PairRows:
     """What is kept of a stack of batches."""
     (batch,), rows = batches.each([stack]), batches.rows(stack)
     embeddings = scope.embed(theta, batch)
-    positive, negative = projection.removal_gradients(theta, batch, role, embeddings)
+    positive, negative = projection.removal_gradients(theta, batch, role, tolerance, embeddings)
     images, captions = (normalize(part, dim=-1) for part in embeddings)
     cosine = images @ captions.mT
-    losses = scope.loss.own_losses(scope.logits(theta, cosine))
+    losses = scope.loss_of(batch).own_losses(scope.logits(theta, cosine))
     return PairRows(
         row=_array(rows.flatten()),
         batch=np.repeat(np.asarray(stack, dtype=np.int64), rows.shape[-1]),
@@ -80,17 +96,19 @@ def _pair_rows(
     )
 
 
-def _target_rows(target: Target, theta: Tensor, number: int, projection: Projection) -> TargetRows:
+def _target_rows(target: Target, theta: Tensor, number: int, projection: Projection) -> tuple[TargetRows, MatchRows]:
     """What is kept of one batch of a target."""
     batch, rows = target.batches[number], target.batches.partition[number]
     gradients = projection.jacobian(lambda scope, at: target.on(scope).batch_losses(at, rows, batch), theta)
-    return TargetRows(
+    matches = target.batch_matches(theta, rows, batch)
+    kept = TargetRows(
         row=_array(rows),
         image=_array(normalize(target.scope.embed_images(theta, batch[0]), dim=1).float()),
         loss=_array(target.batch_losses(theta, rows, batch)),
-        mistake=_array(target.batch_mistakes(theta, rows, batch)),
+        mistake=_array(matches.mistakes),
         gradient=_array(gradients.float()),
     )
+    return kept, MatchRows(_array(rows), *map(_array, matches))
 
 
 def _array(tensor: Tensor) -> np.ndarray:

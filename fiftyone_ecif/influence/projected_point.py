@@ -64,7 +64,7 @@ class ProjectedPoint:
         overlap = outputs[0].T @ outputs[1]
         self._overlaps = [overlap, overlap.T]  # from the other tower's coordinates: @ overlap.T
         self._cosine = units[0] @ units[1].mT
-        self._curvature = scope.loss.curvature(scope.logits(theta, self._cosine))
+        self._curvature = scope.loss_of(batch).curvature(scope.logits(theta, self._cosine))
         self._slopes = [self._curvature.slope, self._curvature.slope.mT]
         self._weighted = [slope * cosine for slope, cosine in zip(self._slopes, self._cosines, strict=True)]
 

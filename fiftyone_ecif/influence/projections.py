@@ -9,8 +9,8 @@ kept as its coordinates in a subspace of orthonormal directions:
   batch are matrix products. They are kept as ``input.T @ gradient @ output`` for
   each head: LoGra's Kronecker projection (arXiv 2405.13954), applied to the
   removal gradient.
-* any scope: each embedding is back-propagated alone, for the pairs whose removal
-  pulls it most (see ``tower_gradients``).
+* any scope: each embedding is back-propagated along the few directions in which
+  removals pull it (see ``tower_gradients``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fiftyone_ecif.influence.heads import Batch, HeadScope, head_inputs, head_ou
 from fiftyone_ecif.influence.objective import Batches, ContrastiveLoss
 from fiftyone_ecif.influence.projected_point import ProjectedPoint
 from fiftyone_ecif.influence.scope import Scope
-from fiftyone_ecif.influence.tower_gradients import truncated_gradients
+from fiftyone_ecif.influence.tower_gradients import TOLERANCE, tower_gradients
 
 _CHUNK = 32  # vectors at a time
 _PRODUCTS = 8  # likewise; of matrices of a batch, which then stay in the processor's cache
@@ -79,7 +79,12 @@ class Projection(ABC):
 
     @abstractmethod
     def removal_gradients(
-        self, theta: Tensor, batch: Any, role: str = "exact", embeddings: tuple[Tensor, Tensor] | None = None
+        self,
+        theta: Tensor,
+        batch: Any,
+        role: str = "exact",
+        tolerance: float = TOLERANCE,
+        embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Projected gradients of both roles of every pair of a batch, each of shape ``(n, r)``.
 
@@ -87,6 +92,7 @@ class Projection(ABC):
             theta: where, shape ``(p,)``.
             batch: what the scope embeds.
             role ("exact"): one of ``roles.ROLES``.
+            tolerance (0.01): see :func:`tower_gradients`; in closed form there is no error.
             embeddings (None): of the batch before normalisation, if they are known, ``(n, d)`` each.
         """
 
@@ -166,9 +172,14 @@ class BasisProjection(Projection):
 
     @override
     def removal_gradients(
-        self, theta: Tensor, batch: Any, role: str = "exact", embeddings: tuple[Tensor, Tensor] | None = None
+        self,
+        theta: Tensor,
+        batch: Any,
+        role: str = "exact",
+        tolerance: float = TOLERANCE,
+        embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return truncated_gradients(self.scope, theta, batch, role, self.basis)[0]
+        return tower_gradients(self.scope, theta, batch, role, self.basis, tolerance, embeddings)[0]
 
     @override
     def jacobian(self, function: Callable[[Scope, Tensor], Tensor], theta: Tensor) -> Tensor:
@@ -267,7 +278,12 @@ class KroneckerProjection(Projection):
 
     @override
     def removal_gradients(
-        self, theta: Tensor, batch: Any, role: str = "exact", embeddings: tuple[Tensor, Tensor] | None = None
+        self,
+        theta: Tensor,
+        batch: Any,
+        role: str = "exact",
+        tolerance: float = TOLERANCE,
+        embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         return removal_gradients(self.scope, theta, batch, self.heads, role, embeddings)
 
@@ -376,7 +392,7 @@ def principal_projection(
     for batch in batches:
         sides = [
             side(features, head)
-            for features, head in zip(batch, heads, strict=True)
+            for features, head in zip(batch[:2], heads, strict=True)
             for side in (head_inputs, head_outputs)
         ]
         for place, rows in enumerate(sides):

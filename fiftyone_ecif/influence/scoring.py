@@ -110,7 +110,9 @@ def score_pairs(
 
     projected: np.ndarray | None = None
     if options.keep_gradients or solver.needs_gradients:
-        projection = yield from keep_gradients(kept, objective, theta, targets, options.role)
+        projection = yield from keep_gradients(
+            kept, objective, theta, targets, options.role, options.gradient_tolerance
+        )
         projected = np.stack([projection.project(gradient).cpu().double().numpy() for gradient in gradients])
         if objective.processes.first:
             kept.effects()  # which writes them: tracing is then quick

@@ -16,6 +16,7 @@ class ScoringOptions:
         solver: one of :data:`fiftyone_ecif.influence.solvers.SOLVERS`.
         damping: relative to the mean eigenvalue of the curvature.
         keep_gradients: whether projected gradients are computed and stored.
+        gradient_tolerance: of those of deep scopes, see ``tower_gradients``.
         must_converge: whether a fit that reaches no minimum is an error.
     """
 
@@ -25,4 +26,5 @@ class ScoringOptions:
     solver: str = "hessian"
     damping: float = 0.0
     keep_gradients: bool = True
+    gradient_tolerance: float = 1e-2
     must_converge: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from typing_extensions import override
 
@@ -33,7 +33,7 @@ class Classes(NamedTuple):
     """
 
     labels: Tensor
-    prompts: Tensor
+    prompts: Any
     templates: int
 
 
@@ -91,7 +91,7 @@ TARGET_LOSSES: Registry[TargetLoss] = Registry("target_loss")
 
 
 @TARGET_LOSSES.register
-class Contrastive(PairLoss):
+class Contrastive(TargetLoss):
     """The pairs' own contrastive loss in random batches."""
 
     name = "contrastive"
@@ -99,8 +99,10 @@ class Contrastive(PairLoss):
     unit = "nats"
 
     @override
-    def pair_losses(self, scope: Scope, images: Tensor, captions: Tensor, logits: Tensor) -> Tensor:
-        return scope.loss.pair_losses(logits)
+    def make(self, scope: Scope, batches: Batches, classes: Classes | None = None) -> Target:
+        from fiftyone_ecif.influence.targets import ContrastiveTarget
+
+        return ContrastiveTarget(scope, batches)
 
 
 @TARGET_LOSSES.register

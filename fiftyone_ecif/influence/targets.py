@@ -8,18 +8,42 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize, one_hot
 from typing_extensions import Self, override
 
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.losses import equal_pairs
 from fiftyone_ecif.influence.objective import Batches
 from fiftyone_ecif.influence.scope import Scope
+
+
+class Matches(NamedTuple):
+    """The strongest wrong match of each pair beside its strongest right one, in each direction of retrieval.
+
+    The directions are the caption for an image and the image for a caption, or the class for an image: ``k`` of them.
+
+    Attributes:
+        wrong: which row's caption or image, or which class, shape ``(n, k)``.
+        wrong_similarity: its cosine similarity, shape ``(n, k)``; ``-inf`` where every match is right.
+        right: likewise of the strongest right match.
+        right_similarity: its cosine similarity.
+    """
+
+    wrong: Tensor
+    wrong_similarity: Tensor
+    right: Tensor
+    right_similarity: Tensor
+
+    @property
+    def mistakes(self) -> Tensor:
+        """Which pairs have a wrong match above all right ones in some direction, bool, shape ``(n,)``."""
+        return (self.wrong_similarity > self.right_similarity).any(1)
 
 
 class Target(ABC):
@@ -47,8 +71,8 @@ class Target(ABC):
         """The losses of the pairs ``rows``, which are a batch, shape ``(n,)``."""
 
     @abstractmethod
-    def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
-        """Which of the pairs of a batch the model gets wrong, bool, shape ``(n,)``."""
+    def batch_matches(self, theta: Tensor, rows: Tensor, batch: Any) -> Matches:
+        """What the model confuses the pairs of a batch with."""
 
     def on(self, scope: Scope) -> Self:
         """The same for another scope."""
@@ -70,8 +94,7 @@ class Target(ABC):
         """
         if self.twins is None:
             return torch.eye(len(rows), dtype=torch.bool)
-        found = self.twins[rows.to(self.twins.device)]
-        return (found[:, None] == found).any(-1)
+        return equal_pairs(self.twins, rows)
 
     def losses(self, theta: Tensor) -> Tensor:
         """The loss of each target pair, in the order of the rows, shape ``(M,)``."""
@@ -79,7 +102,7 @@ class Target(ABC):
 
     def mistakes(self, theta: Tensor) -> Tensor:
         """Which target pairs the model gets wrong, bool, shape ``(M,)``."""
-        return self._each(self.batch_mistakes, theta)
+        return self._each(lambda at, rows, batch: self.batch_matches(at, rows, batch).mistakes, theta)
 
     def loss(self, theta: Tensor) -> Tensor:
         """The mean loss, a scalar."""
@@ -104,8 +127,37 @@ class Target(ABC):
         return values[places.argsort()]
 
 
-class PairTarget(Target):
-    """A loss of pairs that compete in batches.
+class MatchTarget(Target):
+    """A loss of images and captions that are to be matched in batches."""
+
+    @override
+    def batch_matches(self, theta: Tensor, rows: Tensor, batch: Any) -> Matches:
+        """Retrieval within the batch: of a caption for each image, and of an image for each caption."""
+        images, captions = (normalize(part, dim=1) for part in self.scope.embed(theta, batch))
+        cosine, right = images @ captions.T, self.right_matches(rows).to(images.device)
+        sides = _strongest(cosine, right), _strongest(cosine.T, right.T)
+        found, at = Matches(*(torch.stack(parts, 1) for parts in zip(*sides, strict=True))), rows.to(images.device)
+        return found._replace(wrong=at[found.wrong], right=at[found.right])
+
+
+class ContrastiveTarget(MatchTarget):
+    """The mean of the loss that the model is trained with, without equal pairs as negatives where batches tell them."""
+
+    @override
+    def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        return self.scope.loss_of(batch).pair_losses(self.scope.similarity(theta, batch))
+
+
+class RetrievalTarget(MatchTarget):
+    """The mean of :func:`retrieval_margin` in both directions."""
+
+    @override
+    def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
+        return retrieval_margin(self.scope.similarity(theta, batch), self.right_matches(rows))
+
+
+class PairTarget(MatchTarget):
+    """A function of each batch.
 
     Args:
         scope: what varies.
@@ -127,34 +179,9 @@ class PairTarget(Target):
             )
         return losses
 
-    def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
-        """Retrieval within the batch fails: a caption that is not the image's, or an image that is not, is closer."""
-        similarity = self.scope.similarity(theta, batch)
-        return retrieval_margin(similarity, self.right_matches(rows), reduce=torch.maximum) > 0
 
-
-class RetrievalTarget(PairTarget):
-    """The mean of :func:`retrieval_margin` in both directions.
-
-    Args:
-        scope: what varies.
-        batches: the target pairs.
-    """
-
-    def __init__(self, scope: Scope, batches: Batches) -> None:
-        super().__init__(scope, batches, lambda images, captions, logits: retrieval_margin(logits))
-
-    @override
-    def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
-        return retrieval_margin(self.scope.similarity(theta, batch), self.right_matches(rows))
-
-
-def retrieval_margin(
-    logits: Tensor,
-    right_matches: Tensor | None = None,
-    reduce: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a + b) / 2,
-) -> Tensor:
-    """How far the strongest wrong match is above the strongest right one, both directions reduced to one, ``(n,)``.
+def retrieval_margin(logits: Tensor, right_matches: Tensor | None = None) -> Tensor:
+    """How far the strongest wrong match is above the strongest right one, averaged over both directions, ``(n,)``.
 
     Positive where retrieval fails:
 
@@ -164,7 +191,6 @@ def retrieval_margin(
     Args:
         logits: the similarity matrix, shape ``(n, n)``.
         right_matches (None): which captions belong to which images, bool, shape ``(n, n)``; by default each to its own.
-        reduce: of both directions; by default their mean.
     """
     right = torch.eye(len(logits), dtype=torch.bool) if right_matches is None else right_matches
     right = right.to(logits.device)
@@ -175,7 +201,14 @@ def retrieval_margin(
         wrong = torch.where(alone, best, rows.masked_fill(right, -torch.inf).amax(1))
         return wrong - best
 
-    return reduce(margin(logits, right), margin(logits.T, right.T))
+    return (margin(logits, right) + margin(logits.T, right.T)) / 2
+
+
+def _strongest(cosine: Tensor, right: Tensor) -> Matches:
+    """The strongest matches of one direction among ``(n, candidates)``, as places among these, ``(n,)`` each."""
+    wrong_similarity, wrong = cosine.masked_fill(right, -torch.inf).max(1)
+    right_similarity, right_place = cosine.masked_fill(~right, -torch.inf).max(1)
+    return Matches(wrong, wrong_similarity, right_place, right_similarity)
 
 
 class ZeroShotTarget(Target):
@@ -190,30 +223,31 @@ class ZeroShotTarget(Target):
         templates: prompts a class; their unit embeddings are averaged.
     """
 
-    def __init__(self, scope: Scope, batches: Batches, labels: Tensor, prompts: Tensor, templates: int = 1) -> None:
+    def __init__(self, scope: Scope, batches: Batches, labels: Tensor, prompts: Any, templates: int = 1) -> None:
         super().__init__(scope, batches)
         self.labels, self.prompts, self.templates = labels, prompts, templates
 
-    def class_logits(self, theta: Tensor, batch: Any) -> Tensor:
-        """Shape ``(n, classes)``."""
+    def class_similarity(self, theta: Tensor, batch: Any) -> Tensor:
+        """Cosine similarity of each image with each class, shape ``(n, classes)``."""
         images = normalize(self.scope.embed_images(theta, batch[0]), dim=1)
         prompts = normalize(self.scope.embed_captions(theta, self.prompts), dim=1)
         classes = normalize(prompts.view(-1, self.templates, prompts.shape[1]).mean(1), dim=1)
-        return self.scope.logits(theta, images @ classes.T)
+        return images @ classes.T
 
     def predictions(self, theta: Tensor) -> Tensor:
         """The class that the model gives to each image, shape ``(M,)``."""
-        return self._each(lambda at, rows, batch: self.class_logits(at, batch).argmax(1), theta)
+        return self._each(lambda at, rows, batch: self.class_similarity(at, batch).argmax(1), theta)
 
     @override
     def batch_losses(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
-        logits = self.class_logits(theta, batch)
+        logits = self.scope.logits(theta, self.class_similarity(theta, batch))
         return cross_entropy(logits, self.labels[rows].to(logits.device), reduction="none")
 
     @override
-    def batch_mistakes(self, theta: Tensor, rows: Tensor, batch: Any) -> Tensor:
-        logits = self.class_logits(theta, batch)
-        return logits.argmax(1) != self.labels[rows].to(logits.device)
+    def batch_matches(self, theta: Tensor, rows: Tensor, batch: Any) -> Matches:
+        cosine = self.class_similarity(theta, batch)
+        right = one_hot(self.labels[rows].to(cosine.device), cosine.shape[1]).bool()
+        return Matches(*(part[:, None] for part in _strongest(cosine, right)))
 
 
 def fill_prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:

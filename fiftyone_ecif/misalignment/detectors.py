@@ -90,7 +90,7 @@ class Calibrated(Detector):
         from fiftyone_ecif.misalignment.judgement import judge
 
         found.evidence = yield from gather_evidence(inputs)
-        found.judgement = judge(found.evidence, seen=True if inputs.trained else None)
+        found.judgement = judge(found.evidence)
         return found.judgement.score
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fiftyone_ecif.distributed import ProcessGroup
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import minimise
+from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.misalignment.canonical import canonical_heads
 from fiftyone_ecif.misalignment.decoys import draw_decoys
@@ -23,11 +26,13 @@ from fiftyone_ecif.misalignment.evidence import (
     FITTED,
     KINDS,
     LOADED,
+    MATCHING,
     SIGNALS,
     Evidence,
 )
 from fiftyone_ecif.misalignment.judgement import judge
 from fiftyone_ecif.misalignment.neighbours import nearest
+from fiftyone_ecif.misalignment.seen import agreement_of_steps, was_fitted
 from fiftyone_ecif.misalignment.signals import NEAR, PairSpace, Surroundings, feature_agreement
 from fiftyone_ecif.progress import Progress
 
@@ -68,20 +73,26 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
         raise EcifError(f"All {pairs} captions are the same, or nearly all: none can be told to be wrong")
     yield Progress("Comparing pairs", 0, 3)
     features = [normalize(side - side.mean(0), dim=1) for side in (images, texts)]
-    near = [nearest(side, NEAR + 1, copies, inputs.device) for side in features]
+    processes = inputs.objective.processes
+    near = [nearest(side, NEAR + 1, copies, inputs.device, processes) for side in features]
     references = torch.randperm(pairs, generator=generator)[:_REFERENCES]
     around = Surroundings(near[0].rows, near[1].rows, references, same_image, same_caption)
     everything = torch.arange(pairs)
     image, caption = torch.cat([everything, decoys.image]), torch.cat([everything, decoys.caption])
 
     yield Progress("Comparing pairs", 1, 3)
-    columns = {FEATURES: feature_agreement(features[0], features[1], around, (image, caption))}
+    agreement = partial(feature_agreement, features[0], features[1], around)
+    columns = {FEATURES: _shared(processes, agreement, image, caption)}
     del features
     yield Progress("Comparing pairs", 2, 3)
     scope = inputs.objective.scope
     loaded = PairSpace(*inputs.embeddings(scope.start), _scale(inputs, scope.start), around, inputs.device)
-    columns[LOADED] = loaded.measure(image, caption)
+    columns[LOADED] = np.column_stack(
+        [_shared(processes, measure, image, caption) for measure in (loaded.measure, loaded.matching)]
+    )
     del loaded
+    assert isinstance(scope, HeadScope)
+    seen = inputs.trained or was_fitted(agreement_of_steps(scope, scope.start, images[references], texts[references]))
     yield Progress("Comparing pairs", 3, 3)
     of = fold[image]
     columns[FITTED] = np.empty((len(image), len(SIGNALS)), dtype=np.float32)
@@ -90,7 +101,7 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
         others = others[torch.randperm(len(others), generator=generator)[:_FITTED]] if len(others) else everything
         theta = yield from _fit(inputs, others, number, folds)
         space = PairSpace(*inputs.embeddings(theta), _scale(inputs, theta), around, inputs.device)
-        columns[FITTED][held] = space.measure(image[held], caption[held])
+        columns[FITTED][held] = _shared(processes, space.measure, image[held], caption[held])
     yield Progress("Refitting", folds, folds)
 
     def finish(canonical: np.ndarray) -> Evidence:
@@ -99,17 +110,18 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
         beside[sampled] = True
         like = near[0].rows[:, :_SHOWN].numpy(), near[0].similarity[:, :_SHOWN].numpy()
         folds_of = fold.numpy(), of[pairs:].numpy()
-        return Evidence(names, table[:pairs], table[pairs:], decoys.kind, *folds_of, beside, *like)
+        return Evidence(names, table[:pairs], table[pairs:], decoys.kind, *folds_of, beside, seen, *like)
 
     names = (
         *(f"{FEATURES}:{name}" for name in FEATURE_SIGNALS),
-        *(f"{model}:{name}" for model in (LOADED, FITTED, CANONICAL) for name in SIGNALS),
+        *(f"{LOADED}:{name}" for name in (*SIGNALS, MATCHING)),
+        *(f"{model}:{name}" for model in (FITTED, CANONICAL) for name in SIGNALS),
     )
-    parts = (image, caption), fold, around, inputs.device
+    parts = (image, caption), fold, around, inputs.device, processes
     found = finish((yield from _canonical((images, texts), everything, *parts)))
     if _TRUSTED * pairs < _ENOUGH * max(images.shape[1], texts.shape[1]):
         return found  # there are too few pairs to leave any out
-    score = judge(found, seen=True if inputs.trained else None).score
+    score = judge(found).score
     trusted = torch.from_numpy(np.argsort(score, kind="stable")[: round(_TRUSTED * pairs)]).sort().values
     return finish((yield from _canonical((images, texts), trusted, *parts)))
 
@@ -121,6 +133,7 @@ def _canonical(
     fold: Tensor,
     around: Surroundings,
     device: str,
+    processes: ProcessGroup,
 ) -> Generator[Progress, None, np.ndarray]:
     """Signals of pairs and decoys by heads in closed form, each fold's by heads made of other folds.
 
@@ -131,6 +144,7 @@ def _canonical(
         fold: of each row.
         around: what pairs are compared with.
         device: where.
+        processes: those that share the measuring.
     """
     of, folds = fold[measured[0]], int(fold.max()) + 1
     found = np.empty((len(of), len(SIGNALS)), dtype=np.float32)
@@ -140,8 +154,20 @@ def _canonical(
         others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(number))[:_FITTED]]
         heads = canonical_heads(features[0][others], features[1][others], _RIDGE)
         space = PairSpace(*heads.embed(*features), _CANONICAL_SCALE, around, device)
-        found[held] = space.measure(measured[0][held], measured[1][held])
+        found[held] = _shared(processes, space.measure, measured[0][held], measured[1][held])
         yield Progress("Refitting", folds, folds)
+    return found
+
+
+def _shared(
+    processes: ProcessGroup, measure: Callable[[Tensor, Tensor], np.ndarray], image: Tensor, caption: Tensor
+) -> np.ndarray:
+    """What is measured of images with captions, each process measuring some of them."""
+    own = torch.arange(processes.rank, len(image), processes.count)
+    parts = processes.gather([(own.numpy(), measure(image[own], caption[own]))])
+    found = np.empty((len(image), *parts[0][1].shape[1:]), dtype=np.float32)
+    for rows, values in parts:
+        found[rows] = values
     return found
 
 
@@ -156,7 +182,9 @@ def _fit(inputs: DetectorInputs, rows: Tensor, number: int, folds: int) -> Gener
     objective, batches = inputs.objective, inputs.batches
     size = max(len(batch) for batch in batches.partition)
     parts = [rows[part] for part in random_partition(len(rows), size, inputs.seed)]
-    part = ContrastiveLoss(objective.scope, batches.regrouped(parts), len(rows), objective.proximal)
+    part = ContrastiveLoss(
+        objective.scope, batches.regrouped(parts), len(rows), objective.proximal, objective.processes
+    )
     theta = objective.scope.start
     with suppress(EcifError):
         for theta, _ in minimise(part, _TOLERANCE, _PASSES):  # noqa: B007

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from fiftyone_ecif.misalignment.calibration import NormalScores, fit_weights
-from fiftyone_ecif.misalignment.evidence import CANONICAL, FEATURES, KINDS, LOADED, SIGNALS, Evidence
+from fiftyone_ecif.misalignment.evidence import CANONICAL, FEATURES, KINDS, MODELS, WORDS, Evidence
 from fiftyone_ecif.misalignment.noise_rate import Mixture, NoiseRate
 
 #: AUROC on decoys from which on a run can be trusted.
 TRUSTED = 0.7
 _PRIOR = (0.8, 0.15, 0.05)  # of each kind of mistakes
 _LABEL = 1 / 200  # how much a pair counts that a person judged, all decoys together being one
-_KNOWN = 0.5  # share of the wrong pairs that heads made without them see, below which the loaded weights know them
 _CLEAR = 0.3  # log odds from which evidence is worth a word
 
 
@@ -29,7 +28,6 @@ class Judgement:
         rate: how many are.
         power: AUROC at which decoys of each kind are told from right pairs; see
             :data:`fiftyone_ecif.misalignment.evidence.KINDS`.
-        seen: whether the loaded weights know the pairs, so that what they say was left out.
         weights: by signal, means over folds.
         reasons: what speaks against each pair, the strongest first; None where nothing does.
     """
@@ -38,12 +36,11 @@ class Judgement:
     probability: np.ndarray
     rate: NoiseRate
     power: dict[str, float]
-    seen: bool
     weights: dict[str, float]
     reasons: list[str | None]
 
 
-def judge(evidence: Evidence, labels: np.ndarray | None = None, seen: bool | None = None) -> Judgement:
+def judge(evidence: Evidence, labels: np.ndarray | None = None) -> Judgement:
     """Learns from decoys, and from what a person said, how to weigh signals, and applies it.
 
     Each pair is judged by weights that were learned without its fold.
@@ -51,14 +48,10 @@ def judge(evidence: Evidence, labels: np.ndarray | None = None, seen: bool | Non
     Args:
         evidence: of pairs and decoys.
         labels (None): 0 = aligned, 1 = misaligned, -1 = not known, shape ``(N,)``.
-        seen (None): whether the loaded weights were trained on the pairs; by default that is found out.
     """
     labels = np.full(len(evidence.pairs), -1) if labels is None else labels
-    if seen is None:
-        seen = _has_seen(evidence)
-    used = [
-        column for column, name in enumerate(evidence.names) if not seen or name.split(":")[0] in (CANONICAL, FEATURES)
-    ]
+    trusted = (CANONICAL, FEATURES) if evidence.seen else MODELS
+    used = [column for column, name in enumerate(evidence.names) if name.split(":")[0] in trusted]
     weighed = _weigh(evidence, used, labels)
     mixture = Mixture(weighed.pairs[evidence.sampled], _by_kind(weighed.decoys, evidence.kind), _PRIOR)
     known = labels >= 0
@@ -76,7 +69,6 @@ def judge(evidence: Evidence, labels: np.ndarray | None = None, seen: bool | Non
         probability,
         mixture.rate,
         power,
-        seen,
         dict(zip(names, weighed.weights.tolist(), strict=True)),
         _reasons(weighed, names),
     )
@@ -114,22 +106,6 @@ def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray) -> _Weig
     return _Weighed(scores, decoy_scores, pairs, np.mean(found, axis=0))
 
 
-def _has_seen(evidence: Evidence) -> bool:
-    """Whether the loaded weights know the pairs by heart.
-
-    To weights that were trained on them wrong pairs look right, while decoys look wrong: they
-    see fewer wrong pairs than heads that were made without the pair, if those see any.
-    """
-    nothing, rates = np.full(len(evidence.pairs), -1), []
-    random = evidence.kind == KINDS.index("random")
-    for models in ((LOADED,), (CANONICAL, FEATURES)):
-        used = [column for column, name in enumerate(evidence.names) if name.split(":")[0] in models]
-        weighed = _weigh(evidence, used, nothing)
-        rates.append(Mixture(weighed.pairs[evidence.sampled], [weighed.decoys[random]], [1.0]).rate)
-    loaded, held_out = rates
-    return held_out.low > 0 and loaded.rate < _KNOWN * held_out.rate
-
-
 def _by_kind(values: np.ndarray, kind: np.ndarray) -> list[np.ndarray]:
     return [values[kind == number] for number in range(len(KINDS))]
 
@@ -144,7 +120,7 @@ def _weighted_auroc(scores: np.ndarray, weights: np.ndarray, above: np.ndarray) 
 
 def _reasons(weighed: _Weighed, names: Sequence[str]) -> list[str | None]:
     """The words for the weighted signals, those with the same words added up."""
-    words = [SIGNALS[name.split(":")[1]] for name in names]
+    words = [WORDS[name.split(":")[1]] for name in names]
     said = list(dict.fromkeys(words))
     groups = np.array([[word == each for each in said] for word in words], dtype=np.float32)
     found = []

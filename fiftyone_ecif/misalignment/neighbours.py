@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.errors import EcifError
 
 #: Rows beyond which a CPU looks neighbours up in an index, see :func:`nearest`.
@@ -19,6 +20,7 @@ RECALL = 0.99
 _BLOCK = {"cpu": (1024, 16384), "gpu": (4096, 65536)}  # of the similarity matrix that is in memory at a time
 _CHUNK = 64  # columns of which only the best is looked at first
 _SPARE = 16  # neighbours that an index finds beyond those that are wanted, as some may be copies
+_LOOKED_UP = 4096  # rows at a time
 _TRIED = 256  # rows on which an index is held against the truth
 
 
@@ -34,7 +36,13 @@ class Neighbours(NamedTuple):
     similarity: Tensor
 
 
-def nearest(embeddings: Tensor, count: int, group: Tensor | None = None, device: str = "cpu") -> Neighbours:
+def nearest(
+    embeddings: Tensor,
+    count: int,
+    group: Tensor | None = None,
+    device: str = "cpu",
+    processes: ProcessGroup = ALONE,
+) -> Neighbours:
     """The rows most alike to each row.
 
     Exact up to 100,000 rows and on a GPU: ``N^2 d`` multiplications, a block
@@ -48,6 +56,7 @@ def nearest(embeddings: Tensor, count: int, group: Tensor | None = None, device:
         group (None): rows of one number are never neighbours of one another;
             by default each row is its own group. Shape ``(N,)``.
         device ("cpu"): where they are compared.
+        processes (ALONE): the processes that share the rows; all must call this.
 
     Returns:
         on the CPU
@@ -61,22 +70,23 @@ def nearest(embeddings: Tensor, count: int, group: Tensor | None = None, device:
         raise EcifError(f"All {len(group)} pairs are copies of one another, so none has a neighbour to compare with")
     on_cpu = torch.device(device).type == "cpu"
     if on_cpu and len(group) > EXACT_ON_CPU:
-        return _by_index(normalize(embeddings.cpu().float(), dim=1), count, group)
+        return _by_index(normalize(embeddings.cpu().float(), dim=1), count, group, processes)
     block = _BLOCK["cpu" if on_cpu else "gpu"]
     # copies next to one another: then they are in the way in a few blocks only
     order = group.argsort(stable=True)
     units = normalize(embeddings.to(device)[order.to(device)].float(), dim=1)
-    found = _nearest(units, count, group[order].to(device), block)
+    found = _nearest(units, count, group[order].to(device), block, processes)
     places = order.argsort()
     return Neighbours(order[found.rows[places]], found.similarity[places])
 
 
-def _nearest(units: Tensor, count: int, group: Tensor, block: tuple[int, int]) -> Neighbours:
+def _nearest(units: Tensor, count: int, group: Tensor, block: tuple[int, int], processes: ProcessGroup) -> Neighbours:
     """The nearest of all rows to each of them, whose groups are sorted; on the CPU."""
     on_gpu = units.device.type == "cuda"
     kept = min(2 * count, len(units)) if on_gpu else count
     found = []
-    for rows, own in zip(torch.split(units, block[0]), torch.split(group, block[0]), strict=True):
+    for number in processes.share(range(0, len(units), block[0])):
+        rows, own = units[number : number + block[0]], group[number : number + block[0]]
         first, last = int(torch.searchsorted(group, own[0])), int(torch.searchsorted(group, own[-1], right=True))
         best = units.new_full((len(rows), kept), -torch.inf)
         places = torch.zeros(len(rows), kept, dtype=torch.long, device=units.device)
@@ -95,8 +105,14 @@ def _nearest(units: Tensor, count: int, group: Tensor, block: tuple[int, int]) -
             exact = torch.einsum("nd,nkd->nk", rows, units[places]).masked_fill(best == -torch.inf, -torch.inf)
             best, chosen = exact.topk(count, dim=1)
             places = places.gather(1, chosen)
-        found.append((places.cpu(), best.cpu()))
-    return Neighbours(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        found.append((number, Neighbours(places.cpu(), best.cpu())))
+    return _joined(processes.gather(found))
+
+
+def _joined(parts: list[tuple[int, Neighbours]]) -> Neighbours:
+    """Of all rows, from those of some, each with the first row that it is of."""
+    ordered = [part for _, part in sorted(parts, key=lambda each: each[0])]
+    return Neighbours(*(torch.cat(side) for side in zip(*ordered, strict=True)))
 
 
 @contextlib.contextmanager
@@ -133,7 +149,7 @@ def _top(similarity: Tensor, count: int) -> _Top:
     return _Top(best.values, columns.gather(1, best.indices))
 
 
-def _by_index(units: Tensor, count: int, group: Tensor) -> Neighbours:
+def _by_index(units: Tensor, count: int, group: Tensor, processes: ProcessGroup) -> Neighbours:
     """As :func:`nearest`, of unit rows on the CPU, by an inverted file in half precision."""
     import faiss
 
@@ -161,14 +177,14 @@ def _by_index(units: Tensor, count: int, group: Tensor) -> Neighbours:
             break
         index.nprobe = min(2 * index.nprobe, lists)
 
-    rows, similarity = torch.empty(len(units), count, dtype=torch.long), torch.empty(len(units), count)
-    for part in torch.split(torch.arange(len(units)), 4096):
+    everything, parts = torch.arange(len(units)), []
+    for start in processes.share(range(0, len(units), _LOOKED_UP)):
+        part = everything[start : start + _LOOKED_UP]
         found, lacking = _looked_up(index, units, part, wanted, count, group)
-        rows[part], similarity[part] = found
         if lacking.any():  # copies fill what was found
-            left = part[lacking]
-            rows[left], similarity[left] = _exact(units, left, count, group)
-    return Neighbours(rows, similarity)
+            found.rows[lacking], found.similarity[lacking] = _exact(units, part[lacking], count, group)
+        parts.append((start, found))
+    return _joined(processes.gather(parts))
 
 
 def _looked_up(

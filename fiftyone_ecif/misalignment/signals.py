@@ -7,7 +7,6 @@ embeddings, ``s = u . v``; ``K`` is :data:`NEAR`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from fiftyone_ecif.misalignment.matching import Freedom, match
 
 NEAR = 30
 _DOUBT = 5.0  # how much less a neighbour says whose own image and caption are far apart, as in LEMoN
@@ -39,6 +40,13 @@ class Surroundings:
     references: Tensor
     same_image: Tensor
     same_caption: Tensor
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Where each row is among the references, -1 if it is not, shape ``(N,)``."""
+        places = torch.full((len(self.near_images),), -1)
+        places[self.references] = torch.arange(len(self.references))
+        return places
 
 
 class PairSpace:
@@ -81,16 +89,51 @@ class PairSpace:
         ]
         return torch.cat(parts).cpu().numpy()
 
-    def _measure(self, image: Tensor, caption: Tensor) -> Tensor:
+    def matching(self, image: Tensor, caption: Tensor) -> np.ndarray:
+        """Log odds that image and caption do not belong together, if each has one partner, shape ``(M,)``, float32.
+
+        See :mod:`fiftyone_ecif.misalignment.matching`; of the references, as many as there are.
+
+        Args:
+            image: rows that the images are of, shape ``(M,)``.
+            caption: rows that the captions are of, likewise.
+        """
+        free_captions, free_images = self._freedom
+        found = []
+        for rows, others in zip(torch.split(image, _ROWS), torch.split(caption, _ROWS), strict=True):
+            similarity, other_captions, other_images = self._compare(rows, others)
+            for_image = free_captions.asked_by(self.around.places[rows]) + self.scale * other_captions
+            for_caption = free_images.asked_by(self.around.places[others]) + self.scale * other_images
+            found.append(sum(torch.logsumexp(side, 1) for side in (for_image, for_caption)) - self.scale * similarity)
+        odds: np.ndarray = torch.cat(found).cpu().numpy()
+        return odds
+
+    @cached_property
+    def _freedom(self) -> tuple[Freedom, Freedom]:
+        """Of the references' captions, and of their images."""
+        around, references = self.around, self.around.references
+        groups = [
+            torch.unique(side[references], return_inverse=True)[1].to(self.device)
+            for side in (around.same_image, around.same_caption)
+        ]
+        weights = self.scale * self.images[references] @ self.captions[references].T
+        return match(weights, *groups)
+
+    def _compare(self, image: Tensor, caption: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Similarities of some pairs, of their images with other captions and of their captions with other images."""
         around, references = self.around, self.around.references
         u, v = self.images[image], self.captions[caption]
-        similarity = (u * v).sum(1)
         shares_image = around.same_image[references][None] == around.same_image[image][:, None]
         shares_caption = around.same_caption[references][None] == around.same_caption[caption][:, None]
         own = shares_caption | (shares_image & (references[None] != image[:, None]))
         other_captions = self._rivals(u, self.captions, own)
         own = shares_image | (shares_caption & (references[None] != caption[:, None]))
-        other_images = self._rivals(v, self.images, own)
+        return (u * v).sum(1), other_captions, self._rivals(v, self.images, own)
+
+    def _measure(self, image: Tensor, caption: Tensor) -> Tensor:
+        around, references = self.around, self.around.references
+        u, v = self.images[image], self.captions[caption]
+        similarity, other_captions, other_images = self._compare(image, caption)
         ease = sum(torch.logsumexp(self.scale * rivals, 1) for rivals in (other_captions, other_images)) / 2
         few = min(_BEST, len(references))
         best = sum(rivals.topk(few, dim=1).values.mean(1) for rivals in (other_captions, other_images)) / 2
@@ -136,22 +179,25 @@ class PairSpace:
         return torch.cat(found)
 
 
-def feature_agreement(images: Tensor, texts: Tensor, around: Surroundings, pairs: Sequence[Tensor]) -> np.ndarray:
+def feature_agreement(
+    images: Tensor, texts: Tensor, around: Surroundings, image: Tensor, caption: Tensor
+) -> np.ndarray:
     """The ``FEATURE_SIGNALS`` of some pairs: how far the captions of similar images are apart, and so on.
 
     Args:
         images: features of all pairs, shape ``(N, w)``; those of images and captions are never compared.
         texts: likewise, shape ``(N, v)``.
         around: what pairs are compared with.
-        pairs: rows of images and of captions, shape ``(M,)`` each.
+        image: rows that the images are of, shape ``(M,)``.
+        caption: rows that the captions are of, likewise.
     """
     found = []
-    for image, caption in zip(*(torch.split(rows, _ROWS) for rows in pairs), strict=True):
-        near_images = without(around.near_images[image], caption)
-        near_captions = without(around.near_captions[caption], image)
+    for at, other in zip(torch.split(image, _ROWS), torch.split(caption, _ROWS), strict=True):
+        near_images = without(around.near_images[at], other)
+        near_captions = without(around.near_captions[other], at)
         columns = [
             1 - torch.einsum("nd,nkd->nk", side[rows], side[near]).mean(1)
-            for side, rows, near in ((texts, caption, near_images), (images, image, near_captions))
+            for side, rows, near in ((texts, other, near_images), (images, at, near_captions))
         ]
         found.append(torch.stack(columns, dim=1))
     agreement: np.ndarray = torch.cat(found).cpu().numpy()

@@ -198,6 +198,7 @@ class DualEncoder(ABC):
         captions: Sequence[str],
         partition: Sequence[Tensor],
         features: tuple[Tensor | DiskMatrix, Tensor | DiskMatrix] | None = None,
+        twins: Tensor | None = None,
     ) -> Batches:
         """Pairs in batches, as a scope takes them.
 
@@ -208,8 +209,11 @@ class DualEncoder(ABC):
             partition: the row indices of each batch.
             features (None): of images and captions, ``(N, w_image)`` and
                 ``(N, w_text)``, which the heads need; no other scope reads them.
+            twins (None): by which equal pairs are told, shape ``(N, 2)`` (``losses.equal_pairs``), where these are not
+                to be each other's negatives.
         """
         if choice.heads:
             assert features is not None
-            return FeatureBatches(*features, partition, self.placement)
-        return ImageTextBatches(self.images(paths), self.tokens(captions), self.device, partition, self.finish)
+            return FeatureBatches(*features, partition, self.placement, twins)
+        images, tokens = self.images(paths), self.tokens(captions)
+        return ImageTextBatches(images, tokens, self.device, partition, self.finish, twins)

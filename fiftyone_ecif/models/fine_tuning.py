@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def train_scope(
         )
         for index in range(step % per_epoch, per_epoch):
             yield Progress("Fine-tuning", step, steps)
-            loss = scope.loss.pair_losses(scope.similarity(theta, shuffled[index])).mean()
+            loss = _pair_losses(scope, theta, shuffled[index]).mean()
             if not loss.isfinite():
                 raise diverged(settings)
             (theta.grad,) = torch.autograd.grad(loss, theta)
@@ -96,10 +96,14 @@ def mean_loss(scope: Scope, theta: Tensor, batches: Batches) -> Generator[Progre
     for index in range(len(batches)):
         yield Progress("Measuring the loss", index, len(batches))
         with torch.no_grad():
-            losses = scope.loss.pair_losses(scope.similarity(theta, batches[index]))
+            losses = _pair_losses(scope, theta, batches[index])
         total, pairs = total + losses.sum().item(), pairs + len(losses)
     yield Progress("Measuring the loss", len(batches), len(batches))
     return total / pairs
+
+
+def _pair_losses(scope: Scope, theta: Tensor, batch: Any) -> Tensor:
+    return scope.loss_of(batch).pair_losses(scope.similarity(theta, batch))
 
 
 def _save_state(resume: Path, state: dict[str, Any]) -> None:
@@ -112,12 +116,13 @@ def _save_state(resume: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
-def load_state(resume: Path, digest: str, overwrite: bool) -> dict[str, Any] | None:
+def load_state(resume: Path, digest: str, by_content: Callable[[], str], overwrite: bool) -> dict[str, Any] | None:
     """The saved state of the same fit, or None for a new start.
 
     Args:
         resume: the file that it may be in.
-        digest: of all that the fit depends on.
+        digest: of all that the fit depends on, images by their place and time of change.
+        by_content: the same with images by their bytes, asked for where they are not at that place.
         overwrite: whether to start anew where there is a state that cannot be gone on from.
 
     Raises:
@@ -128,7 +133,8 @@ def load_state(resume: Path, digest: str, overwrite: bool) -> dict[str, Any] | N
         return None
     try:
         state: dict[str, Any] = torch.load(resume, map_location="cpu", weights_only=True)
-        problem = None if state["digest"] == digest else "is of a fit with other settings, pairs or weights"
+        same = state["digest"] == digest or state.get("content") == by_content()
+        problem = None if same else "is of a fit with other settings, pairs or weights"
     except Exception as error:  # torch raises many kinds on damaged files
         problem = f"is damaged ({type(error).__name__})"
     if problem is None:

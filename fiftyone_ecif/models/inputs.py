@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import Resize
 
 from fiftyone_ecif.errors import EcifError
+from fiftyone_ecif.influence.losses import others_equal
 from fiftyone_ecif.influence.objective import OneByOne
 from fiftyone_ecif.models.images import UnreadableImageError, read_image, read_jpeg
 
@@ -109,14 +110,6 @@ def loaded(
         stacker.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(images: Images, rows: Sequence[int]) -> list[Loaded]:
-    return [images[row] for row in rows]
-
-
-def _when_read(parts: Sequence[Future[list[Loaded]]], pin: bool) -> tuple[list[int], Tensor, dict[int, str]]:
-    return _together([one for part in parts for one in part.result()], pin)
-
-
 def _together(batch: Sequence[Loaded], pin: bool) -> tuple[list[int], Tensor, dict[int, str]]:
     images = {index: image for index, image, _ in batch if image is not None}
     failures = {index: reason for index, _, reason in batch if reason is not None}
@@ -162,6 +155,7 @@ class ImageTextBatches(OneByOne):
         device: where the pixels are needed.
         partition: the row indices of each batch.
         finish: makes of images on the device what the image tower takes.
+        twins (None): by which equal pairs are told (``losses.equal_pairs``), which are not each other's negatives then.
     """
 
     _BUDGET = 4 << 30  # bytes
@@ -173,10 +167,16 @@ class ImageTextBatches(OneByOne):
         device: str,
         partition: Sequence[Tensor],
         finish: Callable[[Tensor], Tensor],
+        twins: Tensor | None = None,
     ) -> None:
-        self.partition, self._finish = partition, finish
+        self.partition, self._finish, self._twins = partition, finish, twins
         self._images, self._tokens, self._device = images, tokens, device
-        self._pixels: dict[int, Tensor] = {}
+        self._pixels: dict[int, Tensor] = {}  # as few bytes as decoding gives
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs there are, in batches or not."""
+        return len(self._images)
 
     def regrouped(self, partition: Sequence[Tensor]) -> ImageTextBatches:
         """The same pairs in other batches; what is decoded is shared."""
@@ -186,12 +186,29 @@ class ImageTextBatches(OneByOne):
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         rows = self.partition[index]
-        pixels = self._decode(rows.tolist())
-        return pixels, self._tokens[rows.to(self._tokens.device)]
+        return self.with_equal((self.images_of(rows), self.tokens_of(rows)), rows)
 
-    def _decode(self, rows: list[int]) -> Tensor:
-        missing = [row for row in rows if row not in self._pixels]
-        found = {row: self._pixels[row] for row in rows if row in self._pixels}
+    def with_equal(self, batch: tuple[Any, Any], rows: Tensor) -> tuple[Any, ...]:
+        """A batch with, third, which of its pairs are equal, if equal pairs are spared."""
+        return batch if self._twins is None else (*batch, others_equal(self._twins, rows).to(self._device))
+
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """What the text tower takes for some pairs, shape ``(n, t)``."""
+        return self._tokens[rows.to(self._tokens.device)]
+
+    def images_of(self, rows: Tensor, keep: bool = True) -> Tensor:
+        """What the image tower takes for some pairs, shape ``(n, 3, h, w)``.
+
+        Args:
+            rows: of the pairs.
+            keep (True): whether their pixels are asked for again.
+
+        Raises:
+            EcifError: for a file that cannot be read any more
+        """
+        wanted = rows.tolist()
+        found = {row: self._pixels[row] for row in wanted if row in self._pixels}
+        missing = [row for row in wanted if row not in found]
         if missing:
             with ThreadPoolExecutor() as pool:
                 loaded = list(pool.map(self._images.__getitem__, missing))
@@ -200,6 +217,6 @@ class ImageTextBatches(OneByOne):
                     path = self._images.paths[row]
                     raise EcifError(f"The image {path} cannot be read any more ({reason}). Run again")
                 found[row] = image
-        if found[rows[0]].nbytes * len(self._images) <= self._BUDGET:
+        if keep and found[wanted[0]].nbytes * self.pairs <= self._BUDGET:
             self._pixels |= found
-        return self._finish(torch.stack([found[row] for row in rows]).to(self._device))
+        return self._finish(torch.stack([found[row] for row in wanted]).to(self._device))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -63,3 +65,13 @@ class ModelLibrary(ABC):
         Raises:
             EcifError: if the model, its weights or the device does not exist
         """
+
+
+def unknown_model(library: str, model: str, known: Sequence[str]) -> str:
+    """What is said of a name that a library does not know, with those of its names that are alike.
+
+    >>> unknown_model("open_clip", "ViT-B-23", ["RN50", "ViT-B-32"])
+    "open_clip has no model 'ViT-B-23'. Did you mean ViT-B-32?"
+    """
+    near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
+    return f"{library} has no model {model!r}." + (f" Did you mean {' or '.join(near)}?" if near else "")

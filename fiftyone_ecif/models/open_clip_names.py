@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.models.checkpoint_file import check_checkpoint_file
+from fiftyone_ecif.models.model_library import unknown_model
 from fiftyone_ecif.models.transformers_weights import uses_quick_gelu
 from fiftyone_ecif.models.weights import check_weights
 
@@ -56,8 +56,7 @@ def check_names(model: str, pretrained: str | None) -> None:
         return
     known = open_clip.list_models()
     if model not in known:
-        near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
-        raise EcifError(f"open_clip has no model {model!r}." + (f" Did you mean {' or '.join(near)}?" if near else ""))
+        raise EcifError(unknown_model("open_clip", model, known))
     if lacking := needs_transformers(open_clip.get_model_config(model)):
         raise EcifError(f"{model} {lacking}")
     tags = open_clip.list_pretrained_tags_by_model(model)

@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.losses import BatchLoss
-from fiftyone_ecif.influence.scope import Scope
+from fiftyone_ecif.influence.objective import Batches
+from fiftyone_ecif.influence.scope import Scope, gradients_one_by_one
 from fiftyone_ecif.influence.scope_choice import ScopeChoice
+from fiftyone_ecif.models.entered_batches import EnteredBatches
+from fiftyone_ecif.models.flat_layers import FlatLayers, merge
+from fiftyone_ecif.models.inputs import ImageTextBatches
+from fiftyone_ecif.models.layer_calls import SampleLayers
+from fiftyone_ecif.models.tower_cut import Activations, Resumed, TowerCut
 from fiftyone_ecif.models.towers import Tower, differentiable_attention
 from fiftyone_ecif.models.used_parameters import Probe, used_parameters
 
@@ -55,6 +63,11 @@ class TowerScope(Scope):
     ) -> None:
         self.model, self.names, self.loss, self.rank = model, list(names), loss, rank
         self._towers = {tower: Tower(model, tower) for tower in ("image", "text")}
+        self._cuts = {
+            tower: TowerCut(run, {f"model.{name}": model.get_parameter(name).detach() for name in self._own(tower)})
+            for tower, run in self._towers.items()
+        }
+        self._hidden: set[str] = set()  # what has an adapter and is used where that is not seen
         weights = {name: model.get_parameter(name).detach() for name in names}
         if rank is None:
             pieces = list(weights.values())
@@ -81,7 +94,7 @@ class TowerScope(Scope):
         if self.rank is None:
             return dict(zip(self.names, pieces, strict=True))
         return {
-            name: self._base[name] + (b @ a).view_as(self._base[name])
+            name: merge(self._base[name], a, b)
             for name, a, b in zip(self.names, pieces[::2], pieces[1::2], strict=True)
         }
 
@@ -92,11 +105,30 @@ class TowerScope(Scope):
         pieces = self.split(theta)
         return dict(zip(self.names, zip(pieces[::2], pieces[1::2], strict=True), strict=True))
 
-    def embed_images(self, theta: Tensor, images: Tensor) -> Tensor:
+    def enter(self, tower: str, inputs: Tensor) -> Tensor | Activations:
+        """What the part of a tower takes that parameters in scope reach; the inputs where it is not cut.
+
+        Args:
+            tower: ``"image"`` or ``"text"``.
+            inputs: preprocessed images ``(n, 3, h, w)`` or tokens ``(n, t)``; not inside a function that is
+                differentiated.
+        """
+        entered = self._cuts[tower].enter(inputs)
+        return inputs if entered is None else entered
+
+    def entered(self, batches: Batches) -> Batches:
+        """The same pairs, from where the towers are cut."""
+        return EnteredBatches(batches, self.enter) if isinstance(batches, ImageTextBatches) else batches
+
+    def entered_captions(self, captions: Tensor) -> Tensor | Activations:
+        """The same captions, from where the text tower is cut."""
+        return self.enter("text", captions)
+
+    def embed_images(self, theta: Tensor, images: Tensor | Activations) -> Tensor:
         """Image embeddings before normalisation, shape ``(n, d)``, of preprocessed images ``(n, 3, h, w)``."""
         return self._embed("image", theta, images)
 
-    def embed_captions(self, theta: Tensor, captions: Tensor) -> Tensor:
+    def embed_captions(self, theta: Tensor, captions: Tensor | Activations) -> Tensor:
         """Caption embeddings before normalisation, shape ``(n, d)``, of tokens ``(n, t)``."""
         return self._embed("text", theta, captions)
 
@@ -118,14 +150,76 @@ class TowerScope(Scope):
             start += shape.numel()
         return places if self.rank is None else []
 
-    def _embed(self, tower: str, theta: Tensor, inputs: Tensor) -> Tensor:
-        changed = {
-            f"model.{name}": value
-            for name, value in self.parameters(theta).items()
-            if name.startswith("visual.") == (tower == "image")
-        }
-        with differentiable_attention():
-            return cast(Tensor, functional_call(self._towers[tower], changed, (inputs,)))
+    def _own(self, tower: str) -> list[str]:
+        """Names of parameters of a tower in scope; those of the logits are counted to the text tower's."""
+        return [name for name in self.names if name.startswith("visual.") == (tower == "image")]
+
+    def _embed(self, tower: str, theta: Tensor, inputs: Tensor | Activations) -> Tensor:
+        own = self._own(tower)
+        adapters = {name: pair for name, pair in self.adapters(theta).items() if name in own}
+        weights = self.parameters(theta) if self.rank is None else self._base
+        weights = {name: weights[name] for name in own}
+        for name in self._hidden.intersection(adapters):
+            weights[name] = merge(weights[name], *adapters.pop(name))
+        with differentiable_attention(), FlatLayers(weights, adapters) as layers:
+            embeddings = self._run(tower, weights, inputs)
+        if layers.unused:
+            self._hidden |= layers.unused
+            return self._embed(tower, theta, inputs)
+        return embeddings
+
+    def _run(self, tower: str, weights: Mapping[str, Tensor], inputs: Tensor | Activations) -> Tensor:
+        run, changed = self._towers[tower], {f"model.{name}": value for name, value in weights.items()}
+        if isinstance(inputs, Tensor):
+            return cast(Tensor, functional_call(run, changed, (inputs,)))
+        with Resumed(inputs) as rest:
+            return cast(Tensor, functional_call(run, changed, (rest.inputs,)))
+
+    @override
+    def sample_gradients(
+        self, theta: Tensor, tower: str, inputs: Tensor, directions: Tensor, basis: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`Scope.sample_gradients`: from the inputs of layers and the gradients of their outputs.
+
+        What is not in a layer that can be seen is differentiated one sample after another.
+        """
+        mine = {name for name in self.names if name.startswith("visual.") == (tower == "image")}
+        adapters = self.adapters(theta)
+        weights = {name: value for name, value in self.parameters(theta).items() if name in mine}
+        size = len(theta) if basis is None else basis.shape[1]
+        found = theta.new_zeros(*directions.shape[:2], size)
+        layers = SampleLayers(partial(self._run, tower, weights), inputs, weights)
+        places = self._places()
+        for number, direction in enumerate(directions.unbind(1) if layers.names else ()):
+            for name, rows in layers.gradients(direction, adapters):
+                if basis is None:
+                    found[:, number, places[name]] += rows
+                else:
+                    found[:, number] += rows @ basis[places[name]]
+        rest = [torch.arange(places[name].start, places[name].stop) for name in weights if name not in layers.names]
+        if rest:
+            within = torch.cat(rest).to(theta.device)
+
+            def embed(at: Tensor, samples: Tensor) -> Tensor:
+                return self._embed(tower, theta.index_copy(0, within, at), samples)
+
+            kept = None if basis is None else basis[within]
+            rows = gradients_one_by_one(embed, theta[within], inputs, directions, kept)
+            if basis is None:
+                found[:, :, within] += rows
+            else:
+                found += rows
+        return found
+
+    def _places(self) -> dict[str, slice]:
+        """Where the parameters of each name, or its adapter's, are in the flat vector."""
+        each = 1 if self.rank is None else 2
+        places, start = {}, 0
+        for number, name in enumerate(self.names):
+            size = sum(shape.numel() for shape in self._shapes[each * number : each * (number + 1)])
+            places[name] = slice(start, start + size)
+            start += size
+        return places
 
 
 def new_adapters(weights: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:

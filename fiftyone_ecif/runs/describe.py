@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.runs.cache import size_text
-from fiftyone_ecif.runs.manage import find_config, read_entry, read_results, staleness
+from fiftyone_ecif.runs.manage import find_config, read_entry, staleness
+from fiftyone_ecif.runs.reading import read_results
 
 #: What a run found, in plain words.
 _DIAGNOSTICS = {
@@ -33,7 +35,7 @@ def describe_run(dataset: Any, key: str) -> str:
         EcifError: if there is no such run
     """
     config, results, run = find_config(dataset, key), read_results(dataset, key), read_entry(dataset, key)
-    found = {} if results is None else results.diagnostics
+    found, reviewed = {} if results is None else results.diagnostics, getattr(config.record, "reviewed", None)
     pairs = (
         "Stopped before its results were written"
         if run.scored is None
@@ -43,6 +45,7 @@ def describe_run(dataset: Any, key: str) -> str:
         f"**{key}**: {run.kind} by {' '.join(filter(None, [run.model, run.pretrained]))}",
         "",
         f"- Made: {run.when:%Y-%m-%d %H:%M} UTC",
+        *([f"- Reviewed: {datetime.fromisoformat(reviewed):%Y-%m-%d %H:%M} UTC"] if reviewed else []),
         f"- Since then: {staleness(dataset, key)!s}",
         f"- {pairs}",
         f"- Fields: {', '.join(run.fields) or 'none'}",
@@ -51,7 +54,6 @@ def describe_run(dataset: Any, key: str) -> str:
     if "noise_rate" in found:
         lines.append(f"- {NoiseRate(*found['noise_rate'])}")
     settings = {option.label: getattr(config, name) for name, option in config.settings.options().items()}
-    settings["Reviewed"] = getattr(config.record, "reviewed", None)
     diagnostics = {label: found.get(name) for name, label in _DIAGNOSTICS.items()}
     for title, values in (("Settings", settings), ("Diagnostics", diagnostics)):
         known = {label: value for label, value in values.items() if value not in (None, ())}

@@ -14,7 +14,7 @@ from fiftyone.core.odm import get_db_conn
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.cached_gradients import CachedGradients
-from fiftyone_ecif.influence.gradient_store import GradientStore, MissingRowsError
+from fiftyone_ecif.influence.gradient_store import GradientStore, MatchRows, MissingRowsError
 from fiftyone_ecif.influence.roles import parse_role
 from fiftyone_ecif.influence.solvers import SOLVERS
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, OwnLoss
@@ -131,6 +131,7 @@ class TargetPairs(NamedTuple):
         mistakes: which the model gets wrong, bool, shape ``(M,)``.
         gradients: of their losses, projected, shape ``(M, r)``.
         images: unit image embeddings, shape ``(M, d)``.
+        matches: what the model confuses them with; None of a run of before that was kept.
     """
 
     ids: list[str]
@@ -138,6 +139,7 @@ class TargetPairs(NamedTuple):
     mistakes: np.ndarray
     gradients: np.ndarray
     images: np.ndarray
+    matches: MatchRows | None
 
 
 class InfluenceResults(RunResults):
@@ -145,6 +147,7 @@ class InfluenceResults(RunResults):
 
     Attributes:
         target_ids: the samples of the target by slice, ``""`` if it has none.
+        target_classes: the classes of the target's pairs, where its loss is about them.
     """
 
     def __init__(
@@ -157,10 +160,12 @@ class InfluenceResults(RunResults):
         diagnostics: dict[str, Any],
         digests: list[str] | None = None,
         target_ids: dict[str, list[str]] | None = None,
+        target_classes: list[str] | None = None,
         backend: Influence | None = None,
     ) -> None:
         super().__init__(samples, config, key, ids, skipped, diagnostics, digests, backend)
         self.target_ids = target_ids or {}
+        self.target_classes = target_classes or []
 
     def target_dataset(self) -> Any:
         """The dataset that holds the samples of the target, whatever it is called now; None if it is gone.
@@ -217,7 +222,8 @@ class InfluenceResults(RunResults):
         self._stored("row")
         table, ids = self.config.target["tables"][name], self.target_ids[name]
         rows = self._read(lambda store: store.target(table, len(ids)))
-        return TargetPairs(ids, rows.loss, rows.mistake, rows.gradient, rows.image)
+        matches = self.gradient_store.matches(table, len(ids))
+        return TargetPairs(ids, rows.loss, rows.mistake, rows.gradient, rows.image, matches)
 
     @property
     def gradient_store(self) -> GradientStore:
@@ -244,4 +250,5 @@ class InfluenceResults(RunResults):
         found = super()._from_dict(d, samples, config, key)
         assert isinstance(found, InfluenceResults)
         found.target_ids = d.get("target_ids") or (config.target or {}).get("ids") or {}  # the latter of an older run
+        found.target_classes = d.get("target_classes") or []
         return found

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.runs.base import check_key
 from fiftyone_ecif.runs.cache import METHOD, size_text, unshared_store
+from fiftyone_ecif.runs.reading import read_results
 from fiftyone_ecif.runs.writing import finish_writing
 from fiftyone_ecif.samples.pairs import is_as_it_was, pairs_now
 from fiftyone_ecif.store.known_files import KnownFiles
@@ -83,7 +84,7 @@ class Removal(NamedTuple):
 
     def __str__(self) -> str:
         fields = f"the fields {', '.join(self.fields)}" if self.fields else "no fields"
-        return f"{fields} and {size_text(self.cache_bytes)} of cache"
+        return f"{fields} and {size_text(self.cache_bytes)} of cache" if self.cache_bytes else fields
 
 
 def list_runs(dataset: Any) -> list[RunEntry]:
@@ -262,8 +263,3 @@ def find_config(dataset: Any, key: str) -> Any:
     if key not in known:
         raise EcifError(f"{dataset.name!r} has no run {key!r}. Runs: {', '.join(known) or 'none'}")
     return dataset.get_brain_info(key).config
-
-
-def read_results(dataset: Any, key: str) -> Any:
-    """The results of a run as they are in the database; None if it was stopped before they were written."""
-    return dataset.load_brain_results(key, cache=False, load_view=False)  # its view may name a field that is gone

@@ -83,7 +83,7 @@ class MisalignmentResults(RunResults):
             )
         names = self.diagnostics["signals"]
         pairs, decoys = table.read("pairs", *names, "fold", "sampled"), table.read("decoys", *names, "fold", "kind")
-        return Evidence.from_tables(names, pairs, decoys)
+        return Evidence.from_tables(names, pairs, decoys, self.diagnostics["seen"])
 
     def alike(self, row: int) -> list[tuple[int, float]]:
         """Rows of the pairs whose images are most like a pair's, the nearest first, and cosines of their features.

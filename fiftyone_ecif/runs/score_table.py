@@ -15,10 +15,23 @@ from typing import Any, NamedTuple
 import fiftyone.core.fields as fof
 import numpy as np
 from fiftyone import ViewField
+from scipy.special import expit, logit
 
 from fiftyone_ecif.runs.manage import finished_runs
 from fiftyone_ecif.samples.pairs import every_sample
 from fiftyone_ecif.samples.selection import DIRECTIONS, SIGNS, whole_pairs
+
+_SUREST = 1e-3  # probabilities nearer to 0 or 1 are drawn there
+
+
+def is_probability(field: str) -> bool:
+    """Whether a score is drawn by its log odds."""
+    return field.endswith("_misalignment")
+
+
+def drawn(field: str, values: np.ndarray) -> np.ndarray:
+    """Where scores are drawn: probabilities at their log odds, which shows the valley between right and wrong pairs."""
+    return logit(np.clip(values, _SUREST, 1 - _SUREST)) if is_probability(field) else values
 
 
 class Histogram(NamedTuple):
@@ -79,10 +92,14 @@ class ScoreTable:
 
         Args:
             field: the score.
-            bins (60): how many, over the whole range.
+            bins (60): how many, of one width where they are drawn, over the whole range.
         """
         values = self.columns[field]
-        counts, edges = np.histogram(values[np.isfinite(values)], bins)
+        values = values[np.isfinite(values)]
+        counts, edges = np.histogram(drawn(field, values), bins)
+        if is_probability(field):
+            edges = expit(edges)
+            edges[[0, -1]] = min(edges[0], values.min(initial=1)), max(edges[-1], values.max(initial=0))
         return Histogram(edges, counts)
 
     def scored(self, field: str) -> list[str]:

@@ -10,6 +10,7 @@ from bson import json_util
 from fiftyone.core.brain import BrainMethodConfig, BrainResults
 from fiftyone.core.view import DatasetView
 
+from fiftyone_ecif.runs.reading import read_results
 from fiftyone_ecif.samples.pairs import every_sample
 
 
@@ -65,7 +66,7 @@ def version_in(dataset: Any, key: str, fields: Iterable[str]) -> RunVersion:
     if not dataset.has_brain_run(key):
         return RunVersion(scores)
     info = dataset.get_brain_info(key)
-    results = dataset.load_brain_results(key, cache=False, load_view=False)
+    results = read_results(dataset, key)
     return RunVersion(scores, info.config, results, dataset._doc.brain_methods[key].view_stages, info.timestamp)
 
 

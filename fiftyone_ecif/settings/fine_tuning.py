@@ -23,6 +23,11 @@ class FitSettings(Settings):
         "the parameters to train: lora[:RANK[:BLOCKS]], blocks:K or a regular expression over parameter names",
         label="Scope",
     )
+    spare_equal: bool = same(
+        InfluenceSettings,
+        "spare_equal",
+        help="whether pairs that share their image or their caption are not each other's negatives in the loss",
+    )
     epochs: int = option(5, "how often each pair is seen", label="Epochs", least=1)
     batch_size: int = option(64, "pairs that compete in one softmax, at most", label="Batch size", least=2)
     learning_rate: float = option(1e-3, "the highest, after the warm-up", label="Learning rate", above=0.0)

@@ -101,8 +101,9 @@ class InfluenceSettings(Settings):
     damping: float = option(0.0, "added to the curvature, relative to its mean eigenvalue", label="Damping", least=0.0)
     fit: bool = option(
         False,
-        "whether to bring the scope to a stationary point of the pairs' loss first, in memory, starting from the "
-        "loaded weights: influence describes a model at a minimum of its loss",
+        "whether to bring the parameters in scope to a minimum of the pairs' loss first, in memory, starting from the "
+        "loaded weights: influence describes a model at a minimum of its loss. Leave it out only for a model that was "
+        "trained on exactly these pairs to the end",
         label="Fit the model to these pairs first",
     )
     proximal: float = option(
@@ -118,6 +119,12 @@ class InfluenceSettings(Settings):
         kind=int,
         least=2,
         why_least="leaves no negatives. Use at least 2",
+    )
+    spare_equal: bool = option(
+        False,
+        "whether pairs that share their image or their caption are not each other's negatives, in the loss, its "
+        "curvature and the roles of pairs; by default they are, as in training",
+        label="Equal pairs are no negatives",
     )
     seed: int = option(0, "which pairs share a batch", label="Seed")
     n_partitions: int = option(
@@ -139,6 +146,13 @@ class InfluenceSettings(Settings):
         "whether to store projected gradients, which tracing needs; by default for heads only, where they cost little",
         label="Keep gradients",
         kind=bool,
+    )
+    gradient_tolerance: float = option(
+        0.01,
+        "of stored gradients of deep scopes: what their relative error is to stay below, as estimated; 0 for exact "
+        "ones, which take many times as long. Those of heads are exact",
+        label="Tolerance of kept gradients",
+        least=0.0,
     )
     function_token: str = field(default="", repr=False, compare=False)
 
@@ -191,7 +205,15 @@ class InfluenceSettings(Settings):
     def scoring(self) -> ScoringOptions:
         """The options of the mathematics among them."""
         assert self.solver is not None
-        return ScoringOptions(self.fit, self.proximal, self.role, self.solver, self.damping, bool(self.keep_gradients))
+        return ScoringOptions(
+            self.fit,
+            self.proximal,
+            self.role,
+            self.solver,
+            self.damping,
+            bool(self.keep_gradients),
+            self.gradient_tolerance,
+        )
 
     @property
     def target_loss_name(self) -> str:

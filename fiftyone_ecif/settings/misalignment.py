@@ -32,8 +32,8 @@ class MisalignmentSettings(Settings):
     )
     trained: bool = option(
         False,
-        "whether the loaded weights were trained on these pairs as a whole, and so know some of the wrong captions by "
-        "heart; the run finds that out only where enough captions are wrong",
+        "that the loaded weights were fitted to these very pairs, and so know wrong captions by heart; the run finds "
+        "that out by itself where it is not said",
         label="The model was trained on these pairs",
     )
     proximal: float = same(InfluenceSettings, "proximal")

@@ -5,7 +5,6 @@ Images that were moved are known again by their bytes; see :mod:`fiftyone_ecif.s
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -59,6 +58,14 @@ def content_digest(path: str) -> str:
         return digest(iter(lambda: file.read(1 << 20), b""))
 
 
+def content_of(path: str) -> str | None:
+    """As :func:`content_digest`, or None of a file that cannot be read, which is said where it is decoded."""
+    try:
+        return content_digest(path)
+    except OSError:
+        return None
+
+
 def equal_files(paths: Sequence[str]) -> list[int]:
     """A number for each file, the same for the same bytes. Only files of one size are read."""
     sizes = {path: os.path.getsize(path) if os.path.exists(path) else -1 for path in paths}
@@ -66,10 +73,7 @@ def equal_files(paths: Sequence[str]) -> list[int]:
     numbers: dict[str, int] = {}
     found = []
     for path in paths:
-        name = path
-        if alike[sizes[path]] > 1:
-            with contextlib.suppress(OSError):  # what cannot be read is like no other
-                name = content_digest(path)
+        name = (content_of(path) if alike[sizes[path]] > 1 else None) or path  # what cannot be read is like no other
         found.append(numbers.setdefault(name, len(numbers)))
     return found
 

@@ -7,12 +7,11 @@ it goes by the key that those bytes had first, and so do its features, and the r
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from fiftyone_ecif.store.keys import content_digest, digest, image_key
+from fiftyone_ecif.store.keys import content_of, digest, image_key
 from fiftyone_ecif.store.tables import Store
 
 TABLE = "files"
@@ -71,8 +70,7 @@ class KnownFiles:
         """
         quick = image_key(path)
         if quick not in self._first and self._by_content:
-            with contextlib.suppress(OSError):
-                return self._by_content.get(content_digest(path), quick)
+            return self._by_content.get(content_of(path) or "", quick)
         return self._first.get(quick, quick)
 
 

@@ -18,6 +18,8 @@ TOWARDS = {-1: HARMFUL, 1: HELPFUL}
 FULL = {"width": "100%", "boxSizing": "border-box"}
 #: One column as wide as the place, rather than as its content.
 COLUMN = {**FULL, "gridTemplateColumns": "minmax(0, 1fr)"}
+_SHORT = {"positive": "as a positive", "negative": "as a negative"}  # of scores, else the end of the field's name
+_PICTURE = {"maxWidth": "100%", "objectFit": "contain", "display": "block", "margin": "auto"}
 
 
 def start(place: Any, name: str, **options: Any) -> Any:
@@ -74,8 +76,9 @@ def say_scores(ctx: Any, sample: str, fields: Iterable[str] | None = None) -> li
             continue
         place, end = board.place(field, sample)
         colour = TOWARDS.get((value > 0) - (value < 0)) if field.endswith("_influence") else None
-        what = f"{'' if fields is None else field + ' '}{value:.4g}"
-        said.append((f"no. {place:,} from the {end} · {what}", colour))
+        end_of_name = field.removeprefix(f"{get(ctx, 'key')}_")
+        name = _SHORT.get(end_of_name, end_of_name.replace("_", " "))
+        said.append((f"no. {place:,} from the {end} · {name} {value:.4g}", colour))
     return said
 
 
@@ -86,7 +89,7 @@ def draw_card(
     card: Card,
     lines: Iterable[tuple[str, str | None]] = (),
     tag: str | None = None,
-    height: str = "96px",
+    height: int = 96,
     opens: bool = True,
     verdicts: bool = True,
 ) -> None:
@@ -99,7 +102,7 @@ def draw_card(
         card: the pair.
         lines: what to say of it below the caption, each with a colour or None.
         tag (None): that its first button gives it or takes from it; none without one.
-        height ("96px"): of the image.
+        height (96): of the image at most, in pixels; it has as much room beside the text as the others of its height.
         opens (True): whether a click on it opens the pair.
         verdicts (True): whether it has buttons to say aligned and misaligned.
     """
@@ -109,15 +112,15 @@ def draw_card(
         align_y="center",
         variant="outline",
         componentsProps={
-            "grid": {"sx": {**FULL, "gridTemplateColumns": "auto minmax(0, 1fr)", "p": 1}},
+            "grid": {"sx": {**FULL, "gridTemplateColumns": f"min(55%, {1.4 * height:.0f}px) minmax(0, 1fr)", "p": 1}},
             "container": {"sx": FULL},
         },
     )
     asked = {"operator": events.look, "params": {"id": card.id}} if opens else {}
     view = types.ImageView(
-        height=height,
+        height=f"{height}px",
         alt=card.caption,
-        componentsProps={"image": {"style": {"maxWidth": "100%", "objectFit": "contain", "display": "block"}}},
+        componentsProps={"image": {"style": _PICTURE}},
         **asked,
     )
     row.str("image", default=card.image, view=view)

@@ -4,7 +4,11 @@
   const KEYS = { a: "(A)", m: "(M)", ArrowRight: "(→)", ArrowLeft: "(←)", Enter: "(Enter)" };
   const TYPING = "input, textarea, select, [contenteditable], [role=slider], [role=combobox], [role=option]";
 
+  const PATIENCE = 3000; // milliseconds
+  let pressed = { at: 0, shown: "" };
+
   // A key presses the button of the panel that says so at its end, unless the key means something where the focus is.
+  // Until the panel shows what came of it, further keys do nothing: they would answer once more of the same pair.
   document.addEventListener("keydown", (event) => {
     const sign = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!sign || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
@@ -14,6 +18,9 @@
     if (!button) return;
     event.preventDefault();
     event.stopPropagation(); // else arrows would also move from tab to tab
+    const shown = button.closest(PANEL).textContent;
+    if (shown === pressed.shown && Date.now() - pressed.at < PATIENCE) return;
+    pressed = { at: Date.now(), shown };
     button.click();
   }, true);
 

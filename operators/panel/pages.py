@@ -226,7 +226,8 @@ def ranking(events: Any, ctx: Any, page: Any) -> None:
     _ends(events, ctx, page)
     ranked = board.cut(field, direction, 1.0).ids
     shown = ranked[first : first + _ROWS]
-    page.md(f"**{first + 1:,} to {first + len(shown):,}** of {len(ranked):,} {direction} pairs", name="which")
+    of = f"{direction} pairs" if direction in SIGNS else f"pairs, the most {direction} first"
+    page.md(f"**{first + 1:,} to {first + len(shown):,}** of {len(ranked):,} {of}", name="which")
     turn = start(page, "turn")
     leaf(turn, events.turn, _ROWS, first == 0, first + _ROWS >= len(ranked))
     turn.btn("show", "Show these in the grid", variant="outlined", on_click=events.show_pairs, params={"ids": shown})
@@ -240,7 +241,7 @@ def _strip(events: Any, ctx: Any, page: Any, name: str, links: list[Any], sign: 
     for number, card in enumerate(cards_of(ctx, values).values()):
         value = abs(values[card.id]) * (sign or 1)
         text = f"influence on it {value:+.2g}" if sign else f"similarity of the images {value:.2f}"
-        draw_card(events, page, f"{name}_{number}", card, [(text, TOWARDS.get(sign))], height="64px")
+        draw_card(events, page, f"{name}_{number}", card, [(text, TOWARDS.get(sign))], height=64)
 
 
 def pair(events: Any, ctx: Any, page: Any) -> None:
@@ -256,7 +257,7 @@ def pair(events: Any, ctx: Any, page: Any) -> None:
     if not lines:
         said = f"No score: it is not among the pairs of run {get(ctx, 'key')!r}, but perhaps one of its targets"
         lines = [(said, None)]
-    draw_card(events, page, "top", cards[sample], lines, tag_of(ctx), height="180px", opens=False)
+    draw_card(events, page, "top", cards[sample], lines, tag_of(ctx), height=180, opens=False)
     inspection = inspect_pair(run_results(ctx), sample, _LINKS)
     for name, title, links, sign in (
         ("harms", "Validation pairs it harms most: its influence on each is negative", inspection.harms, -1),
@@ -286,13 +287,15 @@ def review(events: Any, ctx: Any, page: Any) -> None:
         page.md(f"**Learning from {tags.aligned + tags.misaligned:,} tags …**", name="learns")
         page.view("learn_now", types.TimerView(timeout=_SOON, on_timeout=events.learn_now))
         return
+    if learned := get(ctx, "learned"):
+        page.md(learned, name="learned")
     asking = place < len(queue)
     if asking:
         cards = cards_of(ctx, [queue[place]])
         asked = "Do image and caption belong together?" if cards else "It was deleted meanwhile."
         page.md(f"Pair {place + 1} of {len(queue)}. {asked}", name="question")
         for card in cards.values():
-            draw_card(events, page, "card", card, say_scores(ctx, card.id), height="240px", verdicts=False)
+            draw_card(events, page, "card", card, say_scores(ctx, card.id), height=240, verdicts=False)
         answers = start(page, "answers")
         if cards:
             answers.btn("aligned", "Aligned (A)", icon="check", variant="contained", on_click=events.say_aligned)
@@ -333,8 +336,6 @@ def review(events: Any, ctx: Any, page: Any) -> None:
         on_click=events.learn,
         disabled=bool(missing),
     )
-    if learned := get(ctx, "learned"):
-        page.md(learned, name="learned")
 
 
 def run(events: Any, ctx: Any, page: Any) -> None:

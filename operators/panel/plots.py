@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fiftyone_ecif.runs.score_table import ScoreTable
+from fiftyone_ecif.runs.score_table import ScoreTable, drawn, is_probability
 from fiftyone_ecif.runs.sidebar import HARMFUL, HELPFUL, SUSPICIOUS
 from fiftyone_ecif.samples.selection import DIRECTIONS
 from fiftyone_ecif.store.keys import digest
@@ -20,15 +21,16 @@ _TAGS = {  # tags that say the same
 _OTHER_TAGS = ("#7a6ff0", "#c77dba", "#5aa9c9", "#b7a24a", "#8a7350", "#4f6fb5", "#b58fd6", "#a0a83c")
 _STEEP = 5  # how many times the usual bar the highest is where a logarithmic axis is needed
 _LONGEST = 70  # letters of a caption that is hovered over
+_CHANCES = (0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 0.999)  # on the axis of a probability
 _REST, _SELECTED = "#8a94a6", "#e04fd0"
 
 
 def histogram_bars(board: ScoreTable, field: str, direction: str, threshold: float | None) -> list[dict[str, Any]]:
     """One bar a bin, those beyond the cut in the colour of its end."""
     edges, counts = board.histogram(field)
-    middle = (edges[:-1] + edges[1:]) / 2
+    places = drawn(field, edges)
     if threshold is None:
-        beyond = np.zeros(len(middle), dtype=bool)
+        beyond = np.zeros(len(counts), dtype=bool)
     elif DIRECTIONS[direction] == "lowest":
         beyond = edges[:-1] <= threshold
     else:
@@ -36,11 +38,13 @@ def histogram_bars(board: ScoreTable, field: str, direction: str, threshold: flo
     return [
         {
             "type": "bar",
-            "x": middle.tolist(),
+            "x": ((places[:-1] + places[1:]) / 2).tolist(),
             "y": counts.tolist(),
-            "width": np.diff(edges).tolist(),
+            "width": np.diff(places).tolist(),
+            "text": [f"{low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)],
+            "textposition": "none",
             "marker": {"color": [_COLOURS[direction] if taken else _REST for taken in beyond], "line": {"width": 0}},
-            "hovertemplate": "%{y} pairs with a score around %{x:.3g}<extra></extra>",
+            "hovertemplate": "%{y} pairs with a score of %{text}<extra></extra>",
             "name": "pairs",
         }
     ]
@@ -58,13 +62,22 @@ def histogram_layout(board: ScoreTable, field: str) -> dict[str, Any]:
         "showlegend": False,
         "dragmode": "select",
         "selectdirection": "h",
-        "xaxis": {"title": {"text": axis_title(field), "font": {"size": 11}}, "zeroline": True},
+        "xaxis": {**_axis(field), "zeroline": not is_probability(field)},
         "yaxis": {
             **scale,
             "title": {"text": f"pairs{few * ' (logarithmic)'}", "font": {"size": 11}},
             "fixedrange": True,
         },
     }
+
+
+def _axis(field: str) -> dict[str, Any]:
+    """Of a score; probabilities are drawn by their log odds, and said as they are."""
+    axis: dict[str, Any] = {"title": {"text": axis_title(field), "font": {"size": 11}}}
+    if is_probability(field):
+        axis["tickvals"] = drawn(field, np.array(_CHANCES)).tolist()
+        axis["ticktext"] = [f"{chance:.3g}" for chance in _CHANCES]
+    return axis
 
 
 def axis_title(field: str) -> str:
@@ -163,13 +176,16 @@ def _trace(
     return {
         "type": "scattergl",
         "mode": "markers",
-        "x": board.columns[x][rows].tolist(),
-        "y": board.columns[y][rows].tolist(),
+        "x": drawn(x, board.columns[x][rows]).tolist(),
+        "y": drawn(y, board.columns[y][rows]).tolist(),
         "ids": ids,
-        "text": [_shortened(captions.get(sample) or "no caption") for sample in ids],
+        "text": [
+            f"{_shortened(captions.get(sample) or 'no caption')}<br>{across:.3g}, {up:.3g}"
+            for sample, across, up in zip(ids, board.columns[x][rows], board.columns[y][rows], strict=True)
+        ],
         "name": name,
         "marker": {"size": size, "opacity": 0.7, "color": colour},
-        "hovertemplate": "%{text}<br>%{x:.3g}, %{y:.3g}<extra></extra>",
+        "hovertemplate": "%{text}<extra></extra>",
     }
 
 
@@ -187,7 +203,7 @@ def scatter_layout(x: str, y: str) -> dict[str, Any]:
         "dragmode": "lasso",
         "showlegend": True,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        "xaxis": {"title": {"text": axis_title(x), "font": {"size": 11}}},
-        "yaxis": {"title": {"text": y, "font": {"size": 11}}},
+        "xaxis": _axis(x),
+        "yaxis": {**_axis(y), "title": {"text": y, "font": {"size": 11}}},
         "hovermode": "closest",
     }

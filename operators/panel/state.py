@@ -72,7 +72,9 @@ def is_misalignment(ctx: Any) -> bool:
 
 def run_results(ctx: Any) -> Any:
     """The results of the run that is shown."""
-    return ctx.dataset.load_brain_results(get(ctx, "key"), load_view=False)  # which may name a field that is gone
+    from fiftyone_ecif.runs.reading import read_results
+
+    return read_results(ctx.dataset, get(ctx, "key"), cache=True)
 
 
 def score_table(ctx: Any) -> Any:

@@ -1,12 +1,19 @@
-"""The page of what was traced: each mistake, the training pairs that harm it, and those that help."""
+"""The page of what was traced: each mistake, what it retrieved instead, what harms it, and what helps."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..memory import last_trace
-from .cards import TOWARDS, cards_of, draw_card, leaf, start
-from .state import get, run_id
+from .cards import TOWARDS, Card, cards_of, draw_card, leaf, start
+from .state import get, plain, run_id
+
+#: What is said of a match, by its kind.
+_SAID = {
+    "caption": "its caption, for the image above · similarity {similarity:.3f}, the right one {right_similarity:.3f}",
+    "image": "its image, for the caption above · similarity {similarity:.3f}, the right one {right_similarity:.3f}",
+    "class": "the class {found!r} · similarity {similarity:.3f}, the right class {right!r} {right_similarity:.3f}",
+}
 
 
 def draw_trace(events: Any, ctx: Any, page: Any) -> None:
@@ -30,11 +37,14 @@ def draw_trace(events: Any, ctx: Any, page: Any) -> None:
     turn.btn("trace", "Trace others", variant="outlined", on_click=events.prompt, params=prompt)
     ids = [one["id"], *(pair["id"] for side in ("culprits", "helpers") for pair in one[side])]
     turn.btn("show", "Show in the grid", variant="outlined", on_click=events.show_pairs, params={"ids": ids})
-    cards = cards_of(ctx, ids)
+    wrong = [match["found"] for match in one["retrieved"] if match["kind"] != "class"]
+    cards = cards_of(ctx, dict.fromkeys([*ids, *wrong]))
     if one["id"] in cards:
         draw_card(events, page, "mistake", cards[one["id"]])
     else:
         page.md("It is in another dataset.", name="elsewhere")
+    if one["mistake"]:
+        _draw_retrieved(events, page, one["retrieved"], cards)
     for side, title, sign, tag in (
         ("culprits", "These training pairs harm it, the worst first", -1, "harmful"),
         ("helpers", "These training pairs help against it, the best first", 1, "valuable"),
@@ -45,3 +55,23 @@ def draw_trace(events: Any, ctx: Any, page: Any) -> None:
             if pair["id"] in cards:
                 line = f"no. {number} · relative influence {pair['relative_influence']:.2g}"
                 draw_card(events, page, f"{side}_{number}", cards[pair["id"]], [(line, colour)], tag)
+
+
+def _draw_retrieved(events: Any, page: Any, retrieved: list[dict[str, Any]], cards: dict[str, Card]) -> None:
+    """What a mistake retrieved in place of what is right: a pair's caption or image, on its card, or a class."""
+    if not retrieved:
+        page.md(
+            "What it retrieved instead was not kept. Run *Compute ECIF influence* again with *Replace the run* ticked, "
+            "and trace.",
+            name="unknown",
+        )
+        return
+    page.md("**It retrieved instead**", name="retrieved_title")
+    said: dict[str, list[str]] = {}
+    for match in retrieved:
+        said.setdefault(match["found"], []).append(_SAID[match["kind"]].format(**match))
+    for number, (found, lines) in enumerate(said.items(), start=1):
+        if found in cards:
+            draw_card(events, page, f"retrieved_{number}", cards[found], [(line, None) for line in lines])
+        else:
+            page.md(plain(" ".join(lines)), name=f"retrieved_{number}")

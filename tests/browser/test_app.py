@@ -185,7 +185,10 @@ def test_review_with_keys_and_refit(app, dataset, audited):
         tag = said[sample] = "Misaligned" if sample in wrong else "Aligned"
         app.page.keyboard.press(tag[0].lower())
         if number == 1:
+            app.page.keyboard.press("m" if tag == "Aligned" else "a")  # too early to be about the next pair
             panel.get_by_text("Pair 2 of 20.").wait_for()
+            dataset.reload()
+            assert tag.lower() in dataset[sample].tags
             app.page.keyboard.press("ArrowLeft")  # back, and once more
             expect(question).to_be_visible()
             app.page.keyboard.press("ArrowRight")  # skipped
@@ -238,8 +241,13 @@ def test_select_mistakes_trace(app, dataset, scored):
     expected = list(zip(*view.values(["caption", "ecif_trace"]), strict=True))
     assert expected[0][0] in captions
     worst = traces[0]
+    assert worst.retrieved
     for one in (worst, *worst.culprits, *worst.helpers):
         expect(panel.locator(f"img[alt='{dataset[one.id].caption}']").first).to_be_visible()
+    for match in worst.retrieved:
+        expect(panel.locator(f"img[alt='{dataset[match.found].caption}']").first).to_be_visible()
+        said = f"similarity {match.similarity:.3f}, the right one {match.right_similarity:.3f}"
+        expect(panel.get_by_text(f"its {match.kind}, for the").first).to_contain_text(said)
     press(panel.get_by_role("button", name="Next", exact=True))
     panel.get_by_text("2 of 2, loss").wait_for()
     app.page.reload()  # what was traced can be looked at again

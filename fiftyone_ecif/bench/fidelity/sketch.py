@@ -2,7 +2,7 @@
 
 A coordinate of a projected gradient is the derivative of the roles along a
 direction: one ``torch.func.jvp`` a batch for all its pairs, exact, whatever the
-batch size, but one for each direction. ``truncation`` is the other way.
+batch size, but one for each direction. ``tower_gradients`` is the other way.
 """
 
 from __future__ import annotations

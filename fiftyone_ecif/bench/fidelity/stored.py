@@ -20,11 +20,11 @@ from fiftyone_ecif.influence.cached_gradients import CachedGradients
 from fiftyone_ecif.influence.damping import damped
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.projections import BasisProjection, gradient_basis
-from fiftyone_ecif.influence.tower_gradients import truncated_gradients
+from fiftyone_ecif.influence.tower_gradients import tower_gradients
 
 
 def cached(world: World, sizes: Sizes) -> list[Row]:
-    """Deep cached mode: gradients by truncated reverse mode, or by a forward-mode sketch.
+    """Deep cached mode: gradients by reverse mode along leading directions, or by a forward-mode sketch.
 
     Both are kept in the same kind of directions and held against the direct
     influence on single target pairs, with the Gauss-Newton matrix as curvature.
@@ -58,18 +58,18 @@ def cached(world: World, sizes: Sizes) -> list[Row]:
         sketch = partial(sketched_gradients, study.scope, theta)
         found.append(row("forward sketch, directions", rank, columns, sketch))
     whole, first = torch.arange(2 * half), objective.batches[0]
-    exact, _ = truncated_gradients(study.scope, theta, first, kept=1.0)
-    for kept in (1.0, 0.999, 0.99, 0.9, 0.5):
-        reverse = partial(truncated_gradients, study.scope, theta, kept=kept)
+    exact, _ = tower_gradients(study.scope, theta, first, tolerance=0.0)
+    for tolerance in (0.0, 0.001, 0.01, 0.1):
+        reverse = partial(tower_gradients, study.scope, theta, tolerance=tolerance)
 
         def only_gradients(batch: Any, basis: Tensor, of: Any = reverse) -> tuple[Tensor, Tensor]:
             return of(batch, basis=basis)[0]  # type: ignore[no-any-return]
 
-        found.append(row("truncated reverse, share kept", kept, whole, only_gradients))
+        found.append(row("leading directions, tolerance", tolerance, whole, only_gradients))
         short, spent = reverse(first)
         error = short[0] + short[1] - exact[0] - exact[1]
         found[-1] |= {
             "gradient_error": (error.norm() / (exact[0] + exact[1]).norm()).item(),
-            "back_propagations": spent,
+            "directions": spent,
         }
     return found

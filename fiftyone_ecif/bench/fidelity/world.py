@@ -90,8 +90,9 @@ class World:
 class _Double(ImageTextBatches):
     """Pixels in float64."""
 
-    def _decode(self, rows: list[int]) -> Tensor:
-        return super()._decode(rows).double()
+    def images_of(self, rows: Tensor, keep: bool = True) -> Tensor:
+        """In the precision of the network."""
+        return super().images_of(rows, keep).double()
 
 
 def make_world(training_pairs: int, validation: int, steps: int, seed: int = 0, noise: float = 0.2) -> World:

@@ -183,11 +183,11 @@ def run(
             wrong = trained.wrong
             found.append((wrong, scores))
             result["rows"] += [where | {"detector": name} | measure(wrong, score) for name, score in scores.items()]
-            result["noise_rates"].append(where | _rates(judgement, trained))
+            result["noise_rates"].append(where | _rates(evidence, judgement, trained))
             result["reliability"] += [where | row for row in reliability(judgement.probability, wrong)]
             result["review"] += [where | row for row in _review(wrong, evidence, judgement, sizes.labels)]
             if seed < sizes.ablations:
-                result["ablation"] += [where | row for row in _ablation(wrong, evidence, judgement)]
+                result["ablation"] += [where | row for row in _ablation(wrong, evidence)]
             if ratio == max(sizes.ratios) and seed < sizes.retrained:
                 result["downstream"] += [where | row for row in _downstream(trained, scores, sizes.drops, seed)]
             result["seconds"] = round(time.perf_counter() - start, 1)
@@ -196,7 +196,7 @@ def run(
         where = {"data": data.name, "noise": "none", "ratio": 0.0, "seed": seed}
         trained = _train(data, "random", 0.0, seed, sizes, regime)
         clean = follow(run_detectors(trained.loaded, [Calibrated.name]), progress=False)
-        result["noise_rates"].append(where | _rates(_judged(clean)[1], trained))
+        result["noise_rates"].append(where | _rates(*_judged(clean), trained))
         result["summary"] = [
             row
             for (noise, ratio), found in seen.items()
@@ -440,7 +440,7 @@ def _judged(found: Findings) -> tuple[Evidence, Judgement]:
     return found.evidence, found.judgement
 
 
-def _rates(judgement: Judgement, trained: Trained) -> Row:
+def _rates(evidence: Evidence, judgement: Judgement, trained: Trained) -> Row:
     """What a run says of itself, and what is."""
     wrong, rate = trained.wrong, judgement.rate
     counts = np.unique(trained.inputs.duplicates.caption, return_inverse=True, return_counts=True)
@@ -451,7 +451,7 @@ def _rates(judgement: Judgement, trained: Trained) -> Row:
         "told": float(rate.told),
         "covered": float(rate.low <= wrong.mean() <= rate.high),
         "calibration_error": expected_calibration_error(judgement.probability, wrong),
-        "seen": float(judgement.seen),
+        "seen": float(evidence.seen),
         **{f"power_{kind}": judgement.power[kind] for kind in KINDS},
         "duplicate_count_auroc": float(counted),
     }
@@ -468,7 +468,7 @@ def _review(wrong: np.ndarray, evidence: Evidence, judgement: Judgement, steps: 
         labels[chosen] = wrong[chosen]
         if len(set(labels[labels >= 0])) < 2:
             continue  # nothing to learn from yet
-        now = judge(evidence, labels, judgement.seen)
+        now = judge(evidence, labels)
         left = labels < 0
         listed = np.where(left, now.score, np.where(labels == 1, np.inf, -np.inf))
         rows.append(
@@ -514,12 +514,12 @@ def _recall(trained: Trained, theta: Tensor) -> float:
     return float((torch.cat(better) < 5).double().mean())
 
 
-def _ablation(wrong: np.ndarray, evidence: Evidence, judgement: Judgement) -> list[Row]:
+def _ablation(wrong: np.ndarray, evidence: Evidence) -> list[Row]:
     """AUROC of the default without a model and without a signal."""
     found = []
 
     def add(what: str, value: str, part: Evidence) -> None:
-        auroc = _auroc(wrong, judge(part, seen=judgement.seen).score)
+        auroc = _auroc(wrong, judge(part).score)
         found.append({"what": what, "value": value, "auroc": auroc})
 
     add("all", "", evidence)

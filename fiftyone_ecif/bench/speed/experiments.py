@@ -40,6 +40,7 @@ class Sizes:
         scopes: of direct scoring.
         batch: pairs in its batch.
         width, layers: of both towers of the model.
+        depth: layers of the model whose last blocks are a scope, as many as a base model has.
         deep_batch: pairs in the batch of stored gradients of a deep scope.
         stored: pairs in the synthetic store.
         growth: numbers of synthetic pairs.
@@ -51,7 +52,8 @@ class Sizes:
     batch: int = 256
     width: int = 192
     layers: int = 6
-    deep_batch: int = 32
+    depth: int = 12
+    deep_batch: int = 64
     stored: int = 1_000_000
     growth: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
     repeats: int = 3
@@ -61,7 +63,6 @@ QUICK = Sizes(
     photographs=256,
     width=128,
     layers=4,
-    deep_batch=16,
     stored=100_000,
     growth=(1_000, 5_000, 30_000),
 )
@@ -90,11 +91,19 @@ def run(
     sections: dict[str, Callable[[], list[Row]]] = {
         "embed": lambda: embedding.embed(sizes.photographs, max(1, sizes.repeats - 2)),
         "direct": lambda: [
-            passes.direct(scope, sizes.batch, sizes.width, sizes.layers, sizes.repeats) for scope in sizes.scopes
+            passes.direct(
+                scope,
+                sizes.batch,
+                sizes.width,
+                sizes.depth if scope.startswith("blocks") else sizes.layers,
+                sizes.repeats,
+            )
+            for scope in sizes.scopes
         ],
         "cached": lambda: [
             passes.cached("heads", sizes.batch, sizes.width, sizes.layers, sizes.repeats),
-            passes.cached("lora:2", sizes.deep_batch, sizes.width, sizes.layers, 1),
+            passes.cached("lora:2", sizes.deep_batch, sizes.width, sizes.layers, sizes.repeats),
+            passes.cached_trained("lora:2", sizes.deep_batch, sizes.repeats),
         ],
         "store": lambda: stored.rescore(sizes.stored, sizes.repeats),
         "growth": lambda: [growth.measure(pairs) for pairs in sizes.growth],

@@ -14,16 +14,19 @@ from typing import Any, cast
 import open_clip
 import torch
 from torch import Tensor, nn
+from torch.func import grad
 
+from fiftyone_ecif.bench.fidelity.world import make_world
 from fiftyone_ecif.bench.speed.stopwatch import side_by_side
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.head_gradients import HeadProjection
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.losses import SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss, OneByOne
-from fiftyone_ecif.influence.projections import BasisProjection, Projection, gradient_basis, principal_projection
+from fiftyone_ecif.influence.projections import BasisProjection, gradient_basis, principal_projection
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.scope_choice import parse_scope
+from fiftyone_ecif.influence.tower_gradients import TOLERANCE
 from fiftyone_ecif.models.tower_scope import TowerScope, scope_parameters
 
 Row = dict[str, Any]
@@ -33,6 +36,7 @@ _WIDTHS = 768, 512  # of the features of ViT-B-32, image and text
 _EMBEDDING = 512
 _SCALE = 100.0  # of a trained CLIP
 _DIRECTIONS = 128
+_MOVED = 0.02  # a trained model's adapters, from where they change nothing
 _SAMPLED = 3  # pairs of a batch that autograd is tried on
 
 
@@ -72,6 +76,13 @@ def problem(text: str, pairs: int, width: int, layers: int) -> tuple[Scope, Any,
     return tower, (pixels, tokens), forward
 
 
+def _entered(scope: Scope, batch: Any) -> Any:
+    """What the towers take from where they are cut; the batch where they are not."""
+    if not isinstance(scope, TowerScope):
+        return batch
+    return tuple(scope.enter(tower, side) for tower, side in zip(("image", "text"), batch, strict=True))
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Has torch compute with one thread for a while."""
@@ -87,21 +98,31 @@ def one_thread() -> Iterator[None]:
 def direct(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
     """Direct scoring of a batch, a plain forward pass of it, and autograd pair by pair.
 
+    ``enter`` is what comes before the part of the towers that varies, which is
+    computed once for all passes: ``over_forward`` is with it, ``again`` is
+    another pass without.
+
     Autograd is one forward pass for all and a backward pass for each pair, timed
     on a few and extrapolated; ``difference`` is the largest of those pairs'
     scores over the largest score.
     """
-    scope, batch, forward = problem(text, pairs, width, layers)
+    scope, inputs, forward = problem(text, pairs, width, layers)
     theta = scope.start
     vector = torch.randn(len(theta), generator=torch.Generator().manual_seed(1), dtype=theta.dtype)
-    ways = {"forward": forward, "direct": lambda: batch_influence(scope, theta, batch, vector, pairs)}
+    batch = _entered(scope, inputs)
+    ways = {
+        "forward": forward,
+        "enter": lambda: _entered(scope, inputs),
+        "direct": lambda: batch_influence(scope, theta, batch, vector, pairs),
+        "gradient": lambda: grad(lambda at: scope.loss.pair_losses(scope.similarity(at, batch)).sum())(theta),
+    }
     found = side_by_side(repeats, ways, clock=time.process_time)
     scores = sum(batch_influence(scope, theta, batch, vector, pairs))
     assert isinstance(scores, Tensor)
 
     start = time.process_time()
     at = theta.clone().requires_grad_(True)
-    similarity = scope.similarity(at, batch)
+    similarity = scope.similarity(at, inputs)
     whole = scope.loss.pair_losses(similarity).sum()
     common = time.process_time() - start
     expected, seconds = [], []
@@ -120,7 +141,8 @@ def direct(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
         "batch": pairs,
         **found,
         "autograd": autograd,
-        "over_forward": found["direct"] / found["forward"],
+        "over_forward": (found["enter"] + found["direct"]) / found["forward"],
+        "again": found["direct"] / found["forward"],
         "over_autograd": autograd / found["direct"],
         "difference": ((scores[:_SAMPLED] - exact).abs().max() / scores.abs().max()).item(),
     }
@@ -128,22 +150,48 @@ def direct(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
 
 @one_thread()
 def cached(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
-    """Stored gradients of both roles, exact, beside those that hooks see, in as many coordinates."""
+    """Stored gradients of both roles beside those that hooks see, in as many coordinates; random weights."""
     scope, batch, _ = problem(text, pairs, width, layers)
-    theta = scope.start
-    if isinstance(scope, HeadScope):
-        projection: Projection = principal_projection(scope, theta, [batch])
-        hooks = _head_hooks(scope, projection.heads, batch)  # type: ignore[attr-defined]
-    else:
-        assert isinstance(scope, TowerScope)
-        whole = _AsTheyAre(batch)
-        projection = BasisProjection(
-            scope, gradient_basis(theta, [(ContrastiveLoss(scope, whole, pairs), _DIRECTIONS)])
-        )
-        hooks = _linear_hooks(scope.model, batch)
-    ways = {"stored": lambda: projection.removal_gradients(theta, batch), "hooks": hooks}
+    if not isinstance(scope, HeadScope):
+        return {"scope": text, "weights": "random"} | _deep(scope, scope.start, batch, repeats)
+    projection = principal_projection(scope, scope.start, [batch])
+    ways = {
+        "stored": lambda: projection.removal_gradients(scope.start, batch),
+        "hooks": _head_hooks(scope, projection.heads, batch),
+    }
     found = side_by_side(repeats, ways, clock=time.process_time)
     return {"scope": text, "batch": pairs, "rank": projection.rank, **found, "ratio": found["stored"] / found["hooks"]}
+
+
+@one_thread()
+def cached_trained(text: str, pairs: int, repeats: int) -> Row:
+    """Likewise for a deep scope of a small trained model, on the pairs that it was trained on."""
+    world = make_world(400, 100, 300)
+    encoder, choice = world.encoder, parse_scope(text)
+    scope = TowerScope(encoder.model, encoder.scope_names(choice), encoder.loss, choice.rank)
+    pixels, tokens = world.batches(text, torch.arange(pairs), pairs, 0)[0]
+    tokens = nn.functional.pad(tokens, (0, encoder.model.context_length - tokens.shape[1]))  # which hooks need
+    theta = scope.start + _MOVED * torch.randn(len(scope.start), generator=torch.Generator().manual_seed(0))
+    return {"scope": text, "weights": "trained"} | _deep(scope, theta, (pixels.float(), tokens), repeats)
+
+
+def _deep(scope: Scope, theta: Tensor, batch: tuple[Tensor, Tensor], repeats: int) -> Row:
+    """Of one batch; ``error`` is the length of what is missing to exact gradients over the length of those."""
+    assert isinstance(scope, TowerScope)
+    pairs = len(batch[0])
+    objective = ContrastiveLoss(scope, _AsTheyAre(batch), pairs)
+    projection = BasisProjection(scope, gradient_basis(theta, [(objective, _DIRECTIONS)]))
+    ways = {
+        "stored": lambda: projection.removal_gradients(theta, batch),
+        "hooks": _linear_hooks(scope.model, batch),
+    }
+    found = side_by_side(repeats, ways, clock=time.process_time)
+    kept, exact = (
+        torch.stack(projection.removal_gradients(theta, batch, tolerance=tolerance)) for tolerance in (TOLERANCE, 0.0)
+    )
+    error = ((kept - exact).norm() / exact.norm()).item()
+    ratio = found["stored"] / found["hooks"]
+    return {"batch": pairs, "rank": projection.rank, **found, "ratio": ratio, "error": error}
 
 
 class _AsTheyAre(OneByOne):

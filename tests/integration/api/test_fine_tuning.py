@@ -1,6 +1,7 @@
 """Fine-tuning: the loss, the checkpoint, going on after a stop, refusals."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.objective import random_partition
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models import fine_tuning
-from fiftyone_ecif.models.inputs import ImageTextBatches
+from fiftyone_ecif.models.entered_batches import EnteredBatches
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.settings.fine_tuning import FitSettings
 
@@ -152,9 +153,9 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_numbers(step, stop, tuned, p
 
 def test_each_epoch_has_batches_of_its_own_and_so_has_each_seed(pairs, options, tmp_path, monkeypatch):
     orders = []
-    regrouped = ImageTextBatches.regrouped
+    regrouped = EnteredBatches.regrouped
     monkeypatch.setattr(
-        ImageTextBatches,
+        EnteredBatches,
         "regrouped",
         lambda batches, partition: orders.append(torch.cat(partition).tolist()) or regrouped(batches, partition),
     )
@@ -187,6 +188,35 @@ def test_a_saved_state_of_another_fit_is_refused_or_replaced(stop, dataset, opti
     path.with_name("stopped.pt.resume").write_bytes(b"damaged")
     with pytest.raises(EcifError, match=r"stopped\.pt\.resume is damaged .*Delete it, or set overwrite=True"):
         first_step(fit_steps(samples, path, settings, device="cpu"))
+
+
+@pytest.mark.parametrize("change", ["moved", "touched"])
+def test_a_fit_goes_on_where_its_images_were_moved(change, stop, tuned, dataset, options, tmp_path):
+    """To the same numbers."""
+    samples = dataset.match_tags("train").sort_by("id")[:PAIRS]
+    for folder in ("before", "after"):
+        (tmp_path / folder).mkdir()
+    for sample in samples.iter_samples(autosave=True):
+        sample.filepath = str(shutil.copy(sample.filepath, tmp_path / "before"))
+    path = stop(samples, 3)
+    for sample in samples.iter_samples(autosave=True):
+        if change == "moved":
+            sample.filepath = str(shutil.move(sample.filepath, tmp_path / "after"))
+        else:
+            os.utime(sample.filepath, ns=(0, 10**18))
+    assert first_step(fit_steps(samples, path, FitSettings(**options), device="cpu")) == 3
+    fit_model(samples, path, device="cpu", **options)
+    assert not changed(weights(path), weights(tuned["checkpoint"]))
+
+
+def test_a_fit_does_not_go_on_with_other_bytes(stop, dataset, options, tmp_path):
+    samples = dataset.match_tags("train").sort_by("id")[:PAIRS]
+    path = stop(samples, 1)
+    first = samples.first()
+    first.filepath = shutil.copy(samples.last().filepath, str(tmp_path / "other.png"))
+    first.save()
+    with pytest.raises(EcifError, match="is of a fit with other"):
+        first_step(fit_steps(samples, path, FitSettings(**options), device="cpu"))
 
 
 def test_a_saved_state_knows_the_adapters_that_the_fit_started_at(stop, tuned, pairs, options, tmp_path):

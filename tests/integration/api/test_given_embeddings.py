@@ -16,7 +16,7 @@ from fiftyone_ecif.demo import training
 from fiftyone_ecif.influence.scope_choice import parse_scope
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.settings.influence import InfluenceSettings
-from operators.forms import ask_embeddings
+from operators.model_input import ask_embeddings
 
 FIELDS = ("of_image", "of_caption")
 

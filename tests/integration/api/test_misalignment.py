@@ -11,7 +11,7 @@ from fiftyone_ecif.api.misalignment import compute_misalignment, tag_misaligned
 from fiftyone_ecif.demo import training
 from fiftyone_ecif.influence import fitting
 from fiftyone_ecif.misalignment.detectors import DETECTORS
-from fiftyone_ecif.misalignment.evidence import KINDS, SIGNALS
+from fiftyone_ecif.misalignment.evidence import KINDS, WORDS
 from fiftyone_ecif.misalignment.judgement import judge
 from fiftyone_ecif.misalignment.noise_rate import NoiseRate
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
@@ -88,12 +88,12 @@ def test_everything_with_the_defaults(dataset, audit):
         assert dataset.match_tags("val").values(f"audit_{name}") == [None] * 24
     assert "audit_misalignment" in {index.split(".")[0] for index in dataset.list_indexes()}
     scores = dict(zip(*train.values(["id", "audit_misalignment"]), strict=True))
-    judgement = judge(results.evidence(), seen=results.diagnostics["seen"])
+    judgement = judge(results.evidence())
     np.testing.assert_allclose([scores[sample] for sample in results.ids], judgement.probability, rtol=1e-6)
     assert dataset.get_field("audit_misalignment").description.startswith("Probability that")
     written = {part for reason in train.values("audit_reason") if reason for part in reason.split(", ")}
     assert written
-    assert written <= set(SIGNALS.values())
+    assert written <= set(WORDS.values())
     assert None in train.values("audit_reason")
     assert train.values("audit_duplicate") == [None] * 72
 

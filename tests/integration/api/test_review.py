@@ -90,7 +90,7 @@ def test_a_review_end_to_end(dataset, reviewed):
     assert len(learned.proposals) == len(set(learned.proposals)) == 12
     assert not set(learned.proposals) & {*wrong, *right}
     assert dataset.match_tags("val").values("audit_misalignment") == [None] * 24
-    judgement = judge(results.evidence(), read_labels(results), results.diagnostics["seen"])
+    judgement = judge(results.evidence(), read_labels(results))
     np.testing.assert_allclose([found[sample] for sample in results.ids], judgement.probability)
     assert results.noise_rate == pytest.approx(judgement.rate)
     assert results.noise_rate != rate
@@ -200,6 +200,6 @@ def test_the_first_proposals_need_no_tags(dataset, reviewed):
     assert len(set(found)) == 16
     assert set(found) <= set(results.ids)
     assert propose_pairs(results, 16) == found
-    probability = judge(results.evidence(), seen=results.diagnostics["seen"]).probability
+    probability = judge(results.evidence()).probability
     doubt = dict(zip(results.ids, np.abs(probability - 0.5), strict=True))
     assert max(doubt[sample] for sample in found[:12]) <= sorted(doubt.values())[11] + 1e-9

@@ -87,6 +87,43 @@ def test_neighbours_are_the_most_similar_images(run):
         np.testing.assert_allclose([neighbour.similarity for neighbour in one.neighbours], row[best], atol=1e-5)
 
 
+def test_what_a_mistake_retrieved_instead_is_the_nearest_of_its_batch(run):
+    results, _, val = run
+    prepared, _, theta = follow(reopen(results), progress=False)
+    (target,) = prepared.targets.values()
+    ids = prepared.target_pairs[""].ids
+    expected = {}
+    for rows, batch in zip(target.batches.partition, target.batches, strict=True):
+        images, captions = (torch.nn.functional.normalize(side, dim=1) for side in target.scope.embed(theta, batch))
+        cosine = (images @ captions.T).tolist()
+        for n, row in enumerate(rows.tolist()):
+            found = expected[ids[row]] = []
+            for kind, line in (("caption", cosine[n]), ("image", [other[n] for other in cosine])):
+                best = max(range(len(rows)), key=line.__getitem__)
+                if best != n:
+                    found.append((kind, ids[rows[best]], line[best], ids[row], line[n]))
+    everything = trace(results, val, count=1)
+    assert len(everything) == len(val)
+    for one in everything:
+        assert [match[:2] + match[3:4] for match in one.retrieved] == [m[:2] + m[3:4] for m in expected[one.id]]
+        for match, (_, _, similarity, _, right) in zip(one.retrieved, expected[one.id], strict=True):
+            assert (match.similarity, match.right_similarity) == pytest.approx((similarity, right))
+            assert match.similarity > match.right_similarity
+        assert bool(one.retrieved) == one.mistake
+    assert {match.kind for one in everything for match in one.retrieved} == {"caption", "image"}
+
+
+def test_a_run_of_before_that_was_kept_says_nothing_of_it_until_it_is_scored_again(dataset, score):
+    train, val = dataset.match_tags("train"), dataset.match_tags("val")
+    results = score(train, val)
+    before, store = trace(results), Store(*results.config.store)
+    assert all(one.retrieved for one in before)
+    (name,) = results.config.target["tables"].values()
+    shutil.rmtree(store.table(f"{name}-matches").folder)
+    assert trace(results) == [one._replace(retrieved=[]) for one in before]
+    assert trace(score(train, val, overwrite=True)) == before
+
+
 def test_chosen_queries(run):
     results, _, val = run
     chosen = val.values("id")[3:6]
@@ -226,16 +263,20 @@ def test_zero_shot_mistakes_and_slices(run, score):
     slices = {"early": val.limit(8), "late": val.skip(8)}
     results = score(train, slices, fit=True, target_loss="zero_shot", label_field="kind", brain_key="classes")
     prepared, _, theta = follow(reopen(results), progress=False)
-    wrong = set()
+    wrong = {}
     for name, target in zip(slices, prepared.targets.values(), strict=True):
         ids = prepared.target_pairs[name].ids
         classes = sorted(set(val.values("kind")))
         labels = dict(zip(*val.values(["id", "kind"]), strict=True))
         chosen = [classes[place] for place in target.predictions(theta)]
-        wrong |= {sample for sample, label in zip(ids, chosen, strict=True) if label != labels[sample]}
+        wrong |= {sample: label for sample, label in zip(ids, chosen, strict=True) if label != labels[sample]}
     assert 0 < len(wrong) < len(val)
-    found = trace(results)
-    assert {one.id for one in found} == wrong
+    found = trace(results.samples._dataset.load_brain_results("classes", cache=False))
+    assert {one.id for one in found} == set(wrong)
+    for one in found:
+        (match,) = one.retrieved
+        assert (match.kind, match.found, match.right) == ("class", wrong[one.id], labels[one.id])
+        assert match.similarity > match.right_similarity
     assert all(culprit.relative_influence < 0 for one in found for culprit in one.culprits)
 
 
@@ -268,4 +309,9 @@ def test_captions_of_one_image_are_not_held_against_each_other(copied, dataset, 
         wrong = names[across] != names[place] or names[down] != names[place]
         assert pairs.mistakes[row] == wrong
     assert 0 < pairs.mistakes.sum() < 72
-    assert len(trace(results)) == pairs.mistakes.sum()
+    found = trace(results)
+    assert len(found) == pairs.mistakes.sum()
+    own = dict(zip(pairs.ids, first, strict=True))
+    for one in found:
+        assert one.retrieved
+        assert all(own[match.found] != own[one.id] == own[match.right] for match in one.retrieved)

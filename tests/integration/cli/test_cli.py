@@ -167,13 +167,20 @@ def test_trace(dataset, named, score):
         assert one["culprits"] == [culprit._asdict() for culprit in other.culprits]
         assert one["helpers"] == [helper._asdict() for helper in other.helpers]
         assert one["neighbours"] == [neighbour._asdict() for neighbour in other.neighbours]
+        assert one["retrieved"] == [match._asdict() for match in other.retrieved] != []
     ran = invoke("trace", name, "--count", 3)
     lines = ran.stdout.splitlines()
     assert lines[0] == f"{expected[0].id}, loss {expected[0].loss:.3f}"
+    assert lines[1].split() == ["Similarity", "Right", "one", "Retrieved", "instead"]
+    first = expected[0].retrieved[0]
+    figures = f"{first.similarity:.3f}", f"{first.right_similarity:.3f}"
+    assert lines[2].split(maxsplit=4) == [*figures, first.kind, first.found, dataset[first.found].caption]
+    place = 3 + len(expected[0].retrieved)
     worst = expected[0].culprits[0].id
-    assert lines[2].split()[1] == worst
-    assert lines[2].endswith(dataset[worst].caption)
-    assert len(lines) == sum(len([*one.culprits, *one.helpers, *one.neighbours]) + 5 for one in expected) - 1
+    assert lines[place].split()[1] == worst
+    assert lines[place].endswith(dataset[worst].caption)
+    sides = "retrieved", "culprits", "helpers", "neighbours"
+    assert len(lines) == sum(sum(len(getattr(one, side)) for side in sides) + 6 for one in expected) - 1
     ran = invoke("trace", name, "--count", 1, "--exact", "--json")
     assert ran.exit_code == 0, ran.stderr
     exact = json.loads(ran.stdout)
@@ -183,7 +190,7 @@ def test_trace(dataset, named, score):
     dataset.delete_samples([worst])
     ran = invoke("trace", name, "--count", 3)
     assert ran.exit_code == 0, ran.stderr
-    assert ran.stdout.splitlines()[2].split()[1:] == [worst, "(deleted)"]
+    assert ran.stdout.splitlines()[place].split()[1:] == [worst, "(deleted)"]
 
 
 def test_edit(dataset, named, score, tmp_path):

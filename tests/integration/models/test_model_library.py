@@ -19,7 +19,7 @@ from fiftyone_ecif.models.dual_encoder import DualEncoder
 from fiftyone_ecif.models.libraries import MODEL_LIBRARIES, library_of, load_encoder, model_names
 from fiftyone_ecif.models.model_library import ModelLibrary
 from fiftyone_ecif.progress import result_of
-from operators.forms import ask_model
+from operators.model_input import ask_model
 
 MODEL = "toy:letters"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -3,19 +3,22 @@
 import json
 import os
 import socket
+from datetime import datetime, timezone
 
 import fiftyone as fo
 import fiftyone.operators as foo
 import numpy as np
 import pytest
+from fiftyone.operators.store import ExecutionStore
 from panel_driver import Panel
 
 from fiftyone_ecif import EcifError, compute_misalignment, group_influence, tag_by_influence, trace
 from fiftyone_ecif.api.tracing import mark_traces
 from fiftyone_ecif.demo.training import MODEL
+from fiftyone_ecif.runs.describe import describe_run
 from fiftyone_ecif.runs.score_table import ScoreTable
-from operators.forms import target_view
 from operators.panel.plots import histogram_layout
+from operators.target_input import target_view
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +252,14 @@ def test_what_is_pressed_of_a_run_that_is_gone_does_nothing(both):
     assert "ecif: influence" in panel.send("look_for_jobs").text
 
 
+def test_while_another_run_is_left_it_never_says_that_there_are_no_scores(both):
+    panel = Panel(both).send("choose_run", value="audit")
+    both.delete_brain_run("audit")
+    assert "No scores yet" not in panel.send("dismiss").text  # before it has looked what is left
+    both.delete_brain_run("ecif")
+    assert "No scores yet" in panel.send("dismiss").text
+
+
 def test_a_pair_that_is_deleted_while_it_is_reviewed_is_skipped(both):
     panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="review").send("start_review")
     queue = panel.state["queue"]
@@ -273,14 +284,29 @@ def test_review(both):
     assert both[queue[1]].tags == ["train"]
     panel.send("skip").send("say_misaligned").send("say_misaligned").send("say_aligned")
     assert "So far **2** pairs are tagged `aligned` and **2** `misaligned`" in panel.text
+    outcome = {"operator": "detect_misalignment", "name": "Misalignment", "text": "About 18 % are wrong"}
+    memory = ExecutionStore.create("fiftyone_ecif_memory", both._doc.id)
+    memory.set("outcome", outcome | {"failed": False, "when": 1.0, "entered": {}})
     assert "Learning from 4 tags" in panel.send("learn").text
+    assert "About 18 % are wrong" in panel.text
     panel.send("learn_now")
-    assert "Learned from 2 aligned and 2 misaligned pairs" in panel.text
+    assert "About 18 % are wrong" not in panel.text  # which is not true any more
+    learned, asked = (panel.text.index(said) for said in ("Learned from 2 aligned and 2 misaligned pairs", "Pair 1 of"))
+    assert learned < asked
+    assert f"- Reviewed: {datetime.now(timezone.utc):%Y-%m-%d} " in describe_run(both, "audit")
     both.reload()
     assert both[queue[2]]["audit_misalignment"] == 1.0
     assert not set(panel.state["queue"]) & {queue[0], *queue[2:5]}
     scores = both.select(panel.shown(), ordered=True).values("audit_misalignment")
     assert scores == sorted(scores, reverse=True)
+
+
+def test_the_ranking_calls_only_those_harmful_that_are(both):
+    panel = Panel(both).send("choose_run", value="audit").send("choose_page", value="ranking")
+    assert "**1 to 6** of 72 pairs, the most suspicious first" in panel.text
+    harmful = (np.array(both.exists("ecif_influence").values("ecif_influence")) < 0).sum()
+    panel.send("choose_run", value="ecif").send("choose_page", value="ranking")
+    assert f"**1 to 6** of {harmful} harmful pairs" in panel.text
 
 
 def test_the_run_in_plain_words(both):
@@ -375,7 +401,7 @@ def test_no_cut_takes_pairs_that_help_for_harmful_ones(both):
 def test_a_card_is_opened_tagged_and_judged(both):
     panel = Panel(both).send("choose_run", value="ecif").send("choose_page", value="ranking")
     worst = both.exists("ecif_influence").sort_by("ecif_influence").first()
-    assert f"no. 1 from the lowest · {worst.ecif_influence:.4g}" in plain_text(panel)
+    assert f"no. 1 from the lowest · influence {worst.ecif_influence:.4g}" in plain_text(panel)
     for text in ("Tag harmful", "Aligned", "Misaligned", "Open"):
         assert text in panel.text
     assert "✓" not in panel.text
@@ -435,12 +461,46 @@ def test_what_was_traced_can_be_looked_at_again(both):
     for one in (traces[0], *traces[0].culprits, *traces[0].helpers):
         assert both[one.id].filepath in panel.text
         assert both[one.id].caption in panel.text
+    for match in traces[0].retrieved:
+        assert both[match.found].filepath in panel.text
+        assert both[match.found].caption in panel.text
+        assert f"similarity {match.similarity:.3f}, the right one {match.right_similarity:.3f}" in panel.text
     assert traces[1].id not in panel.text
     panel.send("turn_trace", by=1)
     assert f"**2 of 2**, loss {traces[1].loss:.2f}" in panel.text
     both.rename_brain_run("ecif", "better")
     again = Panel(both).send("choose_run", value="better").send("choose_page", value="trace")
     assert "**1 of 2**" in again.text
+
+
+def keep_trace(dataset, **changes):
+    """As a trace of one validation pair is remembered."""
+    pair = dataset.match_tags("val").first()
+    store = ExecutionStore.create("fiftyone_ecif_memory", dataset._doc.id)
+    one = {"id": pair.id, "loss": 1.0, "mistake": True, "culprits": [], "helpers": []}
+    store.set(f"trace {dataset._doc.brain_methods['ecif'].id}", [one | changes])
+    return Panel(dataset).send("choose_run", value="ecif").send("choose_page", value="trace")
+
+
+def test_a_trace_of_before_opens_and_says_how_to_get_what_it_lacks(both):
+    panel = keep_trace(both)
+    assert "Mistake **1 of 1**" in panel.text
+    assert "What it retrieved instead was not kept" in panel.text
+    assert "not kept" not in keep_trace(both, mistake=False).text
+
+
+def test_the_class_that_was_taken_for_another_is_said(both):
+    match = {"kind": "class", "found": "seal", "similarity": 0.5, "right": "walrus", "right_similarity": 0.25}
+    said = "the class 'seal' · similarity 0.500, the right class 'walrus' 0.250"
+    assert said in keep_trace(both, retrieved=[match]).text
+
+
+def test_a_pair_that_is_gone_leaves_what_was_said_of_it(both):
+    gone = both.match_tags("val").last().id
+    match = {"kind": "caption", "found": gone, "similarity": 0.5, "right": gone, "right_similarity": 0.25}
+    both.delete_samples([gone])
+    said = "its caption, for the image above · similarity 0.500, the right one 0.250"
+    assert said in keep_trace(both, retrieved=[match]).text.replace("\\\\", "")
 
 
 def test_tabs_that_fire_as_they_are_drawn_turn_no_page(both):

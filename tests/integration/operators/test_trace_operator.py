@@ -7,7 +7,7 @@ import open_clip
 import pytest
 from fiftyone.operators.delegated import DelegatedOperationService
 from fiftyone.operators.executor import ExecutionContext, Executor
-from test_operators import operator, resolve, run_in_the_app, shown_ids
+from operator_driver import operator, resolve, run_in_the_app, shown_ids
 
 from fiftyone_ecif import EcifError, edit_model, trace
 from fiftyone_ecif.api.tracing import Culprit, Trace, mark_traces
@@ -123,10 +123,10 @@ def test_a_pair_of_several_mistakes_stands_once_and_names_all(run):
     view = mark_traces(
         results,
         [
-            Trace(one, 3.0, True, pairs(a, b, two), pairs(c), []),
-            Trace(two, 2.0, True, pairs(d, a, c), pairs(b), []),
-            Trace(one, 1.5, True, pairs(a), pairs(), []),  # of another slice of the target
-            Trace(three, 0.1, False, pairs(a), pairs(c), []),
+            Trace(one, 3.0, True, pairs(a, b, two), pairs(c), [], []),
+            Trace(two, 2.0, True, pairs(d, a, c), pairs(b), [], []),
+            Trace(one, 1.5, True, pairs(a), pairs(), [], []),  # of another slice of the target
+            Trace(three, 0.1, False, pairs(a), pairs(c), [], []),
         ],
     )
     assert view.values("id") == [one, a, b, c, two, d, three]

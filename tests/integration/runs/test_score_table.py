@@ -20,6 +20,20 @@ def board(count=500, seed=0):
     return ScoreTable([f"s{row}" for row in range(count)], columns)
 
 
+def test_a_probability_is_drawn_by_its_log_odds():
+    """Two heaps close to 0 and close to 1, which on a straight axis are a bar each."""
+    generator = np.random.default_rng(0)
+    odds = np.concatenate([generator.normal(-4, 0.7, 900), generator.normal(3, 0.7, 98)])
+    chances = np.append(1 / (1 + np.exp(-odds)), [0.0, 1.0])  # as of reviewed pairs
+    edges, counts = ScoreTable([str(n) for n in range(1000)], {"a_misalignment": chances}).histogram("a_misalignment")
+    assert counts.sum() == 1000
+    assert (edges[0], edges[-1]) == (0, 1)
+    np.testing.assert_array_equal(counts, np.histogram(chances, edges)[0])
+    widths = np.diff(np.log(edges[1:-1] / (1 - edges[1:-1])))
+    np.testing.assert_allclose(widths, widths[0], rtol=1e-6)
+    assert (counts > 2).sum() > 20
+
+
 def test_a_histogram_counts_every_score_once():
     edges, counts = board().histogram("b", bins=20)
     assert counts.sum() == np.isfinite(board().columns["b"]).sum()

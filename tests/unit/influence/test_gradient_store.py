@@ -1,5 +1,7 @@
 """Influence from stored gradients against the formulas with an inverse, written out."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from fiftyone_ecif.influence.damping import damped
 from fiftyone_ecif.influence.direct import batch_influence
 from fiftyone_ecif.influence.gradient_store import (
     GradientStore,
+    MatchRows,
     MissingRowsError,
     PairRows,
     TargetRows,
@@ -252,15 +255,28 @@ def test_a_target_is_read_in_order_and_whole_or_not_at_all():
     rows = TargetRows(
         np.array([2, 0, 1]), random.normal(size=(3, 2)), random.normal(size=3), np.array([1, 0, 1], bool), np.eye(3)
     )
+    wrong, cosine = np.array([[0, 1], [2, 2], [0, 0]]), random.normal(size=(3, 2))
+    matches = MatchRows(rows.row, wrong, cosine + 1, wrong[::-1], cosine)
     store = GradientStore(tables, 5)
+
+    def write(start, chosen):
+        parts = [[type(columns)(*(column[chosen] for column in columns))] for columns in (rows, matches)]
+        store.write_target("target-a", start, *parts)
+
     try:
-        store.write_target("target-a", 8, [TargetRows(*(column[:2] for column in rows))])
+        write(8, slice(2))
+        assert store.matches("target-a", 3) is None
         with pytest.raises(MissingRowsError, match="lacks some of 3 pairs"):
             store.target("target-a", 3)
-        store.write_target("target-a", 0, [TargetRows(*(column[2:] for column in rows))])
+        write(0, slice(2, None))
         assert store.written("target-a") == {0, 8}
         for found, column in zip(store.target("target-a", 3), rows, strict=True):
             np.testing.assert_array_equal(found, column[[1, 2, 0]])
+        for found, column in zip(store.matches("target-a", 3), matches, strict=True):
+            np.testing.assert_array_equal(found, column[[1, 2, 0]])
+        shutil.rmtree(tables.table("target-a-matches").folder)  # as of a run of before they were kept
+        assert store.matches("target-a", 3) is None
+        assert store.written("target-a") == set()
         assert target_mistakes(tables, ["target-a"]).sum() == 2
         with pytest.raises(MissingRowsError, match="lacks a target"):
             target_mistakes(tables, ["target-a", "target-b"])

@@ -23,7 +23,7 @@ from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.newton_step import group_gradient
 from fiftyone_ecif.influence.objective import ContrastiveLoss, partition_without, random_partition
-from fiftyone_ecif.influence.tower_gradients import truncated_gradients
+from fiftyone_ecif.influence.tower_gradients import tower_gradients
 from fiftyone_ecif.misalignment import neighbours
 from fiftyone_ecif.misalignment.neighbours import nearest
 from fiftyone_ecif.misalignment.ranks import ranked
@@ -123,9 +123,9 @@ def test_head_gradients_are_those_of_the_removal(data, batch):
 
 @cases(30)
 @given(st.data(), batches())
-def test_truncated_gradients_of_which_all_is_kept_are_those_of_the_removal(data, batch):
+def test_tower_gradients_without_an_error_are_those_of_the_removal(data, batch):
     scope = data.draw(head_scopes(batch))
-    found, _ = truncated_gradients(scope, scope.start, batch, kept=1.0)
+    found, _ = tower_gradients(scope, scope.start, batch, tolerance=0.0)
     assert_near(found, removal_by_autograd(scope, scope.start, batch), 1e-8)
 
 
@@ -139,12 +139,12 @@ def tiny():
 
 @cases(5)
 @given(data=st.data(), count=st.integers(1, 5), kind=kinds, seed=seeds)
-def test_truncated_gradients_of_a_whole_model(tiny, data, count, kind, seed):
+def test_tower_gradients_of_a_whole_model(tiny, data, count, kind, seed):
     scope = TowerScope(tiny, [name for name, _ in tiny.named_parameters()], LOSSES[kind][0])
     random = normal(seed)
     batch = random(count, 3, 8, 8), torch.from_numpy(np.random.default_rng(seed).integers(1, 20, (count, 4)))
     theta = scope.start + 0.05 * random(len(scope.start))
-    found, _ = truncated_gradients(scope, theta, batch, kept=1.0)
+    found, _ = tower_gradients(scope, theta, batch, tolerance=0.0)
     assert_near(found, removal_by_autograd(scope, theta, batch), 1e-8)
 
 

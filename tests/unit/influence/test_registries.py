@@ -17,7 +17,7 @@ from fiftyone_ecif.influence.scoring import score_pairs
 from fiftyone_ecif.influence.scoring_options import ScoringOptions
 from fiftyone_ecif.influence.solvers import SOLVERS, Solver
 from fiftyone_ecif.influence.target_losses import TARGET_LOSSES, PairLoss, find_target_loss
-from fiftyone_ecif.influence.tower_gradients import truncated_gradients
+from fiftyone_ecif.influence.tower_gradients import tower_gradients
 from fiftyone_ecif.progress import result_of
 from fiftyone_ecif.store.tables import Store
 
@@ -174,7 +174,7 @@ def test_names_that_nobody_registered_are_errors_everywhere(score, problem):
             lambda: parse_role("lu"),
             lambda: score("contrastive", "hessian", role="lu"),
             lambda: result_of(direct_influence(objective, theta, [theta], "lu")),
-            lambda: truncated_gradients(scope, theta, batches[0], "lu"),
+            lambda: tower_gradients(scope, theta, batches[0], "lu"),
             lambda: result_of(keep_gradients(GradientStore(tables, PAIRS), objective, theta, {}, "lu")),
         ],
     }

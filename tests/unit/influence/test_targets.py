@@ -117,6 +117,58 @@ def test_losses_and_mistakes_equal_plain_loops_in_the_order_of_the_rows(loss, ki
     assert target.pairs == pairs
 
 
+def matches_by_loops(target, theta, loss):
+    """The strongest wrong and right match of each pair by direction, as ``(row or class, cosine)``."""
+    image_head, text_head = (head.tolist() for head in target.scope.split(theta))
+    images = [unit(row, image_head) for row in target.batches.images.tolist()]
+    twins = None if target.twins is None else target.twins.tolist()
+    found = [None] * len(images)
+    if loss == "zero_shot":
+        for rows, batch in zip(target.batches.partition, target.batches, strict=True):
+            classes = target.class_similarity(theta, batch).tolist()  # which the losses compare with loops
+            for row, cosines in zip(rows.tolist(), classes, strict=True):
+                found[row] = [strongest(dict(enumerate(cosines)), {int(target.labels[row])})]
+        return found
+    captions = [unit(row, text_head) for row in target.batches.texts.tolist()]
+    for batch in target.batches.partition:
+        rows = batch.tolist()
+        for row in rows:
+            right = {k for k in rows if k == row or (twins and any(map(int.__eq__, twins[k], twins[row])))}
+            across = {k: dot(images[row], captions[k]) for k in rows}
+            down = {k: dot(images[k], captions[row]) for k in rows}
+            found[row] = [strongest(across, right), strongest(down, right)]
+    return found
+
+
+def strongest(cosines, right):
+    """Of the wrong ones and of the right ones; None where there is no wrong one."""
+    wrong = set(cosines) - right
+    return max(wrong, key=cosines.get) if wrong else None, max(right, key=cosines.get), cosines
+
+
+@each_loss
+@pytest.mark.parametrize("with_twins", [False, True])
+@pytest.mark.parametrize(("pairs", "batch_size"), [(10, 10), (10, 4), (10, 2), (10, 1)])
+def test_what_a_pair_is_mistaken_for_equals_plain_loops(loss, with_twins, pairs, batch_size):
+    target = make_target(loss, "softmax", pairs, batch_size)
+    target.twins = TWINS if with_twins and loss != "zero_shot" else None
+    theta = varied(target.scope)
+    expected, mistakes = matches_by_loops(target, theta, loss), target.mistakes(theta)
+    for rows, batch in zip(target.batches.partition, target.batches, strict=True):
+        found = target.batch_matches(theta, rows, batch)
+        assert torch.equal(found.mistakes, mistakes[rows])
+        for place, row in enumerate(rows.tolist()):
+            assert found.wrong.shape[1] == len(expected[row]) == (1 if loss == "zero_shot" else 2)
+            for side, (wrong, right, cosines) in enumerate(expected[row]):
+                assert found.right[place, side] == right
+                assert found.right_similarity[place, side].item() == pytest.approx(cosines[right])
+                if wrong is None:
+                    assert found.wrong_similarity[place, side] == -math.inf
+                else:
+                    assert found.wrong[place, side] == wrong
+                    assert found.wrong_similarity[place, side].item() == pytest.approx(cosines[wrong])
+
+
 def test_these_pairs_are_not_all_right_or_all_wrong():
     """Or the comparison above would not see an order that is mixed up."""
     for loss in LOSSES:

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from fiftyone_ecif.misalignment.calibration import NormalScores, fit_weights
-from fiftyone_ecif.misalignment.evidence import CANONICAL, FITTED, KINDS, LOADED, SIGNALS, Evidence
+from fiftyone_ecif.misalignment.evidence import CANONICAL, FITTED, KINDS, LOADED, WORDS, Evidence
 from fiftyone_ecif.misalignment.judgement import judge
 
 PAIRS, FOLDS = 1500, 5
@@ -32,7 +32,6 @@ def make(rate=0.2, seed=0, apart=APART, pairs=PAIRS):
 def test_signals_are_weighed_by_what_they_tell():
     evidence, wrong = make()
     found = judge(evidence)
-    assert not found.seen
     assert found.weights["loaded:distance"] > found.weights["canonical:distance"] > 0.2
     assert max(found.weights[name] for name, apart in zip(NAMES, APART, strict=True) if not apart) < 0.1
     best = max(roc_auc_score(wrong, column) for column in evidence.pairs.T)
@@ -60,26 +59,20 @@ def test_a_pair_is_judged_by_weights_that_have_not_seen_its_fold():
     changed = replace(evidence, pairs=evidence.pairs.copy())
     inside = evidence.fold == 2
     changed.pairs[inside] = np.random.default_rng(1).permutation(changed.pairs[inside])  # other pairs of that fold
-    before, after = judge(evidence, seen=False), judge(changed, seen=False)
+    before, after = judge(evidence), judge(changed)
     lookup = {tuple(row): score for row, score in zip(evidence.pairs[inside], before.score[inside], strict=True)}
     for row, score in zip(changed.pairs[inside], after.score[inside], strict=True):
         assert lookup[tuple(row)] == pytest.approx(score, abs=1e-9)
 
 
-def test_weights_that_know_the_pairs_by_heart_are_found_out_and_left_out():
+def test_what_weights_say_that_know_the_pairs_by_heart_is_left_out():
     evidence, wrong = make(rate=0.3)
     knows = evidence.pairs.copy()
     knows[wrong, 0] -= APART[0]  # a wrong pair looks right to the weights as loaded, a decoy does not
-    found = judge(replace(evidence, pairs=knows))
-    assert found.seen
+    found = judge(replace(evidence, pairs=knows, seen=True))
     assert set(found.weights) == {name for name in NAMES if name.startswith(CANONICAL)}
-    trusting = judge(replace(evidence, pairs=knows), seen=False)
+    trusting = judge(replace(evidence, pairs=knows))
     assert roc_auc_score(wrong, found.score) > roc_auc_score(wrong, trusting.score) + 0.1
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3])
-def test_weights_that_have_not_seen_the_pairs_are_trusted(rate):
-    assert not any(judge(make(rate, seed)[0]).seen for seed in range(3))
 
 
 def test_labels_teach_what_decoys_cannot():
@@ -90,7 +83,7 @@ def test_labels_teach_what_decoys_cannot():
     labels = np.full(PAIRS, -1)
     chosen = np.random.default_rng(0).permutation(PAIRS)[:750]
     labels[chosen] = wrong[chosen]
-    before, after = judge(evidence, seen=False), judge(evidence, labels, seen=False)
+    before, after = judge(evidence), judge(evidence, labels)
     left = labels < 0
     gain = roc_auc_score(wrong[left], after.score[left]) - roc_auc_score(wrong[left], before.score[left])
     assert gain > 0.03
@@ -99,11 +92,11 @@ def test_labels_teach_what_decoys_cannot():
 
 def test_reasons_are_the_weighted_signals_in_words():
     evidence, _ = make()
-    found = judge(evidence, seen=False)
+    found = judge(evidence)
     words = {reason for reasons in found.reasons if reasons for reason in reasons.split(", ")}
-    assert words == {SIGNALS["distance"], SIGNALS["image_agreement"]}
+    assert words == {WORDS["distance"], WORDS["image_agreement"]}
     worst, best = found.score.argmax(), found.score.argmin()
-    assert found.reasons[worst].split(", ")[0] == SIGNALS["distance"]
+    assert found.reasons[worst].split(", ")[0] == WORDS["distance"]
     assert found.reasons[best] is None
 
 
@@ -127,7 +120,8 @@ def test_pairs_beside_the_sample_are_judged_too():
 def test_evidence_comes_back_from_its_tables():
     evidence, _ = make(pairs=50)
     tables = evidence.tables()
-    again = Evidence.from_tables(evidence.names, tables["pairs"], tables["decoys"])
+    again = Evidence.from_tables(evidence.names, tables["pairs"], tables["decoys"], seen=True)
+    assert again.seen
     for name in ("pairs", "decoys", "kind", "fold", "decoy_fold", "sampled"):
         np.testing.assert_array_equal(getattr(again, name), getattr(evidence, name))
 

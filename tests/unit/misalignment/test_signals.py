@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fiftyone_ecif.misalignment.evidence import SIGNALS
+from fiftyone_ecif.misalignment.matching import match
 from fiftyone_ecif.misalignment.signals import PairSpace, Surroundings, feature_agreement, without
 
 PAIRS, NEAR, SCALE = 30, 6, 8.0
@@ -46,7 +47,7 @@ def rivals(world, a, b):
 
 
 def column(world, name):
-    return world[-1][:, list(SIGNALS).index(name)]
+    return world[-1][:, SIGNALS.index(name)]
 
 
 def test_distance(world):
@@ -64,6 +65,23 @@ def test_competition_and_margin(world):
         assert column(world, "competition")[row] == pytest.approx(ease - SCALE * u[a] @ v[b], abs=1e-4)
         best = np.mean([np.mean(sorted(each)[-3:]) for each in (to_captions, to_images)])
         assert column(world, "margin")[row] == pytest.approx(best - u[a] @ v[b], abs=1e-5)
+
+
+def test_matching_is_what_others_claim_and_are_free_for(world):
+    u, v, _, references, same_image, same_caption, around, _ = world
+    space = PairSpace(*(torch.from_numpy(side).float() for side in (u, v)), SCALE, around)
+    found = space.matching(IMAGE, CAPTION)
+    weights = torch.from_numpy(SCALE * u[references] @ v[references].T).float()
+    captions, images = match(weights, *(torch.from_numpy(side[references]) for side in (same_image, same_caption)))
+    place = {row: number for number, row in enumerate(references)}
+    for row, (a, b) in enumerate(zip(IMAGE.tolist(), CAPTION.tolist(), strict=True)):
+        for_image, for_caption = rivals(world, a, b)
+        free = captions.known[place[a]] if a in place else captions.others
+        to_captions = sum(math.exp(SCALE * u[a] @ v[r] + free[place[r]]) for r in for_image)
+        free = images.known[place[b]] if b in place else images.others
+        to_images = sum(math.exp(SCALE * u[r] @ v[b] + free[place[r]]) for r in for_caption)
+        expected = math.log(to_captions) + math.log(to_images) - SCALE * u[a] @ v[b]
+        assert found[row] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("side", ["image", "caption"])
@@ -102,7 +120,7 @@ def test_influence_is_how_a_step_for_the_pair_goes_with_the_steps_of_its_neighbo
 def test_agreement_of_features(world):
     u, v, near, *_, around, _ = world
     images, texts = torch.from_numpy(u), torch.from_numpy(v)
-    found = feature_agreement(images, texts, around, (IMAGE, CAPTION))
+    found = feature_agreement(images, texts, around, IMAGE, CAPTION)
     for row, (a, b) in enumerate(zip(IMAGE.tolist(), CAPTION.tolist(), strict=True)):
         by_image = [m for m in near[0][a] if m != b][: NEAR - 1]
         by_caption = [m for m in near[1][b] if m != a][: NEAR - 1]

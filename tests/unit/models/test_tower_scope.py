@@ -283,6 +283,37 @@ def test_adapters_that_are_part_of_the_weights(name):
     torch.testing.assert_close(scope.similarity(other, batch), fitted.similarity(other, batch), rtol=1e-9, atol=1e-9)
 
 
+class Hidden(torch.nn.Module):
+    """A model that hides from Python what its image tower multiplies with."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = torch.nn.Linear(4, 3, dtype=torch.float64)
+        self.text = torch.nn.Linear(4, 3, dtype=torch.float64)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def encode_image(self, images, normalize):
+        with torch._C.DisableTorchFunction():
+            return self.visual(images)
+
+    def encode_text(self, texts, normalize):
+        return self.text(texts)
+
+
+def test_an_adapter_on_a_weight_whose_use_is_not_seen_is_merged():
+    model = Hidden().requires_grad_(False)
+    scope = TowerScope(model, ["visual.weight", "text.weight"], SoftmaxLoss(), 2)
+    theta, batch = varied(scope), (torch.randn(3, 4).double(), torch.randn(3, 4).double())
+    for _ in range(2):
+        found = scope.embed(theta, batch)
+        expected = [
+            batch[0] @ scope.parameters(theta)["visual.weight"].T + model.visual.bias,
+            batch[1] @ scope.parameters(theta)["text.weight"].T + model.text.bias,
+        ]
+        for part, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(part, wanted)
+
+
 def test_the_temperature_and_the_bias_are_parameters_like_others():
     model, batch = make_model("sigmoid"), make_batch()
     scope = make_scope(model, "sigmoid", "^logit_")

@@ -42,7 +42,7 @@ def test_what_the_next_run_takes(clock, tmp_path):
     remember(course, 100)
     assert estimate(plan(100)).startswith("Takes about 10 min, and up to 30 s more")
     (tmp_path / "estimates.json").write_text("{")
-    assert "No such run ended on this machine" in estimate(plan())
+    assert "No such run has ended on this machine yet" in estimate(plan())
 
 
 def test_the_first_guess_goes_by_the_size_of_the_model(monkeypatch, clock):

@@ -1,0 +1,230 @@
+"""What layers of a tower do with a batch, seen: their inputs, and in a backward pass the gradients of their outputs.
+
+The gradient of a layer's weight is a product of the two. So a backward pass of
+the activations alone gives it for each sample of the batch apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear, multi_head_attention_forward
+from torch.overrides import TorchFunctionMode
+
+_NEAR, _FAR = 1e-3, 1e-2  # relative distance of the same numbers but for rounding, and of others
+# torch's attention hands itself over as a whole; of this one the layers inside are seen
+_attention = FunctionType(
+    multi_head_attention_forward.__code__, {**vars(torch.nn.functional), "has_torch_function": lambda _: False}
+)
+_attention.__kwdefaults__, _attention.__defaults__ = (
+    multi_head_attention_forward.__kwdefaults__,
+    multi_head_attention_forward.__defaults__,
+)
+
+
+class LayerCall(NamedTuple):
+    """A layer's work on a batch.
+
+    Attributes:
+        normalises: whether it is a layer norm; a linear layer otherwise.
+        inputs: what is multiplied with the weight, shape ``(..., w)``.
+        outputs: shape ``(..., m)``.
+        versions: of the memory of both, when they were seen.
+        names: of weight and bias, None for what is not looked for.
+    """
+
+    normalises: bool
+    inputs: Tensor
+    outputs: Tensor
+    versions: tuple[int, int]
+    names: tuple[str | None, str | None]
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the inputs or outputs are not what they were."""
+        return (self.inputs._version, self.outputs._version) != self.versions
+
+
+class LayerCalls(TorchFunctionMode):
+    """Entered, it sees linear layers and layer norms that use some weights.
+
+    Args:
+        weights: by name, as the model is given them.
+
+    Attributes:
+        calls: in their order.
+        elsewhere: names of the weights that were used in other ways.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(value): name for name, value in weights.items()}
+        self.calls: list[LayerCall] = []
+        self.elsewhere: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Computes what was called."""
+        kwargs = kwargs or {}
+        if func is linear:
+            return self._linear(*args, **kwargs)
+        if func is layer_norm:
+            return self._layer_norm(*args, **kwargs)
+        if func is multi_head_attention_forward:
+            with self:
+                return _attention(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if isinstance(found, Tensor | tuple | list):  # not its precision or its device
+            self.elsewhere.update(self._used((args, tuple(kwargs.values()))))
+        return found
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._keep(False, input, linear(input, weight, bias), weight, bias)
+
+    def _layer_norm(
+        self,
+        input: Tensor,
+        normalized_shape: list[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        output = layer_norm(input, normalized_shape, weight, bias, eps)
+        if len(normalized_shape) != 1:
+            self.elsewhere.update(self._used((weight, bias)))
+            return output
+        if not list(self._used((weight, bias))):
+            return output
+        with torch.no_grad():
+            normal = layer_norm(input, normalized_shape, eps=eps)
+        return self._keep(True, normal, output, weight, bias)
+
+    def _keep(
+        self, normalises: bool, inputs: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        names = self._names.get(id(weight)), self._names.get(id(bias))
+        if names == (None, None):
+            return output
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output = output + output.new_zeros(()).requires_grad_()  # so that what is behind it can be differentiated
+        inputs = inputs.detach()
+        self.calls.append(LayerCall(normalises, inputs, output, (inputs._version, output._version), names))
+        return output
+
+    def _used(self, value: Any) -> Iterator[str]:
+        if isinstance(value, tuple | list):
+            for one in value:
+                yield from self._used(one)
+        elif id(value) in self._names:
+            yield self._names[id(value)]
+
+
+class SampleLayers:
+    """A tower's forward pass, and the gradients of its weights for each sample apart.
+
+    Args:
+        run: the tower, which computes the embedding of each sample from that sample alone.
+        inputs: of ``n`` samples.
+        weights: by name, as ``run`` uses them.
+
+    Attributes:
+        names: of the weights whose gradients can be had, because all that is done with them was seen.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor], inputs: Tensor, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad(), LayerCalls(weights) as alone:
+            run(inputs[:1])
+        with torch.enable_grad(), LayerCalls(weights) as seen:
+            self._embeddings = run(inputs)
+        self._count = len(inputs)
+        self._layouts: list[tuple[LayerCall, int, bool]] = []
+        used = {name for call in seen.calls for name in call.names if name}
+        hidden = alone.elsewhere | seen.elsewhere
+        if [call.names for call in alone.calls] != [call.names for call in seen.calls]:
+            hidden = used
+        for one, call in zip(alone.calls, seen.calls, strict=False):
+            layout = _sample_places(one.inputs, call.inputs, self._count)
+            if layout is None or call.overwritten:
+                hidden.update(filter(None, call.names))
+            else:
+                self._layouts.append((call, *layout))
+        self.names = used - hidden
+
+    def gradients(
+        self, directions: Tensor, adapters: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Gradients of the embeddings along a direction of each one's own; a weight used twice comes twice.
+
+        Args:
+            directions: shape ``(n, d)``.
+            adapters: ``{name: (A, B)}`` of the weights that vary through those, whose gradients are then given.
+
+        Yields:
+            the name of a weight and its gradient of each sample, ``(n, size)``
+        """
+        outputs = [call.outputs for call, _, _ in self._layouts]
+        found = torch.autograd.grad(self._embeddings, outputs, directions, retain_graph=True, allow_unused=True)
+        for (call, place, minor), slopes in zip(self._layouts, found, strict=True):
+            if slopes is None:  # the embeddings do not depend on it
+                continue
+            inputs, slopes = (_by_sample(each, self._count, place, minor) for each in (call.inputs, slopes))
+            weight, bias = (name if name in self.names else None for name in call.names)
+            if bias is not None:
+                yield bias, slopes.sum(1)
+            if weight is None:
+                continue
+            if call.normalises:
+                yield weight, (inputs * slopes).sum(1)
+            elif weight in adapters:
+                # products in the order and layout in which narrow matrices are multiplied fast
+                a, b = adapters[weight]
+                of_a = linear(slopes, b.T.contiguous()).mT @ inputs
+                of_b = (linear(inputs, a).mT @ slopes).mT
+                yield weight, torch.cat([part.flatten(1) for part in (of_a, of_b)], 1)
+            else:
+                yield weight, (slopes.mT @ inputs).flatten(1)
+
+
+def _sample_places(alone: Tensor, batch: Tensor, count: int) -> tuple[int, bool] | None:
+    """Where the samples of a batch are in a layer's input, or None if that cannot be told.
+
+    Args:
+        alone: what enters the layer with the first sample only.
+        batch: with all.
+        count: how many these are.
+
+    Returns:
+        the dimension, and whether the sample changes fastest in it
+    """
+    if count == 1:
+        return 0, False
+    if alone.ndim != batch.ndim:
+        return None
+    places = [place for place in range(batch.ndim - 1) if alone.shape[place] != batch.shape[place]]
+    if len(places) != 1 or batch.shape[places[0]] != count * alone.shape[places[0]]:
+        return None
+    (place,) = places
+    if alone.shape[place] == 1:
+        return place, False
+    distances = []
+    for minor in (False, True):
+        first = _split(batch, count, place, minor).select(place + minor, 0)
+        distances.append(((first - alone).norm() / alone.norm()).item())
+    near, far = min(distances), max(distances)
+    return (place, distances[1] < distances[0]) if near < _NEAR and far > _FAR else None
+
+
+def _split(tensor: Tensor, count: int, place: int, minor: bool) -> Tensor:
+    shape = tensor.shape
+    return tensor.view(*shape[:place], *((-1, count) if minor else (count, -1)), *shape[place + 1 :])
+
+
+def _by_sample(tensor: Tensor, count: int, place: int, minor: bool) -> Tensor:
+    """Shape ``(n, t, w)``."""
+    apart = _split(tensor, count, place, minor).movedim(place + minor, 0)
+    return apart.reshape(count, -1, tensor.shape[-1])
