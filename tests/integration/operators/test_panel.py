@@ -326,7 +326,7 @@ def test_the_run_in_plain_words(both):
     both.match_tags("train").set_field("caption", "the same").save("caption")
     assert "Do not trust it any more" in panel.send("choose_page", value="run").text
     panel.send("choose_run", value="audit")
-    assert "of the captions are wrong" in panel.text
+    assert "How many captions are wrong cannot be told" in panel.text  # by a model that was trained on them
 
 
 def test_a_run_that_is_gone_is_not_shown(both):
@@ -381,7 +381,9 @@ def test_the_legend_counts_tags_and_their_colours_stay(both):
 def test_a_point_says_its_caption_and_a_part_of_the_same_score_is_not_drawn_against_it(both):
     panel = Panel(both).send("choose_run", value="ecif")
     traces = panel.data("scatter")
-    assert both[traces[0]["ids"][3]].caption == traces[0]["text"][3]
+    sample, (caption, values) = both[traces[0]["ids"][3]], traces[0]["text"][3].split("<br>")
+    assert caption == sample.caption
+    assert values == f"{sample.ecif_influence:.3g}, {sample.audit_misalignment:.3g}"
     both.delete_brain_run("audit")
     panel = Panel(both)
     assert panel.state["other"] is None

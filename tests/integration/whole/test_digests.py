@@ -36,7 +36,7 @@ def test_of_pairs(monkeypatch):
     ("keep_gradients", "heads", "name"),
     [
         (True, True, "run-eb774eb36c7a6cc128482fae10e4509a"),
-        (True, False, "run-b93b45374b1a0ed846b302872de8db58"),
+        (True, False, "run-7c2807b49a4ecc3fe74af8dd82ad7854"),
     ],
 )
 def test_of_the_store_of_a_partition(keep_gradients, heads, name):

@@ -154,6 +154,7 @@ def test_torchrun_scores_as_one_process_does(dataset, score, made):
 
 _DETECTION = """
 import sys, torch
+import numpy as np
 from fiftyone_ecif.api.progress_bar import follow
 from fiftyone_ecif.distributed import join
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
@@ -177,7 +178,9 @@ torch.set_num_threads(1)
 many = draw(9000, 8, seed=6)
 near = neighbours.nearest(many, 5, processes=processes)
 evidence = findings.evidence
-torch.save([torch.from_numpy(evidence.pairs), torch.from_numpy(evidence.decoys), near.similarity],
+rows = torch.from_numpy(np.concatenate([evidence.pairs, evidence.decoys]))
+fitted = torch.tensor([name.startswith("fitted") for name in evidence.names])
+torch.save([rows[:, ~fitted], near.similarity, rows[:, fitted]],
            f"{sys.argv[1]}-{processes.rank}.pt")
 """
 
@@ -189,8 +192,11 @@ def test_processes_find_the_same_evidence_as_one(tmp_path, python):
         assert code == 0, complaint
     expected = torch.load(f"{alone}-0.pt", weights_only=True)
     for rank in range(2):
-        for one, other in zip(torch.load(f"{shared}-{rank}.pt", weights_only=True), expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+        *same, fitted = torch.load(f"{shared}-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(same, expected[:-1], rtol=1e-5, atol=1e-5)
+        # fits add up in another order, and stop somewhere near the minimum
+        for one, other in zip(fitted.T, expected[-1].T, strict=True):
+            assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.999
 
 
 def test_torchrun_detects_as_one_process_does(dataset, made):
