@@ -94,10 +94,7 @@ def score_pairs(
         "parameters": len(theta),
         "relative_gradient_norm": relative_gradient_norm,
         "smallest_norm": smallest_norm,
-        "training_loss": ContrastiveLoss(scope, batches, pairs, processes=processes)
-        .coarse()
-        .loss(theta)
-        .item(),  # without the pull
+        "training_loss": ContrastiveLoss(scope, batches, pairs, processes=processes).loss(theta).item(),  # unpulled
         "target_loss": float(np.mean(losses)),
     }
     if solutions:
