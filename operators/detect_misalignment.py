@@ -22,7 +22,7 @@ from .jobs import Job, call, report, show, with_progress
 from .memory import wish
 from .model_input import ask_embeddings, ask_fit_and_batches, ask_model, chosen
 from .name_input import ask_key
-from .pairs_input import ask_pairs, pairs_to_act_on
+from .pairs_input import ask_leave_out, ask_pairs, pairs_to_act_on
 from .target_input import HELD_OUT_TAG, ask_target, target_names, target_view
 
 _DEFAULTS = {
@@ -69,12 +69,9 @@ class DetectMisalignment(JobOperator):
         ask_key(inputs, ctx, _DEFAULTS["brain_key"], described, MisalignmentConfig())
         ask_option(inputs, ctx, MisalignmentSettings, "trained")
         if others:
-            inputs.bool(
-                "leave_out",
-                default=True,
-                label=f"Leave out the {others:,} that are tagged {' or '.join(map(repr, unseen))}",
-                description="A model that was not trained on those finds them wrong beside pairs it knows by heart",
-                view=types.CheckboxView(),
+            which = f"{others:,} that are tagged {' or '.join(map(repr, unseen))}"
+            ask_leave_out(
+                inputs, which, "A model that was not trained on those finds them wrong beside pairs it knows by heart"
             )
         _ask_tag(inputs, ctx)
         if advanced(inputs, ctx):

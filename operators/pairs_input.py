@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import fiftyone.operators.types as types
 from fiftyone import ViewField
 
 from fiftyone_ecif.errors import EcifError
@@ -74,6 +75,12 @@ def in_shown_slice(ctx: Any, samples: Any) -> Any:
         chosen = {"slices": shown} if is_of_images else {"media_type": "image"}
         return samples.select_group_slices(**chosen)
     return samples.match(ViewField(f"{dataset.group_field}.name") == shown) if is_of_images else samples
+
+
+def ask_leave_out(inputs: Any, which: str, why: str) -> None:
+    """Asks whether some pairs are left out, which they are by default: ``leave_out``."""
+    view = types.CheckboxView()
+    inputs.bool("leave_out", default=True, label=f"Leave out the {which}", description=why, view=view)
 
 
 def ask_pairs(inputs: Any, ctx: Any) -> Any:

@@ -7,14 +7,12 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import fiftyone.operators.types as types
-
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.samples.pairs import every_sample
 
 from .forms import ask_percent, dropdown, refuse, warning
 from .memory import entered_before
-from .pairs_input import in_shown_slice
+from .pairs_input import ask_leave_out, in_shown_slice
 
 #: What is chosen for validation pairs that are yet to be drawn, and the tag that they get.
 HOLD_OUT, HELD_OUT_TAG = "hold out", "held_out"
@@ -70,13 +68,8 @@ def ask_split(inputs: Any, ctx: Any, samples: Any) -> tuple[int, int] | None:
         return None
     shared = _shared(samples, target_pairs)
     if shared:
-        inputs.bool(
-            "leave_out",
-            default=True,
-            label=f"Leave out the {shared:,} of these that are validation pairs",
-            description="A pair that is scored towards itself looks valuable",
-            view=types.CheckboxView(),
-        )
+        which = f"{shared:,} of these that are validation pairs"
+        ask_leave_out(inputs, which, "A pair that is scored towards itself looks valuable")
     left_out = shared if ctx.params.get("leave_out", True) else 0
     if shared and len(samples) - left_out < 2:
         refuse(asked, "All of these are validation pairs. Show training pairs, or choose other validation pairs")

@@ -11,6 +11,7 @@ out the same, is not cut.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -243,7 +244,7 @@ class _Finished(Exception):  # noqa: N818, nothing is wrong
     """All that is frozen has been computed."""
 
 
-class _Guided(TorchFunctionMode):
+class _Guided(TorchFunctionMode, ABC):
     """Has a tower make some of its calls only.
 
     Args:
@@ -280,8 +281,9 @@ class _Guided(TorchFunctionMode):
         gave = [self._stand_in((step, place), each) for place, each in enumerate(call.gave)]
         return tree_unflatten(gave, call.structure)
 
+    @abstractmethod
     def _skips(self, step: int, call: Call) -> bool:
-        raise NotImplementedError
+        """Whether a call is not made, and something stands for its output."""
 
     def _note(self, step: int, output: Any) -> None:
         """Sees the output of a call that was made."""

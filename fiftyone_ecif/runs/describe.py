@@ -53,7 +53,10 @@ def describe_run(dataset: Any, key: str) -> str:
     ]
     if "noise_rate" in found:
         lines.append(f"- {NoiseRate(*found['noise_rate'])}")
-    settings = {option.label: getattr(config, name) for name, option in config.settings.options().items()}
+    options = config.settings.options()
+    if not config.embeddings:
+        options = {name: option for name, option in options.items() if name != "scale"}  # a model has its own
+    settings = {option.label: getattr(config, name) for name, option in options.items()}
     diagnostics = {label: found.get(name) for name, label in _DIAGNOSTICS.items()}
     for title, values in (("Settings", settings), ("Diagnostics", diagnostics)):
         known = {label: value for label, value in values.items() if value not in (None, ())}
