@@ -86,9 +86,7 @@ def load_demo(pairs: int = DEFAULT_PAIRS, noise: float = 0.2, seed: int = 0, nam
         dataset.add_sample_field(field, fo.StringField)
     dataset.add_samples(samples, progress=False)
     dataset.info = {"ecif_demo": made_of}
-    dataset.app_config.active_fields = fo.core.odm.ActiveFields(
-        paths=["caption", f"{KEY}_influence", f"{KEY}_rank", "spoiled"]
-    )
+    dataset.app_config.active_fields = fo.core.odm.ActiveFields(paths=["caption", f"{KEY}_rank", "spoiled"])
     dataset.save()
     return dataset
 
