@@ -9,11 +9,14 @@ import numpy as np
 
 from fiftyone_ecif.misalignment.calibration import NormalScores, fit_weights
 from fiftyone_ecif.misalignment.evidence import CANONICAL, FEATURES, KINDS, MODELS, WORDS, Evidence
+from fiftyone_ecif.misalignment.mistakes import KindsOfMistakes
 from fiftyone_ecif.misalignment.noise_rate import Mixture, NoiseRate
 
 #: AUROC on decoys from which on a run can be trusted.
 TRUSTED = 0.7
-_PRIOR = (0.8, 0.15, 0.05)  # of each kind of mistakes
+_PRIOR = np.array([0.8, 0.15, 0.05])  # of each kind of mistakes
+_SAID = 0.5  # how far it is changed by what the suspicious pairs look like: their shares to this power
+_ROUNDS = 3  # of that, as it changes what is suspicious
 _LABEL = 1 / 200  # how much a pair counts that a person judged, all decoys together being one
 _CLEAR = 0.3  # log odds from which evidence is worth a word
 
@@ -55,13 +58,17 @@ def judge(evidence: Evidence, labels: np.ndarray | None = None) -> Judgement:
     known, probability = labels >= 0, np.zeros(len(labels))
     for _ in range(2):  # what probably is wrong speaks less for what right pairs look like, once that is known
         weighed = _weigh(evidence, used, labels, probability)
-        mixture = Mixture(weighed.pairs[evidence.sampled], _by_kind(weighed.decoys, evidence.kind), _PRIOR)
+        scores, signals = weighed.pairs[evidence.sampled], weighed.inputs[evidence.sampled]
+        mixture = Mixture(scores, _by_kind(weighed.decoys, evidence.kind), _PRIOR)
         mixture.learn(weighed.pairs[known], labels[known] == 1)
+        mistakes = KindsOfMistakes(weighed.decoy_inputs, evidence.kind)
+        for _ in range(_ROUNDS):
+            mixture.expect(_PRIOR * mistakes.shares(signals, mixture.probability(scores)) ** _SAID)
         probability = mixture.probability(weighed.pairs)
         probability[known] = labels[known]
     right = 1 - probability[evidence.sampled]
     power = {
-        name: _weighted_auroc(weighed.pairs[evidence.sampled], right, decoys)
+        name: _weighted_auroc(scores, right, decoys)
         for name, decoys in zip(KINDS, _by_kind(weighed.decoys, evidence.kind), strict=True)
     }
     names = [evidence.names[column] for column in used]
@@ -81,6 +88,7 @@ class _Weighed:
     pairs: np.ndarray  # scores
     decoys: np.ndarray
     inputs: np.ndarray  # normal scores of the pairs
+    decoy_inputs: np.ndarray
     weights: np.ndarray
 
 
@@ -112,7 +120,7 @@ def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray, probabil
         ):
             into[rows] = side[rows] @ weights[:-1] + weights[-1]
         found.append(weights[:-1])
-    return _Weighed(scores, decoy_scores, pairs, np.mean(found, axis=0))
+    return _Weighed(scores, decoy_scores, pairs, decoys, np.mean(found, axis=0))
 
 
 def _by_kind(values: np.ndarray, kind: np.ndarray) -> list[np.ndarray]:
