@@ -36,8 +36,7 @@ from fiftyone_ecif.influence.projected_point import ProjectedPoint
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.tower_gradients import TOLERANCE, tower_gradients
 
-_CHUNK = 32  # vectors at a time
-_PRODUCTS = 8  # likewise; of matrices of a batch, which then stay in the processor's cache
+_PRODUCTS = 8  # vectors at a time; of matrices of a batch, which then stay in the processor's cache
 _ENTRIES = 2**19  # of those matrices at a time, where a batch is small enough for more than that many
 _DIRECTIONS = 128  # of a basis, at most
 _VARIED = 2**14  # pairs that tell in which directions of the heads all vary most
@@ -301,7 +300,8 @@ class KroneckerProjection(Projection):
         at = moved.start.requires_grad_()
         value = function(moved, at)
         pulled = partial(torch.autograd.grad, value, at, retain_graph=True, is_grads_batched=True)
-        return torch.cat([pulled(rows)[0] for rows in torch.split(torch.eye(len(value)).to(value), _CHUNK)])
+        at_once = Placement(str(theta.device)).pulled
+        return torch.cat([pulled(rows)[0] for rows in torch.split(torch.eye(len(value)).to(value), at_once)])
 
     @override
     def hessian(self, objective: ContrastiveLoss, theta: Tensor) -> Tensor:

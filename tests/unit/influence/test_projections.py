@@ -157,7 +157,7 @@ def test_project_and_lift_are_adjoint_and_inverse(made, with_scale):
 @each_scale_scope
 @each_kind
 def test_jacobians_equal_autograd(made, with_scale, kind):
-    scope, batch, draw = _problem(with_scale=with_scale, kind=kind)
+    scope, batch, draw = _problem(n=11, with_scale=with_scale, kind=kind)
     projection = make_projection(made, scope, draw)
     theta = scope.start + 0.05
     function = lambda at: scope.loss.pair_losses(scope.similarity(at, batch))  # noqa: E731
