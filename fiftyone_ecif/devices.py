@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
 
@@ -111,6 +113,24 @@ def wait_for(device: str) -> None:
     """Returns when a device has done what it was given: its clock is not that of the program."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Starts to copy a tensor to the CPU, behind what its device has to do already; what is returned gives the copy.
+
+    Meanwhile the device can be given more to do. It would stand still while the program waits for it.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    done = torch.cuda.current_stream(tensor.device).record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return wait
 
 
 def say_device(device: str) -> str:

@@ -52,12 +52,13 @@ def judge(evidence: Evidence, labels: np.ndarray | None = None) -> Judgement:
     labels = np.full(len(evidence.pairs), -1) if labels is None else labels
     trusted = (CANONICAL, FEATURES) if evidence.seen else MODELS
     used = [column for column, name in enumerate(evidence.names) if name.split(":")[0] in trusted]
-    weighed = _weigh(evidence, used, labels)
-    mixture = Mixture(weighed.pairs[evidence.sampled], _by_kind(weighed.decoys, evidence.kind), _PRIOR)
-    known = labels >= 0
-    mixture.learn(weighed.pairs[known], labels[known] == 1)
-    probability = mixture.probability(weighed.pairs)
-    probability[known] = labels[known]
+    known, probability = labels >= 0, np.zeros(len(labels))
+    for _ in range(2):  # what probably is wrong speaks less for what right pairs look like, once that is known
+        weighed = _weigh(evidence, used, labels, probability)
+        mixture = Mixture(weighed.pairs[evidence.sampled], _by_kind(weighed.decoys, evidence.kind), _PRIOR)
+        mixture.learn(weighed.pairs[known], labels[known] == 1)
+        probability = mixture.probability(weighed.pairs)
+        probability[known] = labels[known]
     right = 1 - probability[evidence.sampled]
     power = {
         name: _weighted_auroc(weighed.pairs[evidence.sampled], right, decoys)
@@ -83,13 +84,20 @@ class _Weighed:
     weights: np.ndarray
 
 
-def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray) -> _Weighed:
-    """Scores of pairs and decoys, each fold by weights from the others."""
+def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray, probability: np.ndarray) -> _Weighed:
+    """Scores of pairs and decoys, each fold by weights from the others.
+
+    Args:
+        evidence: of them.
+        used: its columns.
+        labels: see :func:`judge`.
+        probability: that a pair is wrong, as far as that is known: it counts as much less among the right ones.
+    """
     pairs, decoys = evidence.pairs[:, used], evidence.decoys[:, used]
     normal = NormalScores(np.concatenate([pairs[evidence.sampled], decoys]))
     pairs, decoys = normal(pairs), normal(decoys)
     taken = evidence.sampled | (labels >= 0)
-    share = np.where(labels >= 0, _LABEL, 1 / evidence.sampled.sum())[taken]
+    share = np.where(labels >= 0, _LABEL, (1 - probability) / (1 - probability[evidence.sampled]).sum())[taken]
     kinds = np.bincount(evidence.kind)
     decoy_share = 1 / len(kinds) / kinds[evidence.kind]
     inputs, wrong = np.concatenate([pairs[taken], decoys]), np.concatenate([labels[taken] == 1, np.ones(len(decoys))])
