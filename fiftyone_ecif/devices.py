@@ -15,6 +15,7 @@ _SHARE = 0.4  # of a GPU's free memory, for one thing that is kept there
 _STACKED = {"cpu": 2**16, "gpu": 2**24}  # similarities computed at once
 _UNWATCHED = {"cpu": 1, "gpu": 8}  # steps between two looks at what they came to
 _SAMPLES = {"cpu": 32, "gpu": 256}  # images or captions back-propagated at once
+_PULLED = {"cpu": 8, "gpu": 32}  # losses of a batch back-propagated at once
 
 
 def choose_device(device: str | None) -> str:
@@ -98,6 +99,11 @@ class Placement:
     def samples(self) -> int:
         """How many images or captions are worth back-propagating at once."""
         return _SAMPLES[self._kind]
+
+    @property
+    def pulled(self) -> int:
+        """How many losses of one batch are worth back-propagating at once, through the heads."""
+        return _PULLED[self._kind]
 
 
 ON_CPU = Placement()
