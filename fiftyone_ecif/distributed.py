@@ -92,10 +92,10 @@ def join() -> ProcessGroup:
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(place % gpus)
-    # NCCL refuses two processes on one GPU; gloo carries their sums through the CPU
+    # NCCL carries nothing that is on the CPU, and refuses two processes on one GPU: gloo does both
     crowded = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus
     try:
-        dist.init_process_group("gloo" if crowded else None, timeout=_PATIENCE)
+        dist.init_process_group("gloo" if crowded else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise EcifError(f"The other processes cannot be reached ({error}). Start them with torchrun") from error
     atexit.register(dist.destroy_process_group)

@@ -194,7 +194,7 @@ def test_processes_find_the_same_evidence_as_one(tmp_path, python):
     for rank in range(2):
         *same, fitted = torch.load(f"{shared}-{rank}.pt", weights_only=True)
         torch.testing.assert_close(same, expected[:-1], rtol=1e-5, atol=1e-5)
-        # fits add up in another order and stop somewhere near the minimum; canonical heads weigh pairs by what those say
+        # fits add up in another order and stop somewhere near the minimum, and canonical heads weigh pairs by them
         for one, other in zip(fitted.T, expected[-1].T, strict=True):
             assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.999
 
