@@ -179,7 +179,7 @@ class BasisProjection(Projection):
         tolerance: float = TOLERANCE,
         embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return tower_gradients(self.scope, theta, batch, role, self.basis, tolerance, embeddings)[0]
+        return tower_gradients(self.scope, theta, batch, role, self.basis, tolerance)[0]
 
     @override
     def jacobian(self, function: Callable[[Scope, Tensor], Tensor], theta: Tensor) -> Tensor:
