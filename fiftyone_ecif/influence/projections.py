@@ -93,7 +93,8 @@ class Projection(ABC):
             batch: what the scope embeds.
             role ("exact"): one of ``roles.ROLES``.
             tolerance (0.01): see :func:`tower_gradients`; in closed form there is no error.
-            embeddings (None): of the batch before normalisation, if they are known, ``(n, d)`` each.
+            embeddings (None): of the batch before normalisation, ``(n, d)`` each, which the closed form need not
+                compute if they are known.
         """
 
     def coarse(self) -> Projection:
