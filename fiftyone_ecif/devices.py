@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fiftyone_ecif.errors import EcifError
 
@@ -12,6 +14,7 @@ _KEPT_ON_CPU = 2**28  # bytes; what a run keeps beside its data is small beside 
 _SHARE = 0.4  # of a GPU's free memory, for one thing that is kept there
 _STACKED = {"cpu": 2**16, "gpu": 2**24}  # similarities computed at once
 _UNWATCHED = {"cpu": 1, "gpu": 8}  # steps between two looks at what they came to
+_PULLED = {"cpu": 8, "gpu": 32}  # losses of a batch back-propagated at once
 
 
 def choose_device(device: str | None) -> str:
@@ -91,6 +94,11 @@ class Placement:
     def _kind(self) -> str:
         return "cpu" if torch.device(self.device).type == "cpu" else "gpu"
 
+    @property
+    def pulled(self) -> int:
+        """How many losses of one batch are worth back-propagating at once, through the heads."""
+        return _PULLED[self._kind]
+
 
 ON_CPU = Placement()
 
@@ -99,6 +107,24 @@ def wait_for(device: str) -> None:
     """Returns when a device has done what it was given: its clock is not that of the program."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Starts to copy a tensor to the CPU, behind what its device has to do already; what is returned gives the copy.
+
+    Meanwhile the device can be given more to do. It would stand still while the program waits for it.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    done = torch.cuda.current_stream(tensor.device).record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return wait
 
 
 def say_device(device: str) -> str:

@@ -108,12 +108,14 @@ def group_influence(
         rows = _rows(results, group)
         prepared, objective, theta = yield from reopen(results, device)
         gradient, _ = _target_gradient(prepared, theta)
-        product = SOLVERS[_solver(results)].product(objective, theta)
-        solution = yield from solving(solve(product, gradient, results.config.damping))
+        solver = SOLVERS[_solver(results)]
+        product, coarse = solver.product(objective, theta), solver.coarse_product(objective, theta)
+        solution = yield from solving(solve(product, gradient, results.config.damping, coarse=coarse))
         steps = removal_step(objective, theta, rows, _step_solver(results), results.config.damping)
         step = yield from solving(steps)
         parts = yield from direct_influence(objective, theta, [solution.vector], results.config.role)
-        return GroupInfluence(gradient.dot(step.vector).item(), float((parts[0] + parts[1])[0, rows.numpy()].sum()))
+        summed = (parts.positive + parts.negative)[0, rows.numpy()].sum()
+        return GroupInfluence(gradient.dot(step.vector).item(), float(summed))
 
     return follow(work(), progress)
 

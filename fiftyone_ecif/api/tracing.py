@@ -299,6 +299,7 @@ def _exact_influence(
     target = dict(zip(prepared.target_pairs, prepared.targets.values(), strict=True))[name]
     solver = SOLVERS[config.solver]
     product = solver.product(objective, theta) if solver.solves else None
+    coarse = solver.coarse_product(objective, theta) if solver.solves else None
 
     place = {
         row: (number, position)
@@ -314,8 +315,8 @@ def _exact_influence(
         number, position = place[row]
         vector = grad(loss)(theta, target.batches.partition[number], target.batches[number], position)
         if product is not None:
-            vector = (yield from solving(solve(product, vector, config.damping, tolerance=1e-2))).vector
+            vector = (yield from solving(solve(product, vector, config.damping, 1e-2, coarse))).vector
         vectors.append(vector)
-    positive, negative = yield from direct_influence(objective, theta, vectors, config.role)
+    positive, negative, _ = yield from direct_influence(objective, theta, vectors, config.role)
     total: np.ndarray = positive + negative
     return total

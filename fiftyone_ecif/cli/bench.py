@@ -136,7 +136,7 @@ def _bench_device(quick: bool, device: str, out: Path | None, as_json: bool) -> 
 
         pairs = [10_000] if quick else [10_000, 100_000, 1_000_000]
         models = ["ViT-B-32"] if quick else ["ViT-B-32", "ViT-L-14"]
-        photographs = 512 if quick else 4096
+        photographs = 512 if quick else 12_288
         result = stages.run(choose_device(device), pairs, models, photographs, partial(_keep, out))
         if out:
             (out / "report.md").write_text(stages.markdown(result))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,19 @@ from fiftyone_ecif.influence.heads import HeadScope, HeadSum
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 
 Product = Callable[[Tensor], Tensor]
+
+
+class CoarseProduct(NamedTuple):
+    """Products with nearly the same matrix, which are cheaper.
+
+    Attributes:
+        product: maps ``v`` to nearly ``H v``.
+        error: maps ``v`` to about how far off that is, ``|H v - product(v)|``, rather more than less; None if only
+            an exact product tells.
+    """
+
+    product: Product
+    error: Callable[[Tensor], Tensor] | None = None
 
 
 def hessian_at(objective: ContrastiveLoss, theta: Tensor) -> Product:

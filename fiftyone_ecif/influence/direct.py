@@ -14,7 +14,7 @@ loss. Source: Section 4 of arXiv 2411.11667, with exact removal roles.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,20 @@ from torch import Tensor
 from fiftyone_ecif.influence.objective import ContrastiveLoss
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.progress import Progress
+
+
+class DirectInfluence(NamedTuple):
+    """What every pair does to some targets.
+
+    Attributes:
+        positive: the part of influence from the pair's own loss, shape ``(T, N)``; positive = valuable.
+        negative: the part from serving as a negative of others, likewise.
+        loss: the mean loss of the pairs, in nats.
+    """
+
+    positive: np.ndarray
+    negative: np.ndarray
+    loss: float
 
 
 def batch_influence(
@@ -41,14 +55,19 @@ def batch_influence(
     Returns:
         ``(positive, negative)``, each of shape ``(n,)``; the influence is their sum
     """
-    similarity, direction = scope.similarity_and_tangent(theta, batch, solution)
-    positive, negative = scope.loss_of(batch).removal_tangents(similarity, direction, role)
+    _, positive, negative = _moved_roles(scope, theta, batch, solution, role)
     return positive / pairs, negative / pairs
+
+
+def _moved_roles(scope: Scope, theta: Tensor, batch: Any, solution: Tensor, role: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The similarity matrix of a batch, ``(n, n)``, and how both roles of each pair move, ``(n,)`` each."""
+    similarity, direction = scope.similarity_and_tangent(theta, batch, solution)
+    return similarity, *scope.loss_of(batch).removal_tangents(similarity, direction, role)
 
 
 def direct_influence(
     objective: ContrastiveLoss, theta: Tensor, vectors: list[Tensor], role: str
-) -> Generator[Progress, None, tuple[np.ndarray, np.ndarray]]:
+) -> Generator[Progress, None, DirectInfluence]:
     """Influence of every pair along some solutions, by one forward-mode pass a batch and solution.
 
     Args:
@@ -56,19 +75,18 @@ def direct_influence(
         theta: the parameters, shape ``(p,)``.
         vectors: ``H^-1 grad f`` of each target, shape ``(p,)``.
         role: one of ``roles.ROLES``.
-
-    Returns:
-        the positive and the negative part, ``(len(vectors), N)`` each; positive = valuable
     """
     scores = torch.zeros(2, len(vectors), objective.pairs, dtype=torch.float64)
+    loss = theta.new_zeros(())
     batches, stacks = objective.batches, objective.stacks()
     done, own = 0, sum(map(len, stacks))
     for stack, batch in zip(stacks, batches.each(stacks), strict=True):
         rows = batches.rows(stack)
         for number, vector in enumerate(vectors):
-            parts = batch_influence(objective.scope, theta, batch, vector, objective.pairs, role)
-            scores[:, number, rows] = torch.stack(parts).detach().cpu().double()
+            similarity, *parts = _moved_roles(objective.scope, theta, batch, vector, role)
+            scores[:, number, rows] = (torch.stack(parts) / objective.pairs).detach().cpu().double()
+        loss = loss + objective.batch_loss(similarity.detach(), batch)
         done += len(stack)
         yield Progress("Scoring", done, own)
     positive, negative = objective.processes.total(scores).numpy()
-    return positive, negative
+    return DirectInfluence(positive, negative, objective.processes.total(loss).item())

@@ -242,7 +242,8 @@ def stationary_point(
                 raise
             theta, relative = best
     else:
-        relative = (objective.gradient_and_value(theta)[0].norm() / objective.coarse().gradient_scale(theta)).item()
+        coarse = objective.coarse()
+        relative = (coarse.gradient_and_value(theta)[0].norm() / coarse.gradient_scale(theta)).item()
     if objective.processes.first:
         store.write_parameters(theta.cpu().numpy(), relative)
     return theta, relative

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fiftyone_ecif.devices import Placement
 from fiftyone_ecif.errors import EcifError
-from fiftyone_ecif.influence.curvature import Product
+from fiftyone_ecif.influence.curvature import CoarseProduct, Product
 from fiftyone_ecif.influence.damping import enough_damping
 from fiftyone_ecif.progress import Progress
 
@@ -47,8 +47,8 @@ class Solution:
     Attributes:
         vector: ``x``, shape ``(p,)``.
         iterations: products used.
-        residual: ``|b - H x| / |b|``, as the iteration keeps it; at last as an exact product has it, if steps were
-            coarse.
+        residual: ``|b - H x| / |b|``, as the iteration keeps it; at last, if steps were coarse, what that and their
+            error add up to, or as an exact product has it.
         condition_number: the ratio of the largest to the smallest eigenvalue;
             with conjugate gradients, of those that the right-hand side meets
             (Ritz values of the solve).
@@ -67,7 +67,7 @@ def solve(
     right: Tensor,
     damping: float = 0.0,
     tolerance: float | None = None,
-    coarse: Product | None = None,
+    coarse: CoarseProduct | None = None,
 ) -> Generator[float, None, Solution]:
     """Solves ``(H + damping * mean eigenvalue) x = b``, damping more where that is not positive.
 
@@ -98,7 +98,7 @@ def solve(
         shift = damping * mean
         try:
             solution = None
-            cheap = coarse and partial(_shifted, coarse, shift)
+            cheap = coarse and coarse._replace(product=partial(_shifted, coarse.product, shift))
             for solution in conjugate_gradient(partial(_shifted, product, shift), right, tolerance, coarse=cheap):
                 yield solution.residual
             assert solution is not None
@@ -152,14 +152,17 @@ def conjugate_gradient(
     right: Tensor,
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
-    coarse: Product | None = None,
+    coarse: CoarseProduct | None = None,
 ) -> Iterator[Solution]:
     """Solves ``H x = b`` for a positive-definite ``H`` by conjugate gradients.
 
     Yields the state again and again, so that a caller can show progress or
     stop; the last one meets the tolerance. Where steps are taken with coarse
-    products, the residual they lead to is computed with an exact one, and
-    solved for likewise if it is too large (iterative refinement).
+    products, the residual is as much larger as these are off at the steps: ``k``
+    of them, at acute angles, are together at most ``sqrt(k)`` times as long as
+    what they add up to. If that is too much or not known, the residual is
+    computed with an exact product, and solved for likewise if it is too large
+    (iterative refinement).
 
     Args:
         product: maps ``v`` to ``H v``.
@@ -175,7 +178,8 @@ def conjugate_gradient(
     x, residual, norm = torch.zeros_like(right), right, right.norm()
     done, relative, condition = 0, 1.0, 1.0
     while relative > tolerance and done < max_iterations:
-        before, steps = relative, _steps(coarse or product, residual, norm, tolerance, max_iterations - done)
+        before, cheap = relative, product if coarse is None else coarse.product
+        steps = _steps(cheap, residual, norm, tolerance, max_iterations - done)
         try:
             for state in steps:
                 relative, condition = state.residual, max(condition, state.condition_number)
@@ -189,8 +193,13 @@ def conjugate_gradient(
         if coarse is None:
             x = x + state.vector
             continue
-        there, done = x + state.vector, done + 1
-        left = right - product(there)
+        there = x + state.vector
+        if coarse.error is not None:
+            off = math.sqrt(state.iterations) * (coarse.error(state.vector) / norm).item()
+            if relative + off <= tolerance:
+                yield Solution(there, done, relative + off, condition)
+                return
+        done, left = done + 1, right - product(there)
         relative = (left.norm() / norm.clamp_min(torch.finfo(norm.dtype).tiny)).item()
         if relative < before:
             x, residual = there, left

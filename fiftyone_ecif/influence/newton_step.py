@@ -41,8 +41,8 @@ def removal_step(
     """
     left = objective.without(rows)
     gradient = group_gradient(objective, theta, rows)
-    product = SOLVERS[solver].product(left, theta)
-    coarse = None if left.is_coarse else SOLVERS[solver].product(left.coarse(), theta)
+    chosen = SOLVERS[solver]
+    product, coarse = chosen.product(left, theta), chosen.coarse_product(left, theta)
     return (yield from solve(product, gradient, damping, tolerance, coarse))
 
 

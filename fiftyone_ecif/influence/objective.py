@@ -24,6 +24,8 @@ from fiftyone_ecif.distributed import ALONE, ProcessGroup
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope, HeadSum
 from fiftyone_ecif.influence.scope import Scope
 
+_TYPICAL = 8192  # pairs whose gradients tell how large one is
+
 
 class Batches(Protocol):
     """Pairs in batches, as :meth:`Scope.similarity` takes them.
@@ -142,17 +144,18 @@ class ContrastiveLoss:
             return True
         return self.batches.placement == self.batches.placement.coarse
 
-    def sample(self, pairs: int = 512) -> ContrastiveLoss:
+    def sample(self, pairs: int = 512, processes: ProcessGroup = ALONE) -> ContrastiveLoss:
         """The objective on its first batches only: enough for directions and the curvature between them.
 
         Args:
             pairs (512): at most, unless the first batch alone has more.
+            processes (ALONE): those that share these batches.
         """
         count, chosen = 0, list[Tensor]()
         for rows in self.batches.partition:
             if not chosen or count + len(rows) <= pairs:
                 chosen, count = [*chosen, rows], count + len(rows)
-        return ContrastiveLoss(self.scope, self.batches.regrouped(chosen), count, self.proximal)
+        return ContrastiveLoss(self.scope, self.batches.regrouped(chosen), count, self.proximal, processes)
 
     def loss(self, theta: Tensor) -> Tensor:
         """The value, a scalar, in nats."""
@@ -197,24 +200,25 @@ class ContrastiveLoss:
     def gradient_scale(self, theta: Tensor) -> Tensor:
         """The root mean square norm of a pair's loss gradient: the unit for the norm of the mean gradient.
 
-        Estimated batch by batch with random signs, at the cost of one gradient:
-        the squared norm of ``sum_i sign_i grad l_i`` is on average the sum of the
-        squared norms (Hutchinson's estimator).
+        Estimated from the first pairs, batch by batch with random signs, at the
+        cost of their gradient: the squared norm of ``sum_i sign_i grad l_i`` is on
+        average the sum of the squared norms (Hutchinson's estimator).
         """
+        some = self.sample(_TYPICAL, self.processes)
         total, theta = theta.new_zeros(()), self.placed(theta)
         signs = {
-            n: self._signs(self.batches.partition[n], torch.Generator().manual_seed(n)).to(theta)
-            for n in self._shared()
+            n: self._signs(some.batches.partition[n], torch.Generator().manual_seed(n)).to(theta)
+            for n in some._shared()
         }
         if isinstance(self.scope, HeadScope):
-            for stack, batch in zip(self.stacks(), self.own_stacks(), strict=True):
+            for stack, batch in zip(some.stacks(), some.own_stacks(), strict=True):
                 weights = torch.stack([signs[n] for n in stack])
                 pull = self.scope.point(theta, batch).weighted_gradient(weights, self.scope.with_scale)
                 total = total + self.scope.squared(batch, pull)
         else:
             for n, weights in signs.items():
-                total = total + grad(self._weighted_loss)(theta, self.batches[n], weights).square().sum()
-        return (self.processes.total(total) / self.pairs).sqrt()
+                total = total + grad(self._weighted_loss)(theta, some.batches[n], weights).square().sum()
+        return (self.processes.total(total) / some.pairs).sqrt()
 
     def hessian_product(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The exact Hessian at ``theta`` times ``vector``, forward over reverse, shape ``(p,)``."""

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import jvp
 from torch.nn.functional import normalize
 from typing_extensions import override
 
@@ -36,10 +36,10 @@ from fiftyone_ecif.influence.projected_point import ProjectedPoint
 from fiftyone_ecif.influence.scope import Scope
 from fiftyone_ecif.influence.tower_gradients import TOLERANCE, tower_gradients
 
-_CHUNK = 32  # vectors at a time
-_PRODUCTS = 8  # likewise; of matrices of a batch, which then stay in the processor's cache
+_PRODUCTS = 8  # vectors at a time; of matrices of a batch, which then stay in the processor's cache
 _ENTRIES = 2**19  # of those matrices at a time, where a batch is small enough for more than that many
 _DIRECTIONS = 128  # of a basis, at most
+_VARIED = 2**14  # pairs that tell in which directions of the heads all vary most
 
 
 class Projection(ABC):
@@ -236,7 +236,7 @@ class KroneckerProjection(Projection):
     @classmethod
     def choose(cls, objective: ContrastiveLoss, theta: Tensor, targets: Sequence[Batches]) -> KroneckerProjection:
         """Those in which the training pairs vary most, whatever the targets."""
-        objective = objective.coarse()
+        objective = objective.sample(_VARIED, objective.processes).coarse()
         scope, own = cast(HeadScope, objective.scope), objective.own_stacks()
         return principal_projection(scope, objective.placed(theta), own, processes=objective.processes)
 
@@ -298,10 +298,11 @@ class KroneckerProjection(Projection):
     @override
     def jacobian(self, function: Callable[[Scope, Tensor], Tensor], theta: Tensor) -> Tensor:
         moved = _MovedHeads(self.scope, theta, self.heads)
-        value, pull_back = vjp(partial(function, moved), moved.start)[:2]
-        pulled = torch.vmap(lambda row: pull_back(row)[0], chunk_size=_CHUNK)
-        rows: Tensor = pulled(torch.eye(len(value)).to(value))
-        return rows
+        at = moved.start.requires_grad_()
+        value = function(moved, at)
+        pulled = partial(torch.autograd.grad, value, at, retain_graph=True, is_grads_batched=True)
+        at_once = Placement(str(theta.device)).pulled
+        return torch.cat([pulled(rows)[0] for rows in torch.split(torch.eye(len(value)).to(value), at_once)])
 
     @override
     def hessian(self, objective: ContrastiveLoss, theta: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def score_pairs(
     theta, relative_gradient_norm = yield from stationary_point(kept, objective, options.fit, options.must_converge)
     smallest_norm = _smallest_norm(objective, theta)
     product = solver.product(objective, theta) if solver.solves else None
-    coarse = solver.product(objective.coarse(), theta) if solver.solves and not objective.is_coarse else None
+    coarse = solver.coarse_product(objective, theta) if solver.solves else None
 
     solutions: list[Solution] = []
     gradients: list[Tensor] = []
@@ -94,7 +94,6 @@ def score_pairs(
         "parameters": len(theta),
         "relative_gradient_norm": relative_gradient_norm,
         "smallest_norm": smallest_norm,
-        "training_loss": ContrastiveLoss(scope, batches, pairs, processes=processes).loss(theta).item(),  # unpulled
         "target_loss": float(np.mean(losses)),
     }
     if solutions:
@@ -117,12 +116,13 @@ def score_pairs(
     if solver.needs_gradients:
         assert projected is not None
         positive, negative = (kept.influence(projected, [role]).astype(np.float64) for role in ("positive", "negative"))
+        mean_loss = ContrastiveLoss(scope, batches, pairs, processes=processes).loss(theta).item()  # unpulled
     else:
         vectors = [solution.vector for solution in solutions] or gradients
-        positive, negative = yield from direct_influence(objective, theta, vectors, options.role)
+        positive, negative, mean_loss = yield from direct_influence(objective, theta, vectors, options.role)
         if projected is not None:
             diagnostics["cached_correlation"] = _correlation(kept.influence(projected), positive + negative)
-    return Scores(positive, negative, diagnostics)
+    return Scores(positive, negative, diagnostics | {"training_loss": mean_loss})
 
 
 def _smallest_norm(objective: ContrastiveLoss, theta: Tensor) -> float:

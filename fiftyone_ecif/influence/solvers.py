@@ -16,11 +16,12 @@ from fiftyone_ecif.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fiftyone_ecif.influence.curvature import Product
+    from fiftyone_ecif.influence.curvature import CoarseProduct, Product
     from fiftyone_ecif.influence.objective import ContrastiveLoss
     from fiftyone_ecif.influence.projections import Projection
 
 _COVARIANCE_DAMPING = 0.1
+_CHECKED = 4096  # pairs that tell how far coarse products are off
 
 
 class Solver(ABC):
@@ -56,6 +57,25 @@ class Solver(ABC):
             EcifError: if there is no such curvature
         """
         raise EcifError(f"solver={self.name!r} has no curvature to solve with. Use {' or '.join(_solving())}")
+
+    def coarse_product(self, objective: ContrastiveLoss, theta: Tensor) -> CoarseProduct | None:
+        """The same in the precision of steps (:attr:`Placement.coarse`); None if there is none that is coarser.
+
+        How far it is off is measured on the first pairs. Rounding errors of batches
+        have nothing to do with one another, so those of all pairs are less off.
+
+        Args:
+            objective, theta: as for :meth:`product`.
+        """
+        from fiftyone_ecif.influence.curvature import CoarseProduct
+
+        if objective.is_coarse:
+            return None
+        coarse, some = self.product(objective.coarse(), theta), objective.sample(_CHECKED)
+        if 2 * len(some.batches) > len(objective.batches):
+            return CoarseProduct(coarse)
+        exact, rounded = self.product(some, theta), self.product(some.coarse(), theta)
+        return CoarseProduct(coarse, lambda vector: (exact(vector) - rounded(vector)).norm())
 
     def projected_curvature(self, projection: Projection, objective: ContrastiveLoss, theta: Tensor) -> Tensor:
         """The curvature between the directions that gradients are stored in, shape ``(r, r)``.

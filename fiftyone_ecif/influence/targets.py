@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
 from torch.nn.functional import cross_entropy, normalize, one_hot
 from typing_extensions import Self, override
 
@@ -110,10 +109,11 @@ class Target(ABC):
 
     def gradient_and_value(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of the mean loss, shape ``(p,)``, and its value."""
+        at = theta.detach().clone().requires_grad_()
         gradient, value = torch.zeros_like(theta), theta.new_zeros(())
         for rows, batch in self._own():
-            part, loss = grad_and_value(lambda at, r=rows, b=batch: self.batch_losses(at, r, b).sum())(theta)
-            gradient, value = gradient + part / self.pairs, value + loss / self.pairs
+            loss = self.batch_losses(at, rows, batch).sum() / self.pairs
+            gradient, value = gradient + torch.autograd.grad(loss, at)[0], value + loss.detach()
         return self.processes.total(gradient), self.processes.total(value)
 
     def _own(self) -> Any:

@@ -32,7 +32,7 @@ class CanonicalHeads(NamedTuple):
         return found[0], found[1]
 
 
-def canonical_heads(images: Tensor, texts: Tensor, ridge: float) -> CanonicalHeads:
+def canonical_heads(images: Tensor, texts: Tensor, weights: Tensor, ridge: float) -> CanonicalHeads:
     """Regularised canonical correlation analysis (Hotelling 1936; Vinod 1976), by one decomposition.
 
     Each direction is weighted by the root of its correlation, so that the product of two
@@ -41,13 +41,14 @@ def canonical_heads(images: Tensor, texts: Tensor, ridge: float) -> CanonicalHea
     Args:
         images: features, shape ``(n, w)``.
         texts: of their captions, shape ``(n, v)``.
+        weights: how much a pair counts, shape ``(n,)``.
         ridge: added to both covariances, relative to their mean eigenvalue.
     """
-    sides = [side.double() for side in (images, texts)]
-    means = [side.mean(0) for side in sides]
-    centred = [side - mean for side, mean in zip(sides, means, strict=True)]
-    whitening = [_inverse_root(side.T @ side / len(side), ridge) for side in centred]
-    cross = whitening[0] @ (centred[0].T @ centred[1] / len(images)) @ whitening[1]
+    sides, weights = [side.double() for side in (images, texts)], (weights / weights.sum()).double()
+    means = [weights @ side for side in sides]
+    centred = [(side - mean) * weights[:, None].sqrt() for side, mean in zip(sides, means, strict=True)]
+    whitening = [_inverse_root(side.T @ side, ridge) for side in centred]
+    cross = whitening[0] @ (centred[0].T @ centred[1]) @ whitening[1]
     left, correlation, right = torch.linalg.svd(cross, full_matrices=False)
     root = correlation[:_DIRECTIONS].clamp(0, 1).sqrt()
     directions = left[:, :_DIRECTIONS], right[:_DIRECTIONS].T

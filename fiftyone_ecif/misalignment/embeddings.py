@@ -55,13 +55,16 @@ class DetectorInputs:
         """Unit embeddings of images and captions, float32, on the CPU, shape ``(N, d)`` each."""
         scope, batches = self.objective.scope, self.batches
         parts = [
-            (
-                scope.embed_images(theta, batches.images[start : start + ROWS_AT_ONCE].to(theta)),
-                scope.embed_captions(theta, batches.texts[start : start + ROWS_AT_ONCE].to(theta)),
+            [normalize(side, dim=1).float().cpu() for side in (images, captions)]
+            for images, captions in (
+                (
+                    scope.embed_images(theta, batches.images[start : start + ROWS_AT_ONCE].to(theta)),
+                    scope.embed_captions(theta, batches.texts[start : start + ROWS_AT_ONCE].to(theta)),
+                )
+                for start in range(0, len(batches.images), ROWS_AT_ONCE)
             )
-            for start in range(0, len(batches.images), ROWS_AT_ONCE)
         ]
-        images, texts = (normalize(torch.cat(side), dim=1).float().cpu() for side in zip(*parts, strict=True))
+        images, texts = (torch.cat(side) for side in zip(*parts, strict=True))
         return images, texts
 
     @cached_property

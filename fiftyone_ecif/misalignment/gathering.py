@@ -42,17 +42,15 @@ _SHOWN = 10  # pairs that are like one, to be looked at beside it
 _DECOYED = 10_000  # pairs that get decoys, at most
 _FITTED = 20_000  # pairs that heads are made from, at most
 _TOLERANCE, _PASSES = 1e-3, 500  # relative gradient norm of a fit, and its gradients and products at most
-_RIDGE = 0.3  # of canonical heads
-_TRUSTED = 0.6  # share of the pairs, the least suspicious, that canonical heads are made of once there is a first score
-_ENOUGH = 10  # how many of these there must be for each feature
+_RIDGE = 8.0  # of canonical heads, where there are as many pairs as features
 _CANONICAL_SCALE = 10.0  # of their cosines in a softmax
 
 
 def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidence]:
     """Draws decoys and measures them and all pairs.
 
-    Two neighbour searches, five fits of the heads and five or ten decompositions, whatever the number of decoys. Where
-    there are many pairs to a feature, heads in closed form are made again, without those that are suspicious by then.
+    Two neighbour searches, five fits of the heads and ten decompositions, whatever the number of decoys. Heads in
+    closed form are made twice, the second time with pairs counting the less the more suspicious they are by then.
 
     Args:
         inputs: the pairs and the model; its start is what the weights are as loaded.
@@ -118,17 +116,15 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
         *(f"{model}:{name}" for model in (FITTED, CANONICAL) for name in SIGNALS),
     )
     parts = (image, caption), fold, around, inputs.device, processes
-    found = finish((yield from _canonical((images, texts), everything, *parts)))
-    if _TRUSTED * pairs < _ENOUGH * max(images.shape[1], texts.shape[1]):
-        return found  # there are too few pairs to leave any out
-    score = judge(found).score
-    trusted = torch.from_numpy(np.argsort(score, kind="stable")[: round(_TRUSTED * pairs)]).sort().values
-    return finish((yield from _canonical((images, texts), trusted, *parts)))
+    weights = torch.ones(pairs)
+    first = finish((yield from _canonical((images, texts), weights, *parts)))
+    weights[np.argsort(judge(first).score, kind="stable")] = torch.linspace(1, 0, pairs)
+    return finish((yield from _canonical((images, texts), weights, *parts)))
 
 
 def _canonical(
     features: tuple[Tensor, Tensor],
-    usable: Tensor,
+    weights: Tensor,
     measured: tuple[Tensor, Tensor],
     fold: Tensor,
     around: Surroundings,
@@ -139,7 +135,7 @@ def _canonical(
 
     Args:
         features: of images and of captions, shape ``(N, w)`` each.
-        usable: rows that heads may be made of.
+        weights: how much each row counts in the heads, shape ``(N,)``.
         measured: rows of images and of captions.
         fold: of each row.
         around: what pairs are compared with.
@@ -150,9 +146,11 @@ def _canonical(
     found = np.empty((len(of), len(SIGNALS)), dtype=np.float32)
     for number in range(folds):
         held = torch.nonzero(of == number).flatten()
-        others = usable[fold[usable] != number] if folds > 1 else usable
+        others = torch.nonzero((fold != number) | (folds == 1)).flatten()
         others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(number))[:_FITTED]]
-        heads = canonical_heads(features[0][others], features[1][others], _RIDGE)
+        sides = [side[others] for side in features]
+        ridge = _RIDGE * sum(side.shape[1] for side in sides) / 2 / len(others)
+        heads = canonical_heads(sides[0], sides[1], weights[others], ridge)
         space = PairSpace(*heads.embed(*features), _CANONICAL_SCALE, around, device)
         found[held] = _shared(processes, space.measure, measured[0][held], measured[1][held])
         yield Progress("Refitting", folds, folds)

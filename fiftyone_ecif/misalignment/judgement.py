@@ -9,11 +9,14 @@ import numpy as np
 
 from fiftyone_ecif.misalignment.calibration import NormalScores, fit_weights
 from fiftyone_ecif.misalignment.evidence import CANONICAL, FEATURES, KINDS, MODELS, WORDS, Evidence
+from fiftyone_ecif.misalignment.mistakes import KindsOfMistakes
 from fiftyone_ecif.misalignment.noise_rate import Mixture, NoiseRate
 
 #: AUROC on decoys from which on a run can be trusted.
 TRUSTED = 0.7
-_PRIOR = (0.8, 0.15, 0.05)  # of each kind of mistakes
+_PRIOR = np.array([0.8, 0.15, 0.05])  # of each kind of mistakes
+_SAID = 0.5  # how far it is changed by what the suspicious pairs look like: their shares to this power
+_ROUNDS = 3  # of that, as it changes what is suspicious
 _LABEL = 1 / 200  # how much a pair counts that a person judged, all decoys together being one
 _CLEAR = 0.3  # log odds from which evidence is worth a word
 
@@ -52,15 +55,20 @@ def judge(evidence: Evidence, labels: np.ndarray | None = None) -> Judgement:
     labels = np.full(len(evidence.pairs), -1) if labels is None else labels
     trusted = (CANONICAL, FEATURES) if evidence.seen else MODELS
     used = [column for column, name in enumerate(evidence.names) if name.split(":")[0] in trusted]
-    weighed = _weigh(evidence, used, labels)
-    mixture = Mixture(weighed.pairs[evidence.sampled], _by_kind(weighed.decoys, evidence.kind), _PRIOR)
-    known = labels >= 0
-    mixture.learn(weighed.pairs[known], labels[known] == 1)
-    probability = mixture.probability(weighed.pairs)
-    probability[known] = labels[known]
+    known, probability = labels >= 0, np.zeros(len(labels))
+    for _ in range(2):  # what probably is wrong speaks less for what right pairs look like, once that is known
+        weighed = _weigh(evidence, used, labels, probability)
+        scores, signals = weighed.pairs[evidence.sampled], weighed.inputs[evidence.sampled]
+        mixture = Mixture(scores, _by_kind(weighed.decoys, evidence.kind), _PRIOR)
+        mixture.learn(weighed.pairs[known], labels[known] == 1)
+        mistakes = KindsOfMistakes(weighed.decoy_inputs, evidence.kind)
+        for _ in range(_ROUNDS):
+            mixture.expect(_PRIOR * mistakes.shares(signals, mixture.probability(scores)) ** _SAID)
+        probability = mixture.probability(weighed.pairs)
+        probability[known] = labels[known]
     right = 1 - probability[evidence.sampled]
     power = {
-        name: _weighted_auroc(weighed.pairs[evidence.sampled], right, decoys)
+        name: _weighted_auroc(scores, right, decoys)
         for name, decoys in zip(KINDS, _by_kind(weighed.decoys, evidence.kind), strict=True)
     }
     names = [evidence.names[column] for column in used]
@@ -80,16 +88,24 @@ class _Weighed:
     pairs: np.ndarray  # scores
     decoys: np.ndarray
     inputs: np.ndarray  # normal scores of the pairs
+    decoy_inputs: np.ndarray
     weights: np.ndarray
 
 
-def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray) -> _Weighed:
-    """Scores of pairs and decoys, each fold by weights from the others."""
+def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray, probability: np.ndarray) -> _Weighed:
+    """Scores of pairs and decoys, each fold by weights from the others.
+
+    Args:
+        evidence: of them.
+        used: its columns.
+        labels: see :func:`judge`.
+        probability: that a pair is wrong, as far as that is known: it counts as much less among the right ones.
+    """
     pairs, decoys = evidence.pairs[:, used], evidence.decoys[:, used]
     normal = NormalScores(np.concatenate([pairs[evidence.sampled], decoys]))
     pairs, decoys = normal(pairs), normal(decoys)
     taken = evidence.sampled | (labels >= 0)
-    share = np.where(labels >= 0, _LABEL, 1 / evidence.sampled.sum())[taken]
+    share = np.where(labels >= 0, _LABEL, (1 - probability) / (1 - probability[evidence.sampled]).sum())[taken]
     kinds = np.bincount(evidence.kind)
     decoy_share = 1 / len(kinds) / kinds[evidence.kind]
     inputs, wrong = np.concatenate([pairs[taken], decoys]), np.concatenate([labels[taken] == 1, np.ones(len(decoys))])
@@ -104,7 +120,7 @@ def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray) -> _Weig
         ):
             into[rows] = side[rows] @ weights[:-1] + weights[-1]
         found.append(weights[:-1])
-    return _Weighed(scores, decoy_scores, pairs, np.mean(found, axis=0))
+    return _Weighed(scores, decoy_scores, pairs, decoys, np.mean(found, axis=0))
 
 
 def _by_kind(values: np.ndarray, kind: np.ndarray) -> list[np.ndarray]:

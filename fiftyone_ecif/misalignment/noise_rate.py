@@ -7,7 +7,7 @@ growing is what tells ``r`` (mixture proportion estimation: Blanchard, Lee and S
 logistic function of the score this is a logistic regression of decoys against pairs with one more
 parameter (Ward et al. 2009).
 
-What decoys the wrong pairs resemble is not known, so each kind stands for a hypothesis.
+What decoys the wrong pairs resemble is not known for sure, so each kind stands for a hypothesis.
 """
 
 from __future__ import annotations
@@ -68,17 +68,23 @@ class Mixture:
         prior: of each kind.
     """
 
-    def __init__(self, scores: np.ndarray, decoys: Sequence[np.ndarray], prior: Sequence[float]) -> None:
+    def __init__(self, scores: np.ndarray, decoys: Sequence[np.ndarray], prior: Sequence[float] | np.ndarray) -> None:
         self._spread = float(np.concatenate([scores, *decoys]).std()) or 1.0
         fits = [_profile(scores / self._spread, kind / self._spread) for kind in decoys]
         width = np.gradient(_RATES) * (1 - _RATES) ** _DOUBT
-        weights = []
-        for (likelihood, _), share in zip(fits, prior, strict=True):
-            weight = np.exp((likelihood - likelihood.max()) / _TEMPER) * width
-            weights.append(share * weight / weight.sum())
-        self._weights = np.concatenate(weights)
+        weights = [np.exp((likelihood - likelihood.max()) / _TEMPER) * width for likelihood, _ in fits]
+        self._of_rates = np.stack([weight / weight.sum() for weight in weights])
         self._lines = np.concatenate([lines for _, lines in fits])
         self._rates = np.tile(_RATES, len(fits))
+        self._said = np.zeros(len(self._rates))  # log likelihood of what a person said
+        self.expect(prior)
+
+    def expect(self, prior: Sequence[float] | np.ndarray) -> None:
+        """Changes how probable each kind of mistakes is beforehand, in numbers that need not add up to one."""
+        weights = (np.asarray(prior)[:, None] * self._of_rates).flatten()
+        weights = weights * np.exp(self._said - self._said[weights > 0].max())
+        self._weights = weights / weights.sum()
+        self._prior = prior
 
     def learn(self, scores: np.ndarray, wrong: np.ndarray) -> None:
         """Takes in what a person said of some pairs, however they were chosen, by Bayes' rule.
@@ -87,12 +93,10 @@ class Mixture:
             scores: of these pairs.
             wrong: whether they are misaligned, shape ``(n,)``.
         """
-        likelihood = np.zeros(len(self._weights))
         for score, bad in zip(scores, wrong, strict=True):
             odds = self._lines @ np.array([1.0, score / self._spread])
-            likelihood += log_expit(odds if bad else -odds)
-        weights = self._weights * np.exp(likelihood - likelihood[self._weights > 0].max())
-        self._weights = weights / weights.sum()
+            self._said += log_expit(odds if bad else -odds)
+        self.expect(self._prior)
 
     @property
     def rate(self) -> NoiseRate:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -20,6 +22,7 @@ from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.inputs import Images, ImageTextBatches, loaded
 from fiftyone_ecif.store.disk_matrix import DiskMatrix
 
+T = TypeVar("T")
 _PROMPTS_AT_ONCE = 128
 
 
@@ -83,6 +86,13 @@ class DualEncoder(ABC):
         Raises:
             EcifError: if not even one input fits into memory
         """
+
+    def start(self, tower: str, inputs: Tensor) -> Callable[[], Tensor]:
+        """Begins with :meth:`features`, whose arguments it takes; what is returned gives them.
+
+        By default all is done then. A model on a device of its own can begin, and be given more meanwhile.
+        """
+        return partial(self.features, tower, inputs)
 
     @abstractmethod
     def scope(self, choice: ScopeChoice, seed: int = 0) -> Scope:
@@ -154,8 +164,12 @@ class DualEncoder(ABC):
             those that could not be read
         """
         pin = self.device.startswith("cuda")
-        for indices, images, failures in loaded(self.images(paths), batch_size, num_workers, pin):
-            yield indices, self.features("image", images) if indices else images, failures
+        begun = (
+            ((indices, failures), self.start("image", images) if indices else partial(torch.empty, 0))
+            for indices, images, failures in loaded(self.images(paths), batch_size, num_workers, pin)
+        )
+        for (indices, failures), features in _one_ahead(begun):
+            yield indices, features(), failures
 
     def images(self, paths: Sequence[str]) -> Images:
         """Image files, to be read when they are asked for."""
@@ -173,11 +187,9 @@ class DualEncoder(ABC):
         """
         parts = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
         with ThreadPoolExecutor(1) as pool:  # the next ones are split into tokens meanwhile
-            ahead = [pool.submit(self.tokens, part) for part in parts[:1]]
-            for number in range(len(parts)):
-                tokens = ahead.pop().result()
-                ahead += [pool.submit(self.tokens, part) for part in parts[number + 1 : number + 2]]
-                yield self.features("text", tokens)
+            tokens = _one_ahead(pool.submit(self.tokens, part) for part in parts)
+            for features in _one_ahead(self.start("text", each.result()) for each in tokens):
+                yield features()
 
     def prompts(self, choice: ScopeChoice, texts: Sequence[str]) -> Tensor:
         """Texts as the text tower of a scope takes them.
@@ -217,3 +229,12 @@ class DualEncoder(ABC):
             return FeatureBatches(*features, partition, self.placement, twins)
         images, tokens = self.images(paths), self.tokens(captions)
         return ImageTextBatches(images, tokens, self.device, partition, self.finish, twins)
+
+
+def _one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same, but each is asked for before the one ahead of it is given."""
+    last: list[T] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from torchvision.transforms import CenterCrop, Compose, Normalize, Resize
 from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import override
 
-from fiftyone_ecif.devices import choose_device
+from fiftyone_ecif.devices import choose_device, fetch
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
@@ -260,7 +260,6 @@ class OpenClipEncoder(DualEncoder):
             tokens = _without_padding(tokens)
         return tokens.to(self.device)
 
-    @torch.no_grad()
     def features(self, tower: str, inputs: Tensor) -> Tensor:
         """What a tower's head takes, or the embeddings of a tower without one.
 
@@ -274,13 +273,27 @@ class OpenClipEncoder(DualEncoder):
         Raises:
             EcifError: if not even one input fits into the device's memory
         """
-        found: list[Tensor] = []
+        return self._begin(tower, inputs, self._half)()
+
+    @override
+    def start(self, tower: str, inputs: Tensor) -> Callable[[], Tensor]:
+        return self._begin(tower, inputs, self._half) if self._half else super().start(tower, inputs)
+
+    @torch.no_grad()
+    def _begin(self, tower: str, inputs: Tensor, half: bool) -> Callable[[], Tensor]:
+        """Gives the device all of the work; what is returned gives the features.
+
+        They are in half precision, if that is asked for and none of them becomes too large for it.
+        """
+        parts: list[Callable[[], Tensor]] = []
         start = 0
         while start < len(inputs):
             part = inputs[start : start + self._at_once]
             try:
-                part = part.to(self.device, non_blocking=True)
-                features = self._run_half(tower, self.finish(part) if tower == "image" else part)
+                ready = part.to(self.device, non_blocking=True)
+                ready = self.finish(ready) if tower == "image" else ready
+                with torch.autocast(torch.device(self.device).type, torch.float16, enabled=half):
+                    features = self._run(tower, ready, self.heads[tower])
             except torch.OutOfMemoryError as error:
                 if len(part) == 1:
                     raise EcifError(
@@ -289,17 +302,14 @@ class OpenClipEncoder(DualEncoder):
                     ) from error
                 self._at_once = len(part) // 2
                 continue
-            found.append(features.float().cpu())
+            parts.append(fetch(features.float()))
             start += len(part)
-        return torch.cat(found)
 
-    def _run_half(self, tower: str, inputs: Tensor) -> Tensor:
-        """Features in half precision where that is meant to be and none of them becomes too large for it."""
-        with torch.autocast(torch.device(self.device).type, torch.float16, enabled=self._half):
-            features = self._run(tower, inputs, self.heads[tower])
-        if self._half and not features.isfinite().all():
-            return self._run(tower, inputs, self.heads[tower])
-        return features
+        def give() -> Tensor:
+            found = torch.cat([part() for part in parts])
+            return self._begin(tower, inputs, half=False)() if half and not found.isfinite().all() else found
+
+        return give
 
     def _run(self, tower: str, inputs: Tensor, head: Head | None) -> Tensor:
         """A tower's embeddings or, if a head is given, what that takes."""

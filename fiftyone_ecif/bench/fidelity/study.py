@@ -54,7 +54,7 @@ class Study:
 
     def influence(self, solution: Tensor, role: str = "exact") -> tuple[np.ndarray, np.ndarray]:
         """The positive and the negative part for every pair, ``(N,)`` each."""
-        positive, negative = result_of(direct_influence(self.objective, self.theta, [solution], role))
+        positive, negative, _ = result_of(direct_influence(self.objective, self.theta, [solution], role))
         return positive[0], negative[0]
 
     def change(self, theta: Tensor) -> float:

@@ -396,7 +396,7 @@ def _fit(
     gradient, _ = Contrastive().make(scope, aims).gradient_and_value(theta)
     steps = solve(hessian_at(objective, theta), gradient, tolerance=1e-2)
     solution = follow(solving(steps), progress=False).vector
-    positive, negative = follow(direct_influence(objective, theta, [solution], "exact"), progress=False)
+    positive, negative, _ = follow(direct_influence(objective, theta, [solution], "exact"), progress=False)
     duplicates = find_duplicates(features[0], captions)
     return DetectorInputs(objective, theta, duplicates, gradients, (positive + negative)[0], seed)
 

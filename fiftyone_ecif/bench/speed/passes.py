@@ -228,7 +228,10 @@ def _linear_hooks(model: Any, batch: Any) -> Callable[[], Any]:
     """LoGra of all linear layers that hooks see, of 4 by 4 random directions each."""
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     generator = torch.Generator().manual_seed(0)
-    sides = [[torch.randn(size, 4, generator=generator) for size in layer.weight.shape[::-1]] for layer in layers]
+    sides = [
+        [torch.randn(size, 4, generator=generator).to(layer.weight) for size in layer.weight.shape[::-1]]
+        for layer in layers
+    ]
 
     def run() -> list[Tensor]:
         seen: dict[int, tuple[Tensor, Tensor]] = {}

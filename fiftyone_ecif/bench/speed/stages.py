@@ -54,7 +54,7 @@ _SHOWN = 64  # what images and captions have in common
 _BATCH = 256
 _TARGET = 1024
 _NEIGHBOURS = 30
-_DETECTED = 100_000  # pairs at most, so that a report takes minutes
+_ON_CPU = 100_000  # pairs at most that all others are searched for, so that a report takes minutes
 _DIFFERENT = 256  # photographs; making them takes longer than encoding
 
 
@@ -77,8 +77,9 @@ def run(device: str, pairs: Sequence[int], models: Sequence[str], photographs: i
         "stages": [],
     }
     for model in models:
-        found["encoders"].append(encoder(model, photographs, device))
-        keep(found)
+        for row in encoder(model, photographs, device):
+            found["encoders"].append(row)
+            keep(found)
     for where, count in dict.fromkeys([*[(device, count) for count in pairs], ("cpu", min(pairs))]):
         for row in heads(count, where):
             found["stages"].append(row)
@@ -90,7 +91,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     """All tables, under a heading each."""
     titles = {
         "limits": "What the devices can do at best",
-        "encoders": "Encoding JPEG files, beside forward passes and decoding alone",
+        "encoders": "Encoding JPEG files and captions, beside forward passes and reading alone",
         "stages": "Stages of a job on the heads, 768 and 512 to 512, from synthetic features",
     }
     parts = [f"{found['machine']}, {found['date']}.\n"]
@@ -179,19 +180,27 @@ def heads(pairs: int, device: str, dtype: torch.dtype | None = None) -> Iterator
         yield watch.row("effects", kept.effects)
         vectors = influence_vectors(kept.curvature(), kept.target("target", _TARGET).gradient[:100], pairs)
         yield watch.row("trace 100 from the store", lambda: kept.influence(vectors))
-    if pairs <= 100_000 or torch.device(device).type == "cuda":
+    if pairs <= _ON_CPU or torch.device(device).type == "cuda":
         parts = torch.split(features[0], 2**16)
         images = torch.cat([scope.embed_images(theta, part.to(theta)).float() for part in parts])
         yield watch.row("neighbours, one search", lambda: nearest(images, _NEIGHBOURS, device=device))
-    if pairs <= _DETECTED:
         captions = [str(number) for number in range(pairs)]
         duplicates = find_duplicates(features[0], captions, device)
         inputs = DetectorInputs(objective, theta, duplicates, device=device)
         yield watch.row("detect misaligned pairs", lambda: judge(result_of(gather_evidence(inputs))))
 
 
-def encoder(model: str, pairs: int, device: str) -> Row:
-    """Pairs a second from JPEG files to features, with random weights, beside forward passes and decoding alone."""
+def encoder(model: str, pairs: int, device: str) -> Iterator[Row]:
+    """Inputs a second of each tower with random weights, beside forward passes and reading alone.
+
+    Args:
+        model: of open_clip.
+        pairs: JPEG files of 640 by 480 pixels, and as many captions.
+        device: of torch.
+
+    Yields:
+        a row a tower. What is read are images, decoded and resized, or captions, split into tokens
+    """
     with tempfile.TemporaryDirectory(prefix="ecif-stages-") as name:
         folder = Path(name)
         made_once = make_photographs(folder, min(pairs, _DIFFERENT))
@@ -199,35 +208,43 @@ def encoder(model: str, pairs: int, device: str) -> Row:
         torch.manual_seed(0)
         torch.save(open_clip.create_model(model).state_dict(), folder / "model.pt")
         made = OpenClipEncoder(model, str(folder / "model.pt"), device)
-        batch, workers = made.batch_size, default_readers()
+        batch, readers = made.batch_size, default_readers()
         pixels = made.finish(torch.stack([made.preprocess(Image.open(path)) for path in paths[:batch]]).to(device))
-        tokens = made.tokens(captions[:batch])
-        half = torch.device(device).type == "cuda"
+        towers: dict[str, tuple[Tensor, Callable[[], Iterator[Any]], Callable[[], Iterator[Any]]]] = {
+            "image": (
+                pixels,
+                lambda: made.image_features(paths, batch, readers),
+                lambda: loaded(made.images(paths), batch, readers),
+            ),
+            "text": (
+                made.tokens(captions[:batch]),
+                lambda: made.text_features(captions, batch),
+                lambda: (made.tokens(captions[start : start + batch]) for start in range(0, pairs, batch)),
+            ),
+        }
+        for tower, (inputs, encode, read) in towers.items():
+            run = Tower(made.model, tower)
+            ways = {"encode": partial(_exhaust, encode), "forward": partial(_forward, run, inputs, pairs, device)}
+            for way in ways.values():
+                way()
+            found = side_by_side(3, ways | {"read": partial(_exhaust, read)})
+            rates = {f"{way}_per_s": pairs / seconds for way, seconds in found.items()}
+            yield {"model": model, "tower": tower, **rates, "utilisation": found["forward"] / found["encode"]}
 
-        @torch.no_grad()
-        def forward() -> None:
-            with torch.autocast(torch.device(device).type, torch.float16, enabled=half):
-                for start in range(0, pairs, batch):
-                    size = min(batch, pairs - start)
-                    Tower(made.model, "image")(pixels[:size])
-                    Tower(made.model, "text")(tokens[:size])
-            wait_for(device)
 
-        def encode() -> None:
-            for _ in made.image_features(paths, batch, workers):
-                pass
-            for _ in made.text_features(captions, batch):
-                pass
+def _exhaust(make: Callable[[], Iterator[Any]]) -> None:
+    for _ in make():
+        pass
 
-        def decode() -> None:
-            for _ in loaded(made.images(paths), batch, workers):
-                pass
 
-        forward()
-        encode()
-        found = side_by_side(3, {"encode": encode, "forward": forward, "decode": decode})
-    rates = {f"{name}_pairs_per_s": pairs / seconds for name, seconds in found.items()}
-    return {"model": model, **rates, "utilisation": rates["encode_pairs_per_s"] / rates["forward_pairs_per_s"]}
+@torch.no_grad()
+def _forward(run: Callable[[Tensor], Tensor], inputs: Tensor, count: int, device: str) -> None:
+    """As many inputs as ``count``, in batches of those given."""
+    kind = torch.device(device).type
+    with torch.autocast(kind, torch.float16, enabled=kind == "cuda"):
+        for start in range(0, count, len(inputs)):
+            run(inputs[: count - start])
+    wait_for(device)
 
 
 class _Watch:

@@ -318,6 +318,30 @@ def test_a_text_tower_that_looks_ahead_gets_its_padding(load, monkeypatch):
     assert encoder.tokens(CAPTIONS).shape[1] == 8
 
 
+def test_a_batch_is_begun_before_the_one_ahead_of_it_is_waited_for(load, paths, monkeypatch):
+    encoder, events = load("ecif-test-vit"), []
+    expected = run_features(encoder, paths)
+
+    def start(tower, inputs):
+        number = sum(event == "begun" for event in events)
+        events.append("begun")
+
+        def give():
+            events.append(f"{number} given")
+            return encoder.features(tower, inputs)
+
+        return give
+
+    monkeypatch.setattr(encoder, "start", start)
+    found = torch.cat([rows for _, rows, _ in encoder.image_features(paths, 1, 0)])
+    assert events == ["begun", "begun", "0 given", "begun", "1 given", "2 given"]
+    torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
+    events.clear()
+    found = torch.cat(list(encoder.text_features(CAPTIONS, 1)))
+    assert events[:3] == ["begun", "begun", "0 given"]
+    torch.testing.assert_close(found, expected[1], rtol=1e-4, atol=1e-5)
+
+
 def test_memory_that_runs_out_costs_smaller_batches_only(load, paths, monkeypatch):
     encoder = load("ecif-test-vit")
     expected = run_features(encoder, paths)

@@ -6,6 +6,7 @@ from curvlinops import HessianLinearOperator
 
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence import linear_solve
+from fiftyone_ecif.influence import objective as module
 from fiftyone_ecif.influence.fitting import minimise
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.linear_solve import conjugate_gradient, mean_eigenvalue, solve
@@ -71,6 +72,16 @@ def test_the_gradient_scale_is_a_pairs_gradient():
         squares += jacobian(start).square().sum(1).tolist()
     expected = torch.tensor(squares).mean().sqrt().item()
     assert objective.gradient_scale(start).item() == pytest.approx(expected, rel=0.3)
+
+
+def test_the_gradient_scale_of_many_pairs_is_that_of_the_first(monkeypatch):
+    objective = make_objective(pairs=400, batch_size=10)
+    whole = objective.gradient_scale(objective.scope.start).item()
+    monkeypatch.setattr(module, "_TYPICAL", 200)
+    found = objective.gradient_scale(objective.scope.start)
+    torch.testing.assert_close(found, objective.sample(200).gradient_scale(objective.scope.start))
+    assert found.item() != whole
+    assert found.item() == pytest.approx(whole, rel=0.3)
 
 
 def test_hessian_products_equal_curvlinops():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fiftyone_ecif.influence import projections
 from fiftyone_ecif.influence.head_gradients import HeadProjection, removal_gradients
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
@@ -156,7 +157,7 @@ def test_project_and_lift_are_adjoint_and_inverse(made, with_scale):
 @each_scale_scope
 @each_kind
 def test_jacobians_equal_autograd(made, with_scale, kind):
-    scope, batch, draw = _problem(with_scale=with_scale, kind=kind)
+    scope, batch, draw = _problem(n=11, with_scale=with_scale, kind=kind)
     projection = make_projection(made, scope, draw)
     theta = scope.start + 0.05
     function = lambda at: scope.loss.pair_losses(scope.similarity(at, batch))  # noqa: E731
@@ -255,6 +256,19 @@ def test_a_gradient_basis_spans_the_pairs_gradients():
         left = gradients - gradients @ basis @ basis.T
         assert left.norm() < 1e-8 * gradients.norm()
     assert gradient_basis(scope.start, [(objective, 3), (objective, 2)]).shape == (len(scope.start), 5)
+
+
+def test_directions_of_many_pairs_are_those_of_the_first(monkeypatch):
+    scope, (images, texts), _ = _problem(n=40, widths=(30, 20), d=18)
+    objective = ContrastiveLoss(scope, FeatureBatches(images, texts, random_partition(40, 10, 0)), 40)
+    monkeypatch.setattr(projections, "_VARIED", 20)
+    found = KroneckerProjection.choose(objective, scope.start, [])
+    for pairs, near in ((20, True), (40, False)):
+        stacks = objective.sample(pairs).own_stacks()
+        expected = principal_projection(scope, scope.start, stacks)
+        for head, other in zip(found.heads, expected.heads, strict=True):
+            overlap = (head.input.T.double() @ other.input).square().sum().item()  # of the spaces, in dimensions
+            assert (overlap > 16 - 1e-6) == near
 
 
 def test_a_principal_projection_of_full_rank_loses_nothing():

@@ -153,7 +153,7 @@ def test_a_target_loss_of_ones_own_is_what_pairs_are_scored_on(score, problem):
     expected = result_of(direct_influence(objective, scope.start, [gradient], "exact"))
     found = score("own_logit", "identity")
     assert found.diagnostics["target_loss"] == pytest.approx(loss(point).item())
-    for part, other in zip((found.positive, found.negative), expected, strict=True):
+    for part, other in zip((found.positive, found.negative), expected[:2], strict=True):
         assert np.abs(other).min() > 0
         np.testing.assert_allclose(part, other)
 

@@ -76,6 +76,13 @@ def test_stacks_change_nothing(objective, stacked, monkeypatch):
         torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_scores_come_with_the_mean_loss(objective, stacked):
+    theta = objective.scope.start + 0.1 * draw(len(objective.scope.start), seed=3)
+    found = result_of(direct_influence(objective, theta, [theta, draw(len(theta), seed=4)], "exact"))
+    unpulled = ContrastiveLoss(objective.scope, objective.batches, PAIRS).loss(theta)
+    assert found.loss == pytest.approx(unpulled.item(), rel=1e-12)
+
+
 def test_closed_form_is_the_derivative(objective, stacked):
     theta = objective.scope.start + 0.1 * draw(len(objective.scope.start), seed=3)
     vector = draw(len(theta), seed=4)

@@ -20,7 +20,7 @@ def features(pairs=500, seed=0):
 
 def test_without_a_ridge_directions_have_the_canonical_correlations():
     images, texts = features()
-    heads = canonical_heads(images, texts, 0.0)
+    heads = canonical_heads(images, texts, torch.ones(len(images)), 0.0)
     left, right = ((side - heads.means[n]) @ heads.heads[n] for n, side in enumerate((images, texts)))
     whole = np.corrcoef(left.T.numpy(), right.T.numpy())
     size = left.shape[1]
@@ -35,7 +35,7 @@ def test_without_a_ridge_directions_have_the_canonical_correlations():
 
 def test_directions_are_weighted_by_the_root_of_their_correlation():
     images, texts = features()
-    heads = canonical_heads(images, texts, 0.0)
+    heads = canonical_heads(images, texts, torch.ones(len(images)), 0.0)
     left = (images - heads.means[0]) @ heads.heads[0]
     right = (texts - heads.means[1]) @ heads.heads[1]
     correlation = np.diag(np.corrcoef(left.T.numpy(), right.T.numpy())[:5, 5:])
@@ -45,7 +45,7 @@ def test_directions_are_weighted_by_the_root_of_their_correlation():
 def test_pairs_that_belong_together_are_near_and_others_are_not():
     images, texts = features()
     held_images, held_texts = features(seed=0)
-    u, v = canonical_heads(images[:400], texts[:400], 0.3).embed(held_images[400:], held_texts[400:])
+    u, v = canonical_heads(images[:400], texts[:400], torch.ones(400), 0.3).embed(held_images[400:], held_texts[400:])
     similarity = u @ v.T
     assert similarity.diagonal().mean() > 0.5
     assert abs(similarity.mean()) < 0.1
@@ -56,4 +56,15 @@ def test_fewer_pairs_than_features_and_constant_features_are_no_error():
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(10, 30, generator=generator), torch.randn(10, 20, generator=generator)
     images[:, 3] = 1.0
-    assert all(side.isfinite().all() for side in canonical_heads(images, texts, 0.3).embed(images, texts))
+    heads = canonical_heads(images, texts, torch.ones(10), 0.3)
+    assert all(side.isfinite().all() for side in heads.embed(images, texts))
+
+
+def test_a_weight_counts_as_so_many_equal_pairs():
+    images, texts = features()
+    weights = torch.arange(len(images)) % 4
+    rows = torch.arange(len(images)).repeat_interleave(weights)
+    repeated = canonical_heads(images[rows], texts[rows], torch.ones(len(rows)), 0.3)
+    weighed = canonical_heads(images, texts, weights, 0.3)
+    for found, expected in zip(weighed.embed(images, texts), repeated.embed(images, texts), strict=True):
+        torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=1e-5, atol=1e-6)

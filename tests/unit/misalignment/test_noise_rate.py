@@ -78,3 +78,14 @@ def test_scores_that_do_not_vary_are_no_error():
 def test_it_says_what_it_means():
     assert str(NoiseRate(0.2, 0.1, 0.3)) == "About 20% of the captions are wrong (10% to 30%)"
     assert not NoiseRate(0.2, 0.0, TOO_WIDE).told
+
+
+def test_what_is_expected_can_change_and_what_was_said_stays():
+    found, wrong, decoys = scores(0.2, apart=1.5)
+    changed, other = Mixture(found, decoys, PRIOR), Mixture(found, decoys, (0, 0, 1))
+    for mixture in (changed, other):
+        mixture.learn(found[:40], wrong[:40])
+    assert changed.rate != other.rate
+    changed.expect((0, 0, 3))
+    np.testing.assert_allclose(changed.rate, other.rate)
+    np.testing.assert_allclose(changed.probability(found), other.probability(found))
