@@ -14,7 +14,6 @@ _KEPT_ON_CPU = 2**28  # bytes; what a run keeps beside its data is small beside 
 _SHARE = 0.4  # of a GPU's free memory, for one thing that is kept there
 _STACKED = {"cpu": 2**16, "gpu": 2**24}  # similarities computed at once
 _UNWATCHED = {"cpu": 1, "gpu": 8}  # steps between two looks at what they came to
-_SAMPLES = {"cpu": 32, "gpu": 256}  # images or captions back-propagated at once
 _PULLED = {"cpu": 8, "gpu": 32}  # losses of a batch back-propagated at once
 
 
@@ -94,11 +93,6 @@ class Placement:
     @property
     def _kind(self) -> str:
         return "cpu" if torch.device(self.device).type == "cpu" else "gpu"
-
-    @property
-    def samples(self) -> int:
-        """How many images or captions are worth back-propagating at once."""
-        return _SAMPLES[self._kind]
 
     @property
     def pulled(self) -> int:

@@ -93,7 +93,8 @@ class Projection(ABC):
             batch: what the scope embeds.
             role ("exact"): one of ``roles.ROLES``.
             tolerance (0.01): see :func:`tower_gradients`; in closed form there is no error.
-            embeddings (None): of the batch before normalisation, if they are known, ``(n, d)`` each.
+            embeddings (None): of the batch before normalisation, ``(n, d)`` each, which the closed form need not
+                compute if they are known.
         """
 
     def coarse(self) -> Projection:
@@ -179,7 +180,7 @@ class BasisProjection(Projection):
         tolerance: float = TOLERANCE,
         embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return tower_gradients(self.scope, theta, batch, role, self.basis, tolerance, embeddings)[0]
+        return tower_gradients(self.scope, theta, batch, role, self.basis, tolerance)[0]
 
     @override
     def jacobian(self, function: Callable[[Scope, Tensor], Tensor], theta: Tensor) -> Tensor:

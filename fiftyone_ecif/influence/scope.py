@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,21 @@ from torch.nn.functional import normalize
 
 from fiftyone_ecif.influence.losses import BatchLoss, SparingLoss
 
-_CHUNK = 32  # gradients at a time, of all parameters each
+#: The names of the towers, as batches have them.
+TOWERS = ("image", "text")
+
+
+class SampleGradients(NamedTuple):
+    """Embeddings of samples, and what they are back-propagated to.
+
+    Attributes:
+        embeddings: before normalisation, shape ``(n, d)``.
+        along: gives for a direction of each embedding, ``(n, d)``, the gradient of the embedding along it, ``(n, r)``;
+            it may be called several times.
+    """
+
+    embeddings: Tensor
+    along: Callable[[Tensor], Tensor]
 
 
 class Scope(ABC):
@@ -77,44 +92,39 @@ class Scope(ABC):
         """Image and caption embeddings of a batch before normalisation, ``(n, d)`` each."""
         return self.embed_images(theta, batch[0]), self.embed_captions(theta, batch[1])
 
-    def sample_gradients(
-        self, theta: Tensor, tower: str, inputs: Any, directions: Tensor, basis: Tensor | None = None
-    ) -> Tensor:
-        """Gradients of each embedding of one tower, before normalisation, along some directions of its own.
+    def sample_gradients(self, theta: Tensor, tower: str, inputs: Any, basis: Tensor | None = None) -> SampleGradients:
+        """Gradients of each embedding of one tower, along a direction of its own.
 
         Args:
             theta: the parameters, shape ``(p,)``.
-            tower: ``"image"`` or ``"text"``.
+            tower: one of :data:`TOWERS`.
             inputs: what that tower takes, of ``n`` samples.
-            directions: shape ``(n, q, d)``.
             basis (None): directions to keep coordinates of, ``(p, r)``; by default
                 all of the gradient.
-
-        Returns:
-            shape ``(n, q, r)``
         """
         embed = self.embed_images if tower == "image" else self.embed_captions
-        return gradients_one_by_one(embed, theta, inputs, directions, basis)
+        along = gradients_one_by_one(embed, theta, inputs, basis)
+        with torch.no_grad():
+            return SampleGradients(embed(theta, inputs), along)
 
 
 def gradients_one_by_one(
-    embed: Callable[[Tensor, Any], Tensor], theta: Tensor, inputs: Any, directions: Tensor, basis: Tensor | None
-) -> Tensor:
-    """What :meth:`Scope.sample_gradients` gives, by autograd for one sample after another.
+    embed: Callable[[Tensor, Any], Tensor], theta: Tensor, inputs: Any, basis: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """What :class:`SampleGradients` has as ``along``, by autograd for one sample after another.
 
     Args:
         embed: makes of parameters and ``n`` inputs the embeddings, ``(n, d)``.
-        theta, inputs, directions, basis: as there.
+        theta, inputs, basis: as in :meth:`Scope.sample_gradients`.
     """
 
-    def of_one(sample: Any, along: Tensor) -> Tensor:
-        pull_back = vjp(lambda at: embed(at, sample[None])[0], theta)[1]
+    def embed_one(sample: Any, at: Tensor) -> Tensor:
+        return embed(at, sample[None])[0]
 
-        def coordinates(direction: Tensor) -> Tensor:
-            gradient: Tensor = pull_back(direction)[0]
-            return gradient if basis is None else gradient @ basis
+    pulls_back = [vjp(partial(embed_one, sample), theta)[1] for sample in inputs]
 
-        rows: Tensor = torch.vmap(coordinates, chunk_size=_CHUNK)(along)
-        return rows
+    def along(directions: Tensor) -> Tensor:
+        rows = torch.stack([one(direction)[0] for one, direction in zip(pulls_back, directions, strict=True)])
+        return rows if basis is None else rows @ basis
 
-    return torch.stack([of_one(sample, along) for sample, along in zip(inputs, directions, strict=True)])
+    return along

@@ -124,6 +124,26 @@ class LayerCalls(TorchFunctionMode):
             yield self._names[id(value)]
 
 
+class _Layer(NamedTuple):
+    """A call with all that is the same in every backward pass.
+
+    Attributes:
+        call: as it was seen.
+        place: the dimension of its input that has the samples.
+        minor: whether the sample changes fastest in it.
+        inputs: by sample, ``(n, t, w)``.
+        narrow: the inputs after ``A`` of an adapter on the weight, ``(n, r, t)``; None without one.
+        b: ``B`` of that adapter, transposed.
+    """
+
+    call: LayerCall
+    place: int
+    minor: bool
+    inputs: Tensor
+    narrow: Tensor | None = None
+    b: Tensor | None = None
+
+
 class SampleLayers:
     """A tower's forward pass, and the gradients of its weights for each sample apart.
 
@@ -131,18 +151,27 @@ class SampleLayers:
         run: the tower, which computes the embedding of each sample from that sample alone.
         inputs: of ``n`` samples, indexed by them.
         weights: by name, as ``run`` uses them.
+        adapters: ``{name: (A, B)}`` of the weights that vary through those, whose gradients are then given.
 
     Attributes:
+        embeddings: what came out, shape ``(n, d)``.
         names: of the weights whose gradients can be had, because all that is done with them was seen.
     """
 
-    def __init__(self, run: Callable[[Any], Tensor], inputs: Any, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        run: Callable[[Any], Tensor],
+        inputs: Any,
+        weights: Mapping[str, Tensor],
+        adapters: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> None:
         with torch.no_grad(), LayerCalls(weights) as alone:
             run(inputs[:1])
         with torch.enable_grad(), LayerCalls(weights) as seen:
             self._embeddings = run(inputs)
+        self.embeddings = self._embeddings.detach()
         self._count = len(inputs)
-        self._layouts: list[tuple[LayerCall, int, bool]] = []
+        self._layers: list[_Layer] = []
         used = {name for call in seen.calls for name in call.names if name}
         hidden = alone.elsewhere | seen.elsewhere
         if [call.names for call in alone.calls] != [call.names for call in seen.calls]:
@@ -151,43 +180,46 @@ class SampleLayers:
             layout = _sample_places(one.inputs, call.inputs, self._count)
             if layout is None or call.overwritten:
                 hidden.update(filter(None, call.names))
-            else:
-                self._layouts.append((call, *layout))
+                continue
+            layer = _Layer(call, *layout, _by_sample(call.inputs, self._count, *layout))
+            if call.names[0] in adapters:
+                a, b = adapters[call.names[0]]
+                layer = layer._replace(narrow=linear(layer.inputs, a).mT, b=b.T.contiguous())
+            self._layers.append(layer)
         self.names = used - hidden
 
-    def gradients(
-        self, directions: Tensor, adapters: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def gradients(self, directions: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Gradients of the embeddings along a direction of each one's own; a weight used twice comes twice.
 
         Args:
             directions: shape ``(n, d)``.
-            adapters: ``{name: (A, B)}`` of the weights that vary through those, whose gradients are then given.
 
         Yields:
             the name of a weight and its gradient of each sample, ``(n, size)``
         """
-        outputs = [call.outputs for call, _, _ in self._layouts]
+        outputs = [layer.call.outputs for layer in self._layers]
         found = torch.autograd.grad(self._embeddings, outputs, directions, retain_graph=True, allow_unused=True)
-        for (call, place, minor), slopes in zip(self._layouts, found, strict=True):
-            if slopes is None:  # the embeddings do not depend on it
+        for layer, whole in zip(self._layers, found, strict=True):
+            if whole is None:  # the embeddings do not depend on it
                 continue
-            inputs, slopes = (_by_sample(each, self._count, place, minor) for each in (call.inputs, slopes))
-            weight, bias = (name if name in self.names else None for name in call.names)
+            slopes = self._by_sample(whole, layer)
+            weight, bias = (name if name in self.names else None for name in layer.call.names)
             if bias is not None:
                 yield bias, slopes.sum(1)
             if weight is None:
                 continue
-            if call.normalises:
-                yield weight, (inputs * slopes).sum(1)
-            elif weight in adapters:
+            if layer.call.normalises:
+                yield weight, (layer.inputs * slopes).sum(1)
+            elif layer.narrow is not None and layer.b is not None:
                 # products in the order and layout in which narrow matrices are multiplied fast
-                a, b = adapters[weight]
-                of_a = linear(slopes, b.T.contiguous()).mT @ inputs
-                of_b = (linear(inputs, a).mT @ slopes).mT
+                of_a = self._by_sample(linear(whole, layer.b), layer).mT @ layer.inputs
+                of_b = (layer.narrow @ slopes).mT
                 yield weight, torch.cat([part.flatten(1) for part in (of_a, of_b)], 1)
             else:
-                yield weight, (slopes.mT @ inputs).flatten(1)
+                yield weight, (slopes.mT @ layer.inputs).flatten(1)
+
+    def _by_sample(self, tensor: Tensor, layer: _Layer) -> Tensor:
+        return _by_sample(tensor, self._count, layer.place, layer.minor)
 
 
 def _sample_places(alone: Tensor, batch: Tensor, count: int) -> tuple[int, bool] | None:

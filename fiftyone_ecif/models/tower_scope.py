@@ -21,7 +21,7 @@ from typing_extensions import override
 from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.losses import BatchLoss
 from fiftyone_ecif.influence.objective import Batches
-from fiftyone_ecif.influence.scope import Scope, gradients_one_by_one
+from fiftyone_ecif.influence.scope import SampleGradients, Scope, gradients_one_by_one
 from fiftyone_ecif.influence.scope_choice import ScopeChoice
 from fiftyone_ecif.models.entered_batches import EnteredBatches
 from fiftyone_ecif.models.flat_layers import FlatLayers, merge
@@ -152,39 +152,39 @@ class TowerScope(Scope):
 
     @override
     def sample_gradients(
-        self, theta: Tensor, tower: str, inputs: Tensor | Activations, directions: Tensor, basis: Tensor | None = None
-    ) -> Tensor:
+        self, theta: Tensor, tower: str, inputs: Tensor | Activations, basis: Tensor | None = None
+    ) -> SampleGradients:
         """As :meth:`Scope.sample_gradients`: from the inputs of layers and the gradients of their outputs.
 
         What is not in a layer that can be seen is differentiated one sample after another.
         """
         mine = self._own(tower)
-        adapters = self.adapters(theta)
         weights = {name: value for name, value in self.parameters(theta).items() if name in mine}
-        size = len(theta) if basis is None else basis.shape[1]
-        found = theta.new_zeros(*directions.shape[:2], size)
-        layers = SampleLayers(partial(self._run, tower, weights), inputs, weights)
+        with differentiable_attention():  # whose derivative is also the faster one
+            layers = SampleLayers(partial(self._run, tower, weights), inputs, weights, self.adapters(theta))
         places = self._places()
-        for number, direction in enumerate(directions.unbind(1) if layers.names else ()):
-            for name, rows in layers.gradients(direction, adapters):
-                if basis is None:
-                    found[:, number, places[name]] += rows
-                else:
-                    found[:, number] += rows @ basis[places[name]]
         rest = [torch.arange(places[name].start, places[name].stop) for name in weights if name not in layers.names]
-        if rest:
-            within = torch.cat(rest).to(theta.device)
+        within = torch.cat(rest).to(theta.device) if rest else None
+        if within is not None:
 
             def embed(at: Tensor, samples: Tensor | Activations) -> Tensor:
                 return self._embed(tower, theta.index_copy(0, within, at), samples)
 
-            kept = None if basis is None else basis[within]
-            rows = gradients_one_by_one(embed, theta[within], inputs, directions, kept)
-            if basis is None:
-                found[:, :, within] += rows
-            else:
-                found += rows
-        return found
+            others = gradients_one_by_one(embed, theta[within], inputs, None if basis is None else basis[within])
+
+        def along(directions: Tensor) -> Tensor:
+            found = theta.new_zeros(len(directions), len(theta) if basis is None else basis.shape[1])
+            for name, rows in layers.gradients(directions) if layers.names else ():
+                if basis is None:
+                    found[:, places[name]] += rows
+                else:
+                    found.addmm_(rows, basis[places[name]])
+            if within is not None:
+                rows = others(directions)
+                found = found.index_add(1, within, rows) if basis is None else found + rows
+            return found
+
+        return SampleGradients(layers.embeddings, along)
 
     def _places(self) -> dict[str, slice]:
         """Where the parameters of each name, or its adapter's, are in the flat vector."""

@@ -1,4 +1,4 @@
-"""The pulls on embeddings against autograd, and their leading directions against a full decomposition."""
+"""The pulls on embeddings against autograd, and what is taken out of them against a full decomposition."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
-from fiftyone_ecif.influence.pulls import Pulls
+from fiftyone_ecif.influence.pulls import Pulls, Remainder
 
 LOSSES = {"softmax": (SoftmaxLoss(), 0.0), "sigmoid": (SigmoidLoss(), -2.0)}
 
@@ -20,17 +20,12 @@ def make_pulls(kind, count, width, scale=20.0):
     return scope, sides, Pulls(scope, scope.loss, scope.start, *sides)
 
 
-def all_of(pulls, count):
-    return torch.stack([pulls.of(tower, torch.arange(count)) for tower in (0, 1)])
-
-
 @pytest.mark.parametrize("kind", LOSSES)
 def test_pulls_are_the_derivative_of_the_roles(kind):
     scope, sides, pulls = make_pulls(kind, 5, 4)
     for tower in (0, 1):
-        rows = torch.tensor([3, 1])
-        found = pulls.of(tower, rows)
-        assert found.shape == (2, 2, 5, 4)
+        found = pulls.of(tower)
+        assert found.shape == (5, 2, 5, 4)
 
         def roles(own, tower=tower):
             images, captions = (own, sides[1]) if tower == 0 else (sides[0], own)
@@ -43,31 +38,40 @@ def test_pulls_are_the_derivative_of_the_roles(kind):
             positive = scope.loss.own_losses(similarity)
             return torch.stack([positive, torch.stack(changes) - positive])
 
-        expected = torch.autograd.functional.jacobian(roles, sides[tower]).movedim(2, 0)[rows]
-        expected = expected * sides[tower][rows].norm(dim=1)[:, None, None, None]
+        expected = torch.autograd.functional.jacobian(roles, sides[tower]).movedim(2, 0)
+        expected = expected * sides[tower].norm(dim=1)[:, None, None, None]
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize(("count", "width"), [(6, 12), (12, 6), (40, 64)])
-@pytest.mark.parametrize("neglected", [0.0, 1e-3, 0.05])
-def test_no_more_is_left_out_than_may_be(kind, count, width, neglected):
-    _, sides, pulls = make_pulls(kind, count, width)
-    whole, left_out = all_of(pulls, count), 0.0
-    for tower, found in enumerate(pulls.leading(neglected)):
-        taken = torch.arange(found.directions.shape[1]) < found.needed[:, None]
-        along = found.coefficients * taken[:, None, None]
-        made = torch.einsum("kamq,kqd,k->kamd", along, found.directions, sides[tower].norm(dim=1))
-        left_out += (made - whole[tower]).square().sum()
-    assert left_out.sqrt() <= neglected * whole.norm() + 1e-12 * whole.norm()
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_what_is_taken_out_and_what_is_left_add_up(kind, count, width, size):
+    _, _, pulls = make_pulls(kind, count, width)
+    for tower in (0, 1):
+        whole = size * pulls.of(tower).flatten(1, 2)
+        left, taken = Remainder(size * pulls.of(tower)), torch.zeros_like(whole)
+        for _ in range(min(count, width)):
+            directions, along = left.take()
+            taken += along[..., None] * directions[:, None]
+            torch.testing.assert_close((whole - taken).square().sum(), left.energy, rtol=1e-6, atol=1e-16 * size**2)
+            torch.testing.assert_close((whole - taken).sum(0), left.on_all, rtol=1e-6, atol=1e-8 * size)
+        assert left.energy < 1e-20 * whole.square().sum()
 
 
-@pytest.mark.parametrize("neglected", [1e-3, 1e-2, 0.05])
-def test_directions_are_few(neglected):
-    """As few, but for a tenth, as the singular values of all embeddings' pulls allow."""
-    _, _, pulls = make_pulls("softmax", 48, 64)
-    values = torch.linalg.svdvals(all_of(pulls, 48).flatten(2, 3)).flatten().sort().values.square()
-    needed = int((values.cumsum(0) > neglected**2 * values.sum()).sum())
-    found = pulls.leading(neglected)
-    spent = sum(int(each.needed.sum()) for each in found)
-    assert needed <= spent <= 1.1 * needed
+@pytest.mark.parametrize("kind", LOSSES)
+def test_most_goes_in_the_directions_that_are_taken_first(kind):
+    """What they leave is hardly more than what the leading singular vectors of each embedding's pulls do."""
+    _, _, pulls = make_pulls(kind, 48, 64)
+    for tower in (0, 1):
+        values, left = torch.linalg.svdvals(pulls.of(tower).flatten(1, 2)).square(), Remainder(pulls.of(tower))
+        for number in range(1, 9):
+            left.take()
+            assert left.energy <= 1.2 * values[:, number:].sum()
+
+
+def test_nothing_is_taken_where_nothing_pulls():
+    left = Remainder(torch.zeros(3, 2, 3, 4))
+    directions, along = left.take()
+    assert not along.any()
+    assert directions.isfinite().all()
