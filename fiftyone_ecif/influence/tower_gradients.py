@@ -7,7 +7,8 @@ nearly all pulls on it go, and what comes out is combined to the gradients of al
 pairs and roles: the same backward passes serve them all. What is left of the
 pulls goes through the linear map that fits all these passes best, as the
 embeddings of a tower depend on its parameters in part in the same way. How far
-passes are from what those before them foretell says how much is still missing.
+passes are from what those before them foretell says how much is still missing,
+and so through which tower the next one goes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.func import jvp
 
 from fiftyone_ecif.influence.losses import BatchLoss
 from fiftyone_ecif.influence.pulls import Pulls, Remainder
-from fiftyone_ecif.influence.scope import TOWERS, Scope
+from fiftyone_ecif.influence.scope import TOWERS, SampleGradients, Scope
 
 #: Relative error of stored gradients, by default.
 TOLERANCE = 1e-2
@@ -58,26 +59,54 @@ def tower_gradients(
     backward = [scope.sample_gradients(theta, name, inputs, basis) for name, inputs in zip(TOWERS, batch, strict=False)]
     pulls = Pulls(scope, loss, theta, backward[0].embeddings, backward[1].embeddings, role)
     count, width = pulls.shape
-    size = len(theta) if basis is None else basis.shape[1]
-    gradients, neglected, passes = theta.new_zeros(2 * count, size), 0.0, 0
-    for tower in (1, 0):  # the dearer one, most often, has the tolerance that is left
-        common, left = _CommonMap(width, gradients), Remainder(pulls.of(tower))
-        for _ in range(min(count, width)):
-            directions, along = left.take()
-            found = backward[tower].along(directions / pulls.lengths[tower])
-            gradients.addmm_(along.T, found)
-            passes += 1
-            common.learn(directions, found, along.square().sum(1))
-            missing = common.error(left)
-            if neglected + missing <= (_MARGIN * tolerance) ** 2 * float(gradients.square().sum()):
-                break
-        neglected += missing
-        gradients += left.on_all @ common.map
+    gradients = theta.new_zeros(2 * count, len(theta) if basis is None else basis.shape[1])
+    sides = [_Side(pulls, number, backward[number], gradients) for number in (0, 1)]
+    unfinished = list(sides)
+    while unfinished:
+        side = max(unfinished, key=lambda each: each.missing)
+        side.step()
+        if side.passes == min(count, width):
+            unfinished.remove(side)
+        if sum(each.missing for each in sides) <= (_MARGIN * tolerance) ** 2 * float(gradients.square().sum()):
+            break
+    for side in sides:
+        gradients += side.left.on_all @ side.common.map
+    passes = sum(side.passes for side in sides)
     direct = _along_logits(scope, loss, theta, pulls.cosine, role)
-    roles = gradients.view(2, count, size)
+    roles = gradients.view(2, count, -1)
     if direct is not None:
         roles += direct if basis is None else direct @ basis
     return (roles[0], roles[1]), passes / 2
+
+
+class _Side:
+    """The passes through one tower.
+
+    Args:
+        pulls: on the embeddings.
+        number: 0 for images, 1 for captions.
+        backward: gradients of the embeddings along directions.
+        gradients: what they are added to, shape ``(2n, r)``.
+
+    Attributes:
+        common: the map that the embeddings have in common, as far as it is known.
+        left: of the pulls.
+        missing: the squared length, as estimated, of what gradients would miss if what is left went through that map.
+        passes: that were made.
+    """
+
+    def __init__(self, pulls: Pulls, number: int, backward: SampleGradients, gradients: Tensor) -> None:
+        self._along, self._lengths, self._gradients = backward.along, pulls.lengths[number], gradients
+        self.common, self.left = _CommonMap(pulls.shape[1], gradients), Remainder(pulls.of(number))
+        self.missing, self.passes = float("inf"), 0
+
+    def step(self) -> None:
+        """Makes one more pass."""
+        directions, along = self.left.take()
+        found = self._along(directions / self._lengths)
+        self._gradients.addmm_(along.T, found)
+        self.common.learn(directions, found, along.square().sum(1))
+        self.missing, self.passes = self.common.error(self.left), self.passes + 1
 
 
 class _CommonMap:
