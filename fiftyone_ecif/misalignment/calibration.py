@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, ndtri
 
-_RIDGE = 0.005  # what a weight costs, to the mean loss of a row
+RIDGE = 0.005  # what a weight costs, to the mean loss of a row
 
 
 class NormalScores:
@@ -47,9 +47,9 @@ def fit_weights(signals: np.ndarray, wrong: np.ndarray, share: np.ndarray) -> np
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         odds = signals @ weights[:-1] + weights[-1]
-        value = share @ (np.logaddexp(0, odds) - wrong * odds) + _RIDGE * (weights[:-1] @ weights[:-1])
+        value = share @ (np.logaddexp(0, odds) - wrong * odds) + RIDGE * (weights[:-1] @ weights[:-1])
         slope = share * (expit(odds) - wrong)
-        return value, np.append(signals.T @ slope + 2 * _RIDGE * weights[:-1], slope.sum())
+        return value, np.append(signals.T @ slope + 2 * RIDGE * weights[:-1], slope.sum())
 
     start = np.append(np.full(signals.shape[1], 0.1), -1.0)
     bounds = [(0, None)] * signals.shape[1] + [(None, None)]

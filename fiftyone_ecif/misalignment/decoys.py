@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from fiftyone_ecif.misalignment.evidence import KINDS
 
-_DRAWN = (8, 8, 64)  # random captions of which the most similar one is taken, for each of KINDS; but any for the first
+DRAWN = (8, 8, 64)  # random captions of which the most similar one is taken, for each of KINDS; but any for the first
 _ROWS = 1024  # whose candidates are compared at a time
 
 
@@ -51,7 +51,7 @@ def draw_decoys(texts: Tensor, fold: Tensor, same_caption: Tensor, usable: Tenso
     generator = torch.Generator().manual_seed(seed)
     centred = normalize(texts[usable].float() - texts[usable].float().mean(0), dim=1)
     drawn: list[tuple[Tensor, Tensor, int]] = []
-    for kind, (name, count) in enumerate(zip(KINDS, _DRAWN, strict=True)):
+    for kind, (name, count) in enumerate(zip(KINDS, DRAWN, strict=True)):
         found = []
         for number in torch.unique(fold[usable]):
             places = torch.nonzero(fold[usable] == number).flatten()

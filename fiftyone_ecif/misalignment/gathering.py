@@ -36,14 +36,14 @@ from fiftyone_ecif.misalignment.seen import agreement_of_steps, was_fitted
 from fiftyone_ecif.misalignment.signals import NEAR, PairSpace, Surroundings, feature_agreement
 from fiftyone_ecif.progress import Progress
 
-_FOLDS = 5
+FOLDS = 5
 _REFERENCES = 1024
 _SHOWN = 10  # pairs that are like one, to be looked at beside it
 _DECOYED = 10_000  # pairs that get decoys, at most
 _FITTED = 20_000  # pairs that heads are made from, at most
 _TOLERANCE, _PASSES = 1e-3, 500  # relative gradient norm of a fit, and its gradients and products at most
-_RIDGE = 8.0  # of canonical heads, where there are as many pairs as features
-_CANONICAL_SCALE = 10.0  # of their cosines in a softmax
+RIDGE = 8.0  # of canonical heads, where there are as many pairs as features
+CANONICAL_SCALE = 10.0  # of their cosines in a softmax
 
 
 def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidence]:
@@ -62,7 +62,7 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
     pairs, generator = len(images), torch.Generator().manual_seed(inputs.seed)
     copies = torch.from_numpy(inputs.duplicates.pair)
     groups = int(copies.max()) + 1
-    folds = max(min(_FOLDS, groups // 2), 1)  # of two pairs at least, so that decoys can be made of them
+    folds = max(min(FOLDS, groups // 2), 1)  # of two pairs at least, so that decoys can be made of them
     fold = torch.randperm(groups, generator=generator)[copies] % folds
     sampled = torch.randperm(pairs, generator=generator)[:_DECOYED].sort().values
     same_image, same_caption = (torch.from_numpy(side) for side in (inputs.duplicates.image, inputs.duplicates.caption))
@@ -149,9 +149,9 @@ def _canonical(
         others = torch.nonzero((fold != number) | (folds == 1)).flatten()
         others = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(number))[:_FITTED]]
         sides = [side[others] for side in features]
-        ridge = _RIDGE * sum(side.shape[1] for side in sides) / 2 / len(others)
+        ridge = RIDGE * sum(side.shape[1] for side in sides) / 2 / len(others)
         heads = canonical_heads(sides[0], sides[1], weights[others], ridge)
-        space = PairSpace(*heads.embed(*features), _CANONICAL_SCALE, around, device)
+        space = PairSpace(*heads.embed(*features), CANONICAL_SCALE, around, device)
         found[held] = _shared(processes, space.measure, measured[0][held], measured[1][held])
         yield Progress("Refitting", folds, folds)
     return found

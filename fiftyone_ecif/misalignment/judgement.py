@@ -14,8 +14,8 @@ from fiftyone_ecif.misalignment.noise_rate import Mixture, NoiseRate
 
 #: AUROC on decoys from which on a run can be trusted.
 TRUSTED = 0.7
-_PRIOR = np.array([0.8, 0.15, 0.05])  # of each kind of mistakes
-_SAID = 0.5  # how far it is changed by what the suspicious pairs look like: their shares to this power
+PRIOR = np.array([0.8, 0.15, 0.05])  # of each kind of mistakes
+SAID = 0.5  # how far it is changed by what the suspicious pairs look like: their shares to this power
 _ROUNDS = 3  # of that, as it changes what is suspicious
 _LABEL = 1 / 200  # how much a pair counts that a person judged, all decoys together being one
 _CLEAR = 0.3  # log odds from which evidence is worth a word
@@ -59,11 +59,11 @@ def judge(evidence: Evidence, labels: np.ndarray | None = None) -> Judgement:
     for _ in range(2):  # what probably is wrong speaks less for what right pairs look like, once that is known
         weighed = _weigh(evidence, used, labels, probability)
         scores, signals = weighed.pairs[evidence.sampled], weighed.inputs[evidence.sampled]
-        mixture = Mixture(scores, _by_kind(weighed.decoys, evidence.kind), _PRIOR)
+        mixture = Mixture(scores, _by_kind(weighed.decoys, evidence.kind), PRIOR)
         mixture.learn(weighed.pairs[known], labels[known] == 1)
         mistakes = KindsOfMistakes(weighed.decoy_inputs, evidence.kind)
         for _ in range(_ROUNDS):
-            mixture.expect(_PRIOR * mistakes.shares(signals, mixture.probability(scores)) ** _SAID)
+            mixture.expect(PRIOR * mistakes.shares(signals, mixture.probability(scores)) ** SAID)
         probability = mixture.probability(weighed.pairs)
         probability[known] = labels[known]
     right = 1 - probability[evidence.sampled]

@@ -22,10 +22,10 @@ from scipy.special import expit, log_expit
 #: Width of an interval from which on a rate is not told.
 TOO_WIDE = 0.4
 _RATES = np.concatenate([[0.002, 0.005], np.arange(1, 61) / 100])
-_DOUBT = 3.0  # how much less probable high rates are beforehand: (1 - r) to this power
+DOUBT = 3.0  # how much less probable high rates are beforehand: (1 - r) to this power
 _LEAST = 0.01  # what is no more than this is 0
 _BINS = 40
-_TEMPER = 5.0  # what likelihoods are divided by, as the logistic form is not exact
+TEMPER = 5.0  # what likelihoods are divided by, as the logistic form is not exact
 _SLOPE_PENALTY = 0.01
 _LEVEL = 0.025  # of each end of an interval
 _NEGLIGIBLE = 1e-4  # weight of a hypothesis that is left out
@@ -71,8 +71,8 @@ class Mixture:
     def __init__(self, scores: np.ndarray, decoys: Sequence[np.ndarray], prior: Sequence[float] | np.ndarray) -> None:
         self._spread = float(np.concatenate([scores, *decoys]).std()) or 1.0
         fits = [_profile(scores / self._spread, kind / self._spread) for kind in decoys]
-        width = np.gradient(_RATES) * (1 - _RATES) ** _DOUBT
-        weights = [np.exp((likelihood - likelihood.max()) / _TEMPER) * width for likelihood, _ in fits]
+        width = np.gradient(_RATES) * (1 - _RATES) ** DOUBT
+        weights = [np.exp((likelihood - likelihood.max()) / TEMPER) * width for likelihood, _ in fits]
         self._of_rates = np.stack([weight / weight.sum() for weight in weights])
         self._lines = np.concatenate([lines for _, lines in fits])
         self._rates = np.tile(_RATES, len(fits))

@@ -178,7 +178,7 @@ def run(
         for (noise, ratio), found in seen.items():
             report(f"{data.name}: {noise} noise, {ratio:.0%}, seed {seed}")
             where = {"data": data.name, "noise": noise, "ratio": ratio, "seed": seed}
-            trained = _train(data, noise, ratio, seed, sizes, regime)
+            trained = spoil_and_train(data, noise, ratio, seed, sizes, regime)
             scores, evidence, judgement = _all_scores(trained)
             wrong = trained.wrong
             found.append((wrong, scores))
@@ -194,7 +194,7 @@ def run(
             keep(result)
         report(f"{data.name}: clean, seed {seed}")
         where = {"data": data.name, "noise": "none", "ratio": 0.0, "seed": seed}
-        trained = _train(data, "random", 0.0, seed, sizes, regime)
+        trained = spoil_and_train(data, "random", 0.0, seed, sizes, regime)
         clean = follow(run_detectors(trained.loaded, [Calibrated.name]), progress=False)
         result["noise_rates"].append(where | _rates(*_judged(clean), trained))
         result["summary"] = [
@@ -302,7 +302,7 @@ def _auroc(wrong: np.ndarray, scores: np.ndarray) -> float:
     return float((ranks[wrong].sum() - count * (count + 1) / 2) / (count * (len(wrong) - count)))
 
 
-def _train(data: CleanPairs, noise: str, ratio: float, seed: int, sizes: Sizes, regime: str) -> Trained:
+def spoil_and_train(data: CleanPairs, noise: str, ratio: float, seed: int, sizes: Sizes, regime: str) -> Trained:
     """Spoils the pairs that are not held out, trains on them and brings the heads to a minimum."""
     generator = np.random.default_rng([seed, 1])
     groups = generator.permutation(sorted(set(data.groups)))
