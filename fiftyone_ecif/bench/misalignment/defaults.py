@@ -53,7 +53,7 @@ _REGIMES = {"scratch": SCRATCH, "frozen": FROZEN, "pretrained": PRETRAINED}
 
 
 def run(data: str, regime: str, seeds: int) -> list[dict[str, Any]]:
-    """A row for each value of each number: AUROC, calibration error, how often the interval holds the truth; all in %."""
+    """A row for each value: AUROC, calibration error and how often the interval holds the truth, in %."""
     pairs, sizes = load_pairs(data), Sizes(ratios=_RATIOS)
     found: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
     for noise, ratio, seed in itertools.product(("random", *pairs.kinds), _RATIOS, range(seeds)):
