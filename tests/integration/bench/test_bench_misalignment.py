@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
 
 from fiftyone_ecif import EcifError
+from fiftyone_ecif.bench.misalignment import defaults
 from fiftyone_ecif.bench.misalignment import experiments as misalignment
 from fiftyone_ecif.bench.misalignment.experiments import Sizes, measure, summarise
 from fiftyone_ecif.bench.misalignment.pairs import CleanPairs, load_pairs, read_folder, swap_captions
@@ -155,7 +156,7 @@ def test_pairs_of_a_group_stay_on_one_side(folder, monkeypatch):
     inside = []
     monkeypatch.setattr(misalignment, "swap_captions", lambda pairs, *_: inside.extend(pairs.groups) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        misalignment._train(load_pairs(str(folder)), "random", 0.3, 0, SMALL, misalignment.SCRATCH)
+        misalignment.spoil_and_train(load_pairs(str(folder)), "random", 0.3, 0, SMALL, misalignment.SCRATCH)
     assert set(Counter(inside).values()) == {2}
     assert len(inside) == 140 - 2 * round(0.15 * 70)
 
@@ -186,13 +187,29 @@ def test_calibration_is_judged_by_tenths():
 
 def test_only_the_noise_that_is_asked_for_and_possible(monkeypatch):
     made = []
-    monkeypatch.setattr(misalignment, "_train", lambda data, noise, *rest: made.append(noise) or 1 / 0)
+    monkeypatch.setattr(misalignment, "spoil_and_train", lambda data, noise, *rest: made.append(noise) or 1 / 0)
     pairs = toy(["a cat", "a dog"] * 50, ["cat", "dog"] * 50)
     with pytest.raises(ZeroDivisionError):
         misalignment.run(pairs, SMALL, noises=("category",))
     assert made == ["category"]
     with pytest.raises(EcifError, match="noise='subcategory' cannot be made of toy, which allows random, category"):
         misalignment.run(pairs, SMALL, noises=("subcategory",))
+
+
+def test_numbers_of_the_default_are_tried_one_by_one_and_put_back(folder, monkeypatch):
+    trained = misalignment.spoil_and_train(load_pairs(str(folder)), "random", 0.3, 0, SMALL, misalignment.SCRATCH)
+    monkeypatch.setattr(defaults, "spoil_and_train", lambda *_: trained)
+    tried = defaults.JUDGING | defaults.GATHERING
+    before = {(module, name): getattr(module, name) for module, name in tried}
+    rows = defaults.run(str(folder), "scratch", 1)
+    assert len(rows) == 1 + sum(map(len, tried.values()))
+    assert (rows[0]["number"], rows[0]["value"]) == ("all", "as they are")
+    for module, name in tried:
+        assert getattr(module, name) is before[module, name]
+        of_it = [row for row in rows if row["number"] == f"{module.__name__.rsplit('.', 1)[1]}.{name}"]
+        assert len(of_it) == len(tried[module, name])
+        assert any(row["auroc"] != rows[0]["auroc"] or row["covered"] != rows[0]["covered"]
+                   or row["calibration_error"] != rows[0]["calibration_error"] for row in of_it)  # fmt: skip
 
 
 def test_seeds_differ_in_noise_and_training(result):
