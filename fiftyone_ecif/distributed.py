@@ -94,8 +94,9 @@ def join() -> ProcessGroup:
         torch.cuda.set_device(place % gpus)
     # NCCL carries nothing that is on the CPU, and refuses two processes on one GPU: gloo does both
     crowded = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus
+    backend = "gloo" if crowded or not dist.is_nccl_available() else "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group("gloo" if crowded else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise EcifError(f"The other processes cannot be reached ({error}). Start them with torchrun") from error
     atexit.register(dist.destroy_process_group)

@@ -46,7 +46,7 @@ class Judgement:
 def judge(evidence: Evidence, labels: np.ndarray | None = None) -> Judgement:
     """Learns from decoys, and from what a person said, how to weigh signals, and applies it.
 
-    Each pair is judged by weights that were learned without its fold.
+    Each pair is judged by weights that were learned without its fold; it plays a part only in how much others count.
 
     Args:
         evidence: of pairs and decoys.
@@ -105,7 +105,8 @@ def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray, probabil
     normal = NormalScores(np.concatenate([pairs[evidence.sampled], decoys]))
     pairs, decoys = normal(pairs), normal(decoys)
     taken = evidence.sampled | (labels >= 0)
-    share = np.where(labels >= 0, _LABEL, (1 - probability) / (1 - probability[evidence.sampled]).sum())[taken]
+    right = 1 - probability
+    share = np.where(labels >= 0, _LABEL, right / max(right[evidence.sampled].sum(), np.finfo(float).tiny))[taken]
     kinds = np.bincount(evidence.kind)
     decoy_share = 1 / len(kinds) / kinds[evidence.kind]
     inputs, wrong = np.concatenate([pairs[taken], decoys]), np.concatenate([labels[taken] == 1, np.ones(len(decoys))])
@@ -128,7 +129,9 @@ def _by_kind(values: np.ndarray, kind: np.ndarray) -> list[np.ndarray]:
 
 
 def _weighted_auroc(scores: np.ndarray, weights: np.ndarray, above: np.ndarray) -> float:
-    """How often one of ``above`` has a higher score than a weighted one, ties counting half."""
+    """How often one of ``above`` has a higher score than a weighted one, ties counting half; 0.5 if none has weight."""
+    if not weights.any():
+        return 0.5
     order = np.argsort(scores, kind="stable")
     below = np.append(0.0, np.cumsum(weights[order]))
     places = [np.searchsorted(scores[order], above, side) for side in ("left", "right")]

@@ -82,7 +82,8 @@ class Mixture:
     def expect(self, prior: Sequence[float] | np.ndarray) -> None:
         """Changes how probable each kind of mistakes is beforehand, in numbers that need not add up to one."""
         weights = (np.asarray(prior)[:, None] * self._of_rates).flatten()
-        weights = weights * np.exp(self._said - self._said[weights > 0].max())
+        said = np.where(weights > 0, self._said, -np.inf)
+        weights = weights * np.exp(said - said.max())
         self._weights = weights / weights.sum()
         self._prior = prior
 

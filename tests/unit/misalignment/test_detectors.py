@@ -21,6 +21,7 @@ from fiftyone_ecif.influence.losses import SigmoidLoss, SoftmaxLoss
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
 from fiftyone_ecif.influence.projections import KroneckerProjection
 from fiftyone_ecif.misalignment import cross_fitting, embeddings, gathering, neighbour_influence, signals
+from fiftyone_ecif.misalignment.canonical import canonical_heads
 from fiftyone_ecif.misalignment.cross_fitting import refit_held_out
 from fiftyone_ecif.misalignment.detection import run_detectors
 from fiftyone_ecif.misalignment.detectors import DETECTORS, Detector
@@ -454,6 +455,28 @@ def test_a_model_that_never_saw_the_pairs_is_asked_only_what_it_knows(fits):
     simple = result_of(run_detectors(of, names))
     assert set(simple.scores) == {name for name in names if not DETECTORS[name].needs_training}
     assert fits == []
+
+
+def test_heads_in_closed_form_are_made_twice_the_second_time_mostly_of_pairs_that_are_not_suspicious(monkeypatch):
+    made = []
+
+    def watched(images, texts, weights, ridge):
+        made.append((images, weights, ridge * len(images) / images.shape[1]))
+        return canonical_heads(images, texts, weights, ridge)
+
+    monkeypatch.setattr(gathering, "canonical_heads", watched)
+    given = inputs()
+    found = result_of(run_detectors(given, ["calibrated"]))
+    folds = len(made) // 2
+    assert [ridge for *_, ridge in made] == pytest.approx([made[0][-1]] * len(made))  # by pairs to a feature
+    assert all((weights == 1).all() for _, weights, _ in made[:folds])
+    weights = torch.cat([weights for _, weights, _ in made[folds:]]).numpy()
+    pairs = len(found.scores["calibrated"])  # each is in the heads of all folds but its own
+    np.testing.assert_allclose(np.sort(weights), np.repeat(np.linspace(0, 1, pairs), folds - 1), atol=1e-6)
+    score = {row.tobytes(): score for row, score in zip(given.batches.images[:].float().numpy(),
+                                                        found.judgement.score, strict=True)}  # fmt: skip
+    of_each = [score[row.tobytes()] for images, *_ in made[folds:] for row in images.numpy()]
+    assert np.corrcoef(weights, of_each)[0, 1] < -0.8
 
 
 def test_many_rows_in_parts_are_as_few(monkeypatch):

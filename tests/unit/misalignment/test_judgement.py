@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from fiftyone_ecif.misalignment import judgement
 from fiftyone_ecif.misalignment.calibration import NormalScores, fit_weights
 from fiftyone_ecif.misalignment.evidence import CANONICAL, FITTED, KINDS, LOADED, WORDS, Evidence
 from fiftyone_ecif.misalignment.judgement import judge
@@ -52,6 +53,30 @@ def test_the_rate_and_the_probability():
     assert found.rate.low <= wrong.mean() <= found.rate.high
     assert abs(found.probability.mean() - wrong.mean()) < 0.05
     np.testing.assert_array_equal(np.argsort(found.probability, kind="stable"), np.argsort(found.score, kind="stable"))
+
+
+def test_pairs_that_are_probably_wrong_count_less_among_the_right_ones():
+    evidence, wrong = make(rate=0.4)
+    right = {name: getattr(evidence, name)[~wrong] for name in ("pairs", "fold", "sampled")}
+    clean, found = (judge(each).weights["loaded:distance"] for each in (replace(evidence, **right), evidence))
+    assert found == pytest.approx(clean, rel=0.15)
+
+
+def test_subtle_mistakes_are_known_by_what_they_look_like(monkeypatch):
+    evidence, wrong = make(rate=0.3)
+    subtle = np.random.default_rng(7).choice(np.flatnonzero(evidence.kind == KINDS.index("subtle")), wrong.sum())
+    evidence.pairs[wrong] = evidence.decoys[subtle] + 0.01 * np.random.default_rng(8).normal(
+        size=(len(subtle), len(NAMES))
+    )
+    told = judge(evidence).rate.rate
+    monkeypatch.setattr(judgement, "SAID", 0.0)
+    assert abs(told - wrong.mean()) < abs(judge(evidence).rate.rate - wrong.mean()) - 0.02
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_review_that_finds_every_pair_wrong():
+    evidence, _ = make(pairs=40)
+    assert (judge(evidence, np.ones(40, dtype=int)).probability == 1).all()
 
 
 def test_a_pair_is_judged_by_weights_that_have_not_seen_its_fold():

@@ -89,3 +89,12 @@ def test_what_is_expected_can_change_and_what_was_said_stays():
     changed.expect((0, 0, 3))
     np.testing.assert_allclose(changed.rate, other.rate)
     np.testing.assert_allclose(changed.probability(found), other.probability(found))
+
+
+def test_labels_against_all_that_is_likely_leave_numbers():
+    found, _, decoys = scores(0.0, pairs=20_000)
+    mixture = Mixture(found, decoys, (1.0, 0.0, 0.0))
+    chosen = np.argsort(found)[:3000]
+    with np.errstate(over="raise", invalid="raise"):
+        mixture.learn(found[chosen], np.ones(len(chosen), dtype=bool))
+    assert np.isfinite(mixture.rate).all()

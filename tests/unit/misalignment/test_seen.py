@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fiftyone_ecif.influence.heads import HeadScope
+from fiftyone_ecif.misalignment import seen
 from fiftyone_ecif.misalignment.seen import agreement_of_steps, was_fitted
 
 PAIRS, WIDTH, DIMENSIONS = 200, 12, 6
@@ -43,7 +44,9 @@ def fitted(images, texts):
     return scope, theta.detach()
 
 
-def test_it_is_the_sum_of_the_products_of_gradients_by_pair():
+@pytest.mark.parametrize("batch", [64, 4])
+def test_it_is_the_sum_of_the_products_of_gradients_by_pair(batch, monkeypatch):
+    monkeypatch.setattr(seen, "_BATCH", batch)
     scope, (images, texts) = new_heads(), pairs(0)
     images, texts = images[:9], texts[:9]
 
@@ -53,7 +56,8 @@ def test_it_is_the_sum_of_the_products_of_gradients_by_pair():
         sides = [torch.stack([row @ head[n] for row, head in zip(features, heads, strict=True)])
                  for n, features in enumerate((images, texts))]  # fmt: skip
         u, v = (torch.nn.functional.normalize(side, dim=1) for side in sides)
-        return scope.loss.pair_losses(scope.logits(theta, u @ v.T)).sum()
+        batches = [slice(start, start + batch) for start in range(0, 9, batch)]
+        return sum(scope.loss.pair_losses(scope.logits(theta, u[rows] @ v[rows].T)).sum() for rows in batches)
 
     copies = [torch.zeros_like(scope.start).requires_grad_() for _ in range(9)]
     gradients = torch.stack(torch.autograd.grad(by_pair(scope.start, copies), copies))
