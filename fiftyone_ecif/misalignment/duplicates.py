@@ -84,7 +84,7 @@ def _same_images(images: Tensor, device: str) -> np.ndarray:
     first = np.unique(exact, return_index=True)[1]  # one of each, so that many copies do not fill the neighbours
     distinct = images[torch.from_numpy(first)]
     try:
-        found = nearest(distinct - distinct.mean(0), _NEAR, device=device)
+        found = nearest(distinct - distinct.mean(0), _NEAR, device=device, alike=_SAME)
     except EcifError:  # there is but one image
         return exact
     rows, places = torch.nonzero(found.similarity >= _SAME, as_tuple=True)

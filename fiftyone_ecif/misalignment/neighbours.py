@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -19,9 +21,11 @@ EXACT_ON_CPU = 100_000
 RECALL = 0.99
 _BLOCK = {"cpu": (1024, 16384), "gpu": (4096, 65536)}  # of the similarity matrix that is in memory at a time
 _CHUNK = 64  # columns of which only the best is looked at first
-_SPARE = 16  # neighbours that an index finds beyond those that are wanted, as some may be copies
-_LOOKED_UP = 4096  # rows at a time
 _TRIED = 256  # rows on which an index is held against the truth
+_NARROW = 128  # numbers of a row up to which each has a code of its own
+_MOST_COMPARED = 1024  # rows whose codes are alike that are compared with a row exactly, at most
+_SPARE = 16  # of them beyond what it takes, as some may be copies
+_LOOKED_UP, _RANKED = 4096, 16  # rows at a time, in codes and exactly
 
 
 class Neighbours(NamedTuple):
@@ -42,13 +46,15 @@ def nearest(
     group: Tensor | None = None,
     device: str = "cpu",
     processes: ProcessGroup = ALONE,
+    alike: float | None = None,
 ) -> Neighbours:
     """The rows most alike to each row.
 
     Exact up to 100,000 rows and on a GPU: ``N^2 d`` multiplications, a block
-    of the similarity matrix in memory. Beyond that, a CPU looks in an inverted
-    file (faiss), in as many of its lists as it takes to find 99 % of the
-    neighbours of 256 rows, with exact similarities.
+    of the similarity matrix in memory. Beyond that, a CPU looks in an index
+    (faiss), as far as it takes to find 99 % of the neighbours of 256 rows, with
+    exact similarities; where an index does not find them, as in noise without
+    any neighbours to speak of, it is exact again.
 
     Args:
         embeddings: shape ``(N, d)``; need not be normalised.
@@ -57,6 +63,7 @@ def nearest(
             by default each row is its own group. Shape ``(N,)``.
         device ("cpu"): where they are compared.
         processes (ALONE): the processes that share the rows; all must call this.
+        alike (None): a cosine: an index need not find what is less alike. By default it is to find all neighbours.
 
     Returns:
         on the CPU
@@ -70,7 +77,9 @@ def nearest(
         raise EcifError(f"All {len(group)} pairs are copies of one another, so none has a neighbour to compare with")
     on_cpu = torch.device(device).type == "cpu"
     if on_cpu and len(group) > EXACT_ON_CPU:
-        return _by_index(normalize(embeddings.cpu().float(), dim=1), count, group, processes)
+        found = _by_index(normalize(embeddings.cpu().float(), dim=1), count, group, alike, processes)
+        if found is not None:
+            return found
     block = _BLOCK["cpu" if on_cpu else "gpu"]
     # copies next to one another: then they are in the way in a few blocks only
     order = group.argsort(stable=True)
@@ -149,53 +158,105 @@ def _top(similarity: Tensor, count: int) -> _Top:
     return _Top(best.values, columns.gather(1, best.indices))
 
 
-def _by_index(units: Tensor, count: int, group: Tensor, processes: ProcessGroup) -> Neighbours:
-    """As :func:`nearest`, of unit rows on the CPU, by an inverted file in half precision."""
-    import faiss
+class _Index:
+    """An inverted file (faiss) of unit rows on the CPU, in codes of two bits a number.
 
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    width, wanted = units.shape[1], count + _SPARE
-    lists = int(4 * len(units) ** 0.5)
-    quantizer = faiss.IndexFlatIP(width)
-    index = faiss.IndexIVFScalarQuantizer(
-        quantizer, width, lists, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+    How many of its lists are looked through, and how many rows are compared
+    exactly because their codes are alike, is what it takes to find the
+    neighbours of some rows, which are searched for exactly, or some rows by
+    what is just as much alike to them as is asked for.
+
+    Args:
+        units: shape ``(N, d)``.
+        count: neighbours that are wanted.
+        group: see :func:`nearest`.
+        alike: likewise.
+
+    Attributes:
+        finds: whether it found enough of those neighbours.
+    """
+
+    def __init__(self, units: Tensor, count: int, group: Tensor, alike: float | None) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        self._units, self._count, self._group = units, count, group
+        random = torch.Generator().manual_seed(0)
+        each = 1 if units.shape[1] <= _NARROW else 2  # numbers a code, of four bits
+        codes = -(-units.shape[1] // each)
+        # what numbers say is spread over all of them
+        self._turn = torch.nn.init.orthogonal_(torch.empty(units.shape[1], each * codes), generator=random)
+        lists = int(4 * len(units) ** 0.5)
+        self._lists = faiss.IndexFlatIP(each * codes)
+        self._index = faiss.IndexIVFPQFastScan(self._lists, each * codes, lists, codes, 4, faiss.METRIC_INNER_PRODUCT)
+        self._index.cp.niter = 10
+        sample = torch.randperm(len(units), generator=random)[: 64 * lists]
+        self._index.train(self._turned(units[sample]))
+        for part in torch.split(units, 2**16):
+            self._index.add(self._turned(part))
+        tried = sample[:_TRIED]
+        if alike is None:
+            self._tune(units[tried], _exact(units, tried, count, group).rows)
+        else:
+            away = normalize(torch.randn(len(tried), units.shape[1], generator=random), dim=1)
+            self._tune(alike * units[tried] + (1 - alike**2) ** 0.5 * away, tried[:, None])
+
+    def look_up(self, rows: Tensor) -> Neighbours:
+        """The neighbours of some rows."""
+        candidates = self._candidates(self._units[rows], self._compared)
+        found = []
+        for own, places in zip(torch.split(rows, _RANKED), torch.split(candidates, _RANKED), strict=True):
+            units = self._units
+            fits = (places >= 0) & (self._group[places.clamp_min(0)] != self._group[own][:, None])
+            similarity = torch.einsum("nd,nkd->nk", units[own], units[places.clamp_min(0)])
+            best = similarity.masked_fill(~fits, -torch.inf).topk(self._count, dim=1)
+            part = Neighbours(places.gather(1, best.indices), best.values)
+            lacking = part.similarity[:, -1] == -torch.inf
+            if lacking.any():  # copies fill what was found
+                part.rows[lacking], part.similarity[lacking] = _exact(units, own[lacking], self._count, self._group)
+            found.append(part)
+        return Neighbours(torch.cat([each.rows for each in found]), torch.cat([each.similarity for each in found]))
+
+    def _tune(self, asked: Tensor, truth: Tensor) -> None:
+        near = torch.from_numpy(self._lists.search(self._turned(asked), self._lists.ntotal)[1])
+        own = torch.from_numpy(self._lists.search(self._turned(self._units[truth.flatten()]), 1)[1]).view(truth.shape)
+        self._index.nprobe = min(_enough(_places(own, near), (1 + RECALL) / 2), self._lists.ntotal)
+        most = min(_MOST_COMPARED, len(self._units))
+        enough = _enough(_places(truth, self._candidates(asked, most)), RECALL)
+        self.finds = enough <= most
+        self._compared = min(max(enough, self._count) + _SPARE, len(self._units))
+
+    def _candidates(self, asked: Tensor, count: int) -> Tensor:
+        """Rows with the codes that are most alike to some vectors, shape ``(n, count)``, -1 where there are no more."""
+        return torch.from_numpy(self._index.search(self._turned(asked), count)[1])
+
+    def _turned(self, vectors: Tensor) -> np.ndarray:
+        return (vectors @ self._turn).numpy()
+
+
+def _places(wanted: Tensor, found: Tensor) -> Tensor:
+    """Where in its row of ``found``, ``(n, m)``, each of ``wanted`` is, ``(n, k)``; ``m`` where it is not."""
+    same = wanted[:, :, None] == found[:, None]
+    return torch.where(same.any(2), same.int().argmax(2), found.shape[1])
+
+
+def _enough(places: Tensor, share: float) -> int:
+    """How many places hold a share of those that are wanted."""
+    return int(places.flatten().sort().values[math.ceil(share * places.numel()) - 1]) + 1
+
+
+def _by_index(
+    units: Tensor, count: int, group: Tensor, alike: float | None, processes: ProcessGroup
+) -> Neighbours | None:
+    """As :func:`nearest`, of unit rows on the CPU, by an index; None if that finds too few."""
+    index = _Index(units, count, group, alike)
+    if not index.finds:
+        return None
+    everything = torch.arange(len(units))
+    starts = processes.share(range(0, len(units), _LOOKED_UP))
+    return _joined(
+        processes.gather([(start, index.look_up(everything[start : start + _LOOKED_UP])) for start in starts])
     )
-    index.cp.niter = 10
-    random = torch.Generator().manual_seed(0)
-    sample = torch.randperm(len(units), generator=random)[: 64 * lists]
-    index.train(units[sample].numpy())
-    for part in torch.split(units, 2**16):
-        index.add(part.numpy())
-
-    tried = sample[:_TRIED]
-    truth = _exact(units, tried, count, group)
-    index.nprobe = 8
-    while index.nprobe < lists:
-        found, lacking = _looked_up(index, units, tried, wanted, count, group)
-        hits = (found.rows[:, :, None] == truth.rows[:, None]).any(2).float().mean(1)
-        if hits[~lacking].mean() >= RECALL or lacking.all():
-            break
-        index.nprobe = min(2 * index.nprobe, lists)
-
-    everything, parts = torch.arange(len(units)), []
-    for start in processes.share(range(0, len(units), _LOOKED_UP)):
-        part = everything[start : start + _LOOKED_UP]
-        found, lacking = _looked_up(index, units, part, wanted, count, group)
-        if lacking.any():  # copies fill what was found
-            found.rows[lacking], found.similarity[lacking] = _exact(units, part[lacking], count, group)
-        parts.append((start, found))
-    return _joined(processes.gather(parts))
-
-
-def _looked_up(
-    index: object, units: Tensor, rows: Tensor, wanted: int, count: int, group: Tensor
-) -> tuple[Neighbours, Tensor]:
-    """Neighbours of some rows by an index, and of which rows it found too few."""
-    found = torch.from_numpy(index.search(units[rows].numpy(), wanted)[1])  # type: ignore[attr-defined]
-    fits = (found >= 0) & (group[found.clamp_min(0)] != group[rows][:, None])
-    similarity = torch.einsum("nd,nkd->nk", units[rows], units[found.clamp_min(0)]).masked_fill(~fits, -torch.inf)
-    best = similarity.topk(count, dim=1)
-    return Neighbours(found.gather(1, best.indices), best.values), fits.sum(1) < count
 
 
 def _exact(units: Tensor, rows: Tensor, count: int, group: Tensor) -> Neighbours:

@@ -143,3 +143,25 @@ def test_an_index_leaves_copies_out_however_many(index_only):
     exact = torch.nn.functional.normalize(embeddings, dim=1)
     dense = (exact @ exact.T).masked_fill(group[:, None] == group, -torch.inf)
     assert torch.equal(found.rows[100:200], dense.topk(5, dim=1).indices[100:200])
+
+
+def test_where_an_index_finds_too_few_all_rows_are_compared(index_only, monkeypatch):
+    monkeypatch.setattr(neighbours, "_MOST_COMPARED", 12)
+    embeddings = draw(600, 300)  # codes of two numbers each tell little of noise
+    found = nearest(embeddings, 10)
+    units = torch.nn.functional.normalize(embeddings, dim=1)
+    expected = (units @ units.T).fill_diagonal_(-1).topk(10, dim=1)
+    torch.testing.assert_close(found.similarity, expected.values)
+
+
+def test_an_index_that_need_only_find_what_is_alike_finds_that_in_few_lists(index_only):
+    embeddings = draw(6000, 40)
+    twins = embeddings[:500] + 0.01 * draw(500, 40, seed=1)
+    embeddings = torch.cat([embeddings, twins])
+    found = nearest(embeddings, 4, alike=0.999)
+    assert (found.rows[:500, 0] == torch.arange(6000, 6500)).float().mean() > 0.98
+    assert (found.rows[6000:, 0] == torch.arange(500)).float().mean() > 0.98
+    units = torch.nn.functional.normalize(embeddings, dim=1)
+    few = neighbours._Index(units, 4, torch.arange(6500), 0.999)
+    many = neighbours._Index(units, 4, torch.arange(6500), None)
+    assert few._index.nprobe < many._index.nprobe / 10
