@@ -16,7 +16,7 @@ from fiftyone_ecif.misalignment.noise_rate import Mixture, NoiseRate
 TRUSTED = 0.7
 PRIOR = np.array([0.8, 0.15, 0.05])  # of each kind of mistakes
 SAID = 0.5  # how far it is changed by what the suspicious pairs look like: their shares to this power
-_ROUNDS = 3  # of that, as it changes what is suspicious
+_ROUNDS = 3  # of both the regression and that, as they change what is suspicious
 _LABEL = 1 / 200  # how much a pair counts that a person judged, all decoys together being one
 _CLEAR = 0.3  # log odds from which evidence is worth a word
 
@@ -55,15 +55,17 @@ def judge(evidence: Evidence, labels: np.ndarray | None = None) -> Judgement:
     labels = np.full(len(evidence.pairs), -1) if labels is None else labels
     trusted = (CANONICAL, FEATURES) if evidence.seen else MODELS
     used = [column for column, name in enumerate(evidence.names) if name.split(":")[0] in trusted]
-    known, probability = labels >= 0, np.zeros(len(labels))
-    for _ in range(2):  # what probably is wrong speaks less for what right pairs look like, once that is known
-        weighed = _weigh(evidence, used, labels, probability)
+    known, probability, kinds = labels >= 0, np.zeros(len(labels)), np.full(len(KINDS), 1 / len(KINDS))
+    for _ in range(_ROUNDS):
+        # what probably is wrong speaks less for what right pairs look like, decoys that mistakes are like speak more
+        weighed = _weigh(evidence, used, labels, probability, kinds)
         scores, signals = weighed.pairs[evidence.sampled], weighed.inputs[evidence.sampled]
         mixture = Mixture(scores, _by_kind(weighed.decoys, evidence.kind), PRIOR)
         mixture.learn(weighed.pairs[known], labels[known] == 1)
         mistakes = KindsOfMistakes(weighed.decoy_inputs, evidence.kind)
         for _ in range(_ROUNDS):
-            mixture.expect(PRIOR * mistakes.shares(signals, mixture.probability(scores)) ** SAID)
+            kinds = mistakes.shares(signals, mixture.probability(scores))
+            mixture.expect(PRIOR * kinds**SAID)
         probability = mixture.probability(weighed.pairs)
         probability[known] = labels[known]
     right = 1 - probability[evidence.sampled]
@@ -92,7 +94,9 @@ class _Weighed:
     weights: np.ndarray
 
 
-def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray, probability: np.ndarray) -> _Weighed:
+def _weigh(
+    evidence: Evidence, used: Sequence[int], labels: np.ndarray, probability: np.ndarray, kinds: np.ndarray
+) -> _Weighed:
     """Scores of pairs and decoys, each fold by weights from the others.
 
     Args:
@@ -100,6 +104,7 @@ def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray, probabil
         used: its columns.
         labels: see :func:`judge`.
         probability: that a pair is wrong, as far as that is known: it counts as much less among the right ones.
+        kinds: how much decoys of each kind count.
     """
     pairs, decoys = evidence.pairs[:, used], evidence.decoys[:, used]
     normal = NormalScores(np.concatenate([pairs[evidence.sampled], decoys]))
@@ -107,8 +112,7 @@ def _weigh(evidence: Evidence, used: Sequence[int], labels: np.ndarray, probabil
     taken = evidence.sampled | (labels >= 0)
     right = 1 - probability
     share = np.where(labels >= 0, _LABEL, right / max(right[evidence.sampled].sum(), np.finfo(float).tiny))[taken]
-    kinds = np.bincount(evidence.kind)
-    decoy_share = 1 / len(kinds) / kinds[evidence.kind]
+    decoy_share = (kinds / np.bincount(evidence.kind))[evidence.kind]
     inputs, wrong = np.concatenate([pairs[taken], decoys]), np.concatenate([labels[taken] == 1, np.ones(len(decoys))])
     share, fold = np.concatenate([share, decoy_share]), np.concatenate([evidence.fold[taken], evidence.decoy_fold])
     scores, decoy_scores, found = np.zeros(len(pairs)), np.zeros(len(decoys)), []

@@ -104,6 +104,7 @@ def run(
             passes.cached("heads", sizes.batch, sizes.width, sizes.layers, sizes.repeats),
             passes.cached("lora:2", sizes.deep_batch, sizes.width, sizes.layers, sizes.repeats),
             passes.cached_trained("lora:2", sizes.deep_batch, sizes.repeats),
+            passes.cached_fitted("lora:2", sizes.deep_batch, sizes.width, sizes.layers, sizes.repeats),
         ],
         "store": lambda: stored.rescore(sizes.stored, sizes.repeats),
         "growth": lambda: [growth.measure(pairs) for pairs in sizes.growth],

@@ -34,6 +34,8 @@ _SIDE = 32  # pixels
 _WIDTHS = 768, 512  # of the features of ViT-B-32, image and text
 _EMBEDDING = 512
 _SCALE = 100.0  # of a trained CLIP
+_SCALE_IN_TRAINING = 20.0  # of a network that is fitted to a few made-up pairs, which it knows by heart at a higher one
+_THINGS, _MADE_UP = 16, 256  # that there are images of, and pairs
 _DIRECTIONS = 128
 _MOVED = 0.02  # a trained model's adapters, from where they change nothing
 _SAMPLED = 3  # pairs of a batch that autograd is tried on
@@ -174,6 +176,39 @@ def cached_trained(text: str, pairs: int, repeats: int) -> Row:
     tokens = nn.functional.pad(tokens, (0, encoder.model.context_length - tokens.shape[1]))  # which hooks need
     theta = scope.start + _MOVED * torch.randn(len(scope.start), generator=torch.Generator().manual_seed(0))
     return {"scope": text, "weights": "trained"} | _deep(scope, theta, (pixels.float(), tokens), repeats)
+
+
+@one_thread()
+def cached_fitted(text: str, pairs: int, width: int, layers: int, repeats: int, steps: int = 100) -> Row:
+    """Likewise for a network of any size, fitted to made-up pairs for some steps."""
+    model, pixels, tokens = _fitted(width, layers, steps)
+    batch, choice = (pixels[:pairs], tokens[:pairs]), parse_scope(text)
+    scope = TowerScope(model, scope_parameters(model, choice, batch), SoftmaxLoss(), choice.rank)
+    theta = scope.start + _MOVED * torch.randn(len(scope.start), generator=torch.Generator().manual_seed(0))
+    return {"scope": text, "weights": f"{steps} steps"} | _deep(scope, theta, batch, repeats)
+
+
+def _fitted(width: int, layers: int, steps: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network, and images of sixteen things in noise and captions of sixteen words, some of which are others."""
+    model: Any = network(width, layers)
+    nn.init.constant_(model.logit_scale, math.log(_SCALE_IN_TRAINING))
+    random = torch.Generator().manual_seed(0)
+    thing = torch.randint(0, _THINGS, (_MADE_UP,), generator=random)
+    pixels = torch.randn(_THINGS, 3, _SIDE, _SIDE, generator=random)[thing]
+    pixels = pixels + 0.7 * torch.randn(pixels.shape, generator=random)
+    tokens, others = (torch.randint(1, 1000, (count, _CONTEXT), generator=random) for count in (_THINGS, _MADE_UP))
+    tokens = torch.where(torch.rand(_MADE_UP, _CONTEXT, generator=random) < 0.3, others, tokens[thing])
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW([value for name, value in model.named_parameters() if name != "logit_scale"], lr=5e-4)
+    for _ in range(steps):
+        batch = torch.randperm(_MADE_UP, generator=random)[:64]
+        images, captions, scale = model(pixels[batch], tokens[batch])[:3]
+        loss: Any = SoftmaxLoss().pair_losses(scale * images @ captions.T).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval().requires_grad_(False)
+    return model, pixels, tokens
 
 
 def _deep(scope: Scope, theta: Tensor, batch: tuple[Tensor, Tensor], repeats: int) -> Row:

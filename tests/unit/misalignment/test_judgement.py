@@ -55,7 +55,13 @@ def test_the_rate_and_the_probability():
     np.testing.assert_array_equal(np.argsort(found.probability, kind="stable"), np.argsort(found.score, kind="stable"))
 
 
-def test_pairs_that_are_probably_wrong_count_less_among_the_right_ones():
+@pytest.fixture
+def any_kind(monkeypatch):
+    """Nothing is said of what kind of mistakes there are."""
+    monkeypatch.setattr(judgement.KindsOfMistakes, "shares", lambda *_: np.full(len(KINDS), 1 / len(KINDS)))
+
+
+def test_pairs_that_are_probably_wrong_count_less_among_the_right_ones(any_kind):
     evidence, wrong = make(rate=0.4)
     right = {name: getattr(evidence, name)[~wrong] for name in ("pairs", "fold", "sampled")}
     clean, found = (judge(each).weights["loaded:distance"] for each in (replace(evidence, **right), evidence))
@@ -71,6 +77,27 @@ def test_subtle_mistakes_are_known_by_what_they_look_like(monkeypatch):
     told = judge(evidence).rate.rate
     monkeypatch.setattr(judgement, "SAID", 0.0)
     assert abs(told - wrong.mean()) < abs(judge(evidence).rate.rate - wrong.mean()) - 0.02
+
+
+def mistakes_like_subtle_decoys():
+    """Of the first signal random decoys speak, of the second subtle ones and all mistakes."""
+    evidence, wrong = make(apart=np.zeros(len(NAMES)))
+    for place, kinds in ((0, ("random", "similar")), (1, ("subtle",))):
+        evidence.decoys[np.isin(evidence.kind, [KINDS.index(kind) for kind in kinds]), place] += 3
+    evidence.pairs[wrong, 1] += 3
+    return evidence, wrong
+
+
+def test_decoys_that_are_like_the_mistakes_count_more():
+    evidence, wrong = mistakes_like_subtle_decoys()
+    weights = judge(evidence).weights
+    assert weights[NAMES[1]] > 3 * weights[NAMES[0]]
+    assert roc_auc_score(wrong, judge(evidence).score) > roc_auc_score(wrong, evidence.pairs[:, 1]) - 0.02
+
+
+def test_decoys_of_each_kind_count_the_same_where_nothing_is_known_of_the_mistakes(any_kind):
+    weights = judge(mistakes_like_subtle_decoys()[0]).weights
+    assert weights[NAMES[1]] < 2 * weights[NAMES[0]]
 
 
 @pytest.mark.filterwarnings("error")
