@@ -46,6 +46,7 @@ from fiftyone_ecif.misalignment.embeddings import DetectorInputs
 from fiftyone_ecif.misalignment.evidence import KINDS, Evidence
 from fiftyone_ecif.misalignment.findings import Findings
 from fiftyone_ecif.misalignment.judgement import Judgement, judge
+from fiftyone_ecif.misalignment.noise_rate import Mixture, NoiseRate
 from fiftyone_ecif.misalignment.ranks import ranked
 from fiftyone_ecif.models.open_clip_encoder import OpenClipEncoder
 from fiftyone_ecif.store.tables import Store
@@ -441,8 +442,12 @@ def _judged(found: Findings) -> tuple[Evidence, Judgement]:
 
 
 def _rates(evidence: Evidence, judgement: Judgement, trained: Trained) -> Row:
-    """What a run says of itself, and what is."""
+    """What a run says of itself, and what is.
+
+    ``known`` is the share that it would say if it knew the scores of the wrong pairs in place of decoys'.
+    """
     wrong, rate = trained.wrong, judgement.rate
+    known = Mixture(judgement.score, [judgement.score[wrong]], [1.0]).rate if wrong.any() else NoiseRate(0.0, 0.0, 0.0)
     counts = np.unique(trained.inputs.duplicates.caption, return_inverse=True, return_counts=True)
     counted = roc_auc_score(wrong, counts[2][counts[1]]) if wrong.any() else 0.5
     return {
@@ -451,6 +456,7 @@ def _rates(evidence: Evidence, judgement: Judgement, trained: Trained) -> Row:
         "told": float(rate.told),
         "covered": float(rate.low <= wrong.mean() <= rate.high),
         "calibration_error": expected_calibration_error(judgement.probability, wrong),
+        **{f"known_{name}": value for name, value in known._asdict().items()},
         "seen": float(evidence.seen),
         **{f"power_{kind}": judgement.power[kind] for kind in KINDS},
         "duplicate_count_auroc": float(counted),

@@ -34,6 +34,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "### Estimated noise rate, its interval, how often that is narrow enough to be told and covers the truth, and "
         "the mean calibration error of the probability (%)",
         table(_mean(result["noise_rates"], ("noise", "ratio"), _RATES)),
+        "### The share that would be estimated if the scores of the wrong pairs were known in place of decoys' (%)",
+        table(_mean([row for row in result["noise_rates"] if row["ratio"]], ("noise", "ratio"), _KNOWN)),
         "### What runs say of themselves: AUROC (%) on decoys; how often the weights were found to know the pairs; and "
         "the AUROC of counting duplicate captions",
         table(_mean(result["noise_rates"], ("noise", "ratio"), _SELF_REPORT)),
@@ -93,6 +95,7 @@ def _draw_auroc(axes: Any, result: Mapping[str, Any], noise: str) -> None:
 
 
 _RATES = ("wrong", "rate", "low", "high", "told", "covered", "calibration_error")
+_KNOWN = ("wrong", "known_rate", "known_low", "known_high")
 _SELF_REPORT = ("power_random", "power_similar", "power_subtle", "seen", "duplicate_count_auroc")
 _REVIEW = ("auroc", "auroc_without", "auroc_all", "auroc_all_without", "rate_error", "rate_error_without")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fiftyone_ecif.bench.speed import embedding, growth, library_jobs, passes, stored
+from fiftyone_ecif.bench.speed import detection, embedding, growth, library_jobs, passes, stored
 from fiftyone_ecif.bench.speed import experiments as speed
 from fiftyone_ecif.bench.speed.stopwatch import side_by_side
 from fiftyone_ecif.cli.main import main
@@ -124,3 +124,12 @@ def test_a_store_is_scored_from_the_files_that_are_read():
     rows = {(row["what"], row["files"]): row for row in stored.rescore(5_000, 1)}
     assert {files for _, files in rows} == {"cold", "warm"}
     assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_detection_among_many_pairs_is_timed_by_stage(monkeypatch):
+    monkeypatch.setattr(detection, "_WIDTHS", (24, 16, 8))
+    monkeypatch.setattr(detection, "_SHOWN", 16)
+    assert detection.neighbours(300)["recall"] == 1  # all are compared
+    found = detection.detect(300)
+    assert set(found["stages"]) == {"Finding duplicates", "Comparing pairs", "Refitting", "Judging"}
+    assert found["seconds"] == pytest.approx(sum(found["stages"].values()))
