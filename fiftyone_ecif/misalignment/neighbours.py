@@ -63,7 +63,8 @@ def nearest(
             by default each row is its own group. Shape ``(N,)``.
         device ("cpu"): where they are compared.
         processes (ALONE): the processes that share the rows; all must call this.
-        alike (None): a cosine: an index need not find what is less alike. By default it is to find all neighbours.
+        alike (None): a cosine: what is less alike need not be found, and an index may give any row for it, at a
+            similarity of ``-inf``. By default all neighbours are to be found.
 
     Returns:
         on the CPU
@@ -180,7 +181,7 @@ class _Index:
         import faiss
 
         faiss.omp_set_num_threads(torch.get_num_threads())
-        self._units, self._count, self._group = units, count, group
+        self._units, self._count, self._group, self._alike = units, count, group, alike
         random = torch.Generator().manual_seed(0)
         each = 1 if units.shape[1] <= _NARROW else 2  # numbers a code, of four bits
         codes = -(-units.shape[1] // each)
@@ -202,7 +203,7 @@ class _Index:
             self._tune(alike * units[tried] + (1 - alike**2) ** 0.5 * away, tried[:, None])
 
     def look_up(self, rows: Tensor) -> Neighbours:
-        """The neighbours of some rows."""
+        """The neighbours of some rows; of similarity ``-inf`` where there are no more that need to be found."""
         candidates = self._candidates(self._units[rows], self._compared)
         found = []
         for own, places in zip(torch.split(rows, _RANKED), torch.split(candidates, _RANKED), strict=True):
@@ -212,7 +213,7 @@ class _Index:
             best = similarity.masked_fill(~fits, -torch.inf).topk(self._count, dim=1)
             part = Neighbours(places.gather(1, best.indices), best.values)
             lacking = part.similarity[:, -1] == -torch.inf
-            if lacking.any():  # copies fill what was found
+            if lacking.any() and self._alike is None:  # copies fill what was found
                 part.rows[lacking], part.similarity[lacking] = _exact(units, own[lacking], self._count, self._group)
             found.append(part)
         return Neighbours(torch.cat([each.rows for each in found]), torch.cat([each.similarity for each in found]))
@@ -250,7 +251,7 @@ def _by_index(
 ) -> Neighbours | None:
     """As :func:`nearest`, of unit rows on the CPU, by an index; None if that finds too few."""
     index = _Index(units, count, group, alike)
-    if not index.finds:
+    if not all(processes.gather([index.finds])):
         return None
     everything = torch.arange(len(units))
     starts = processes.share(range(0, len(units), _LOOKED_UP))
