@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,14 @@ from torch.nn.functional import normalize
 
 _DIRECTIONS = 64  # at most
 _ROWS = 4096  # that are embedded at a time
+
+
+class Rows(Protocol):
+    """Features that are read when they are asked for, shape ``(N, w)``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor | slice, /) -> Tensor: ...
 
 
 class CanonicalHeads(NamedTuple):
@@ -23,11 +31,12 @@ class CanonicalHeads(NamedTuple):
     means: tuple[Tensor, Tensor]
     heads: tuple[Tensor, Tensor]
 
-    def embed(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, images: Rows, texts: Rows) -> tuple[Tensor, Tensor]:
         """Unit embeddings of images and captions, float32, shape ``(N, d)`` each."""
         found = []
         for side, mean, head in zip((images, texts), self.means, self.heads, strict=True):
-            parts = [(part.double() - mean) @ head for part in torch.split(side, _ROWS)]
+            places = range(0, len(side), _ROWS)
+            parts = [(side[start : start + _ROWS].double() - mean) @ head for start in places]
             found.append(normalize(torch.cat(parts), dim=1).float())
         return found[0], found[1]
 

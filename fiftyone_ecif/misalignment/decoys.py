@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fiftyone_ecif.misalignment.canonical import Rows
 from fiftyone_ecif.misalignment.evidence import KINDS
 
 DRAWN = (8, 8, 64)  # random captions of which the most similar one is taken, for each of KINDS; but any for the first
@@ -34,7 +35,7 @@ class Decoys(NamedTuple):
     kind: np.ndarray
 
 
-def draw_decoys(texts: Tensor, fold: Tensor, same_caption: Tensor, usable: Tensor, seed: int = 0) -> Decoys:
+def draw_decoys(texts: Rows, fold: Tensor, same_caption: Tensor, usable: Tensor, seed: int = 0) -> Decoys:
     """Gives images a caption of another pair of their fold, one of each kind.
 
     A subtle mistake is only possible where there is a caption to be mistaken for, so of the

@@ -83,8 +83,9 @@ def _same_images(images: Tensor, device: str) -> np.ndarray:
     exact = _groups(images.numpy())
     first = np.unique(exact, return_index=True)[1]  # one of each, so that many copies do not fill the neighbours
     distinct = images[torch.from_numpy(first)]
+    distinct -= distinct.mean(0)
     try:
-        found = nearest(distinct - distinct.mean(0), _NEAR, device=device, alike=_SAME)
+        found = nearest(distinct, _NEAR, device=device, alike=_SAME)
     except EcifError:  # there is but one image
         return exact
     rows, places = torch.nonzero(found.similarity >= _SAME, as_tuple=True)

@@ -54,18 +54,18 @@ class DetectorInputs:
     def embeddings(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Unit embeddings of images and captions, float32, on the CPU, shape ``(N, d)`` each."""
         scope, batches = self.objective.scope, self.batches
-        parts = [
-            [normalize(side, dim=1).float().cpu() for side in (images, captions)]
-            for images, captions in (
-                (
-                    scope.embed_images(theta, batches.images[start : start + ROWS_AT_ONCE].to(theta)),
-                    scope.embed_captions(theta, batches.texts[start : start + ROWS_AT_ONCE].to(theta)),
-                )
-                for start in range(0, len(batches.images), ROWS_AT_ONCE)
+        found: list[Tensor] = []
+        for start in range(0, len(batches.images), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            parts = (
+                scope.embed_images(theta, batches.images[rows].to(theta)),
+                scope.embed_captions(theta, batches.texts[rows].to(theta)),
             )
-        ]
-        images, texts = (torch.cat(side) for side in zip(*parts, strict=True))
-        return images, texts
+            units = [normalize(part, dim=1).float().cpu() for part in parts]
+            found = found or [part.new_empty(len(batches.images), part.shape[1]) for part in units]
+            for whole, part in zip(found, units, strict=True):
+                whole[rows] = part
+        return found[0], found[1]
 
     @cached_property
     def model(self) -> EmbeddingSpace:

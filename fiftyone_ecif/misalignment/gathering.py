@@ -16,7 +16,7 @@ from fiftyone_ecif.errors import EcifError
 from fiftyone_ecif.influence.fitting import minimise
 from fiftyone_ecif.influence.heads import HeadScope
 from fiftyone_ecif.influence.objective import ContrastiveLoss, random_partition
-from fiftyone_ecif.misalignment.canonical import canonical_heads
+from fiftyone_ecif.misalignment.canonical import Rows, canonical_heads
 from fiftyone_ecif.misalignment.decoys import draw_decoys
 from fiftyone_ecif.misalignment.embeddings import DetectorInputs
 from fiftyone_ecif.misalignment.evidence import (
@@ -35,6 +35,7 @@ from fiftyone_ecif.misalignment.neighbours import nearest
 from fiftyone_ecif.misalignment.seen import agreement_of_steps, was_fitted
 from fiftyone_ecif.misalignment.signals import NEAR, PairSpace, Surroundings, feature_agreement
 from fiftyone_ecif.progress import Progress
+from fiftyone_ecif.store.disk_matrix import DiskMatrix
 
 FOLDS = 5
 _REFERENCES = 1024
@@ -58,7 +59,7 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
     Raises:
         EcifError: if a pair has no possible neighbour, or there are not enough different captions to make decoys of
     """
-    images, texts = (side[:].float().cpu() for side in (inputs.batches.images, inputs.batches.texts))
+    images, texts = (_OnCpu(side) for side in (inputs.batches.images, inputs.batches.texts))
     pairs, generator = len(images), torch.Generator().manual_seed(inputs.seed)
     copies = torch.from_numpy(inputs.duplicates.pair)
     groups = int(copies.max()) + 1
@@ -70,7 +71,7 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
     if len(np.unique(decoys.kind)) < len(KINDS):
         raise EcifError(f"All {pairs} captions are the same, or nearly all: none can be told to be wrong")
     yield Progress("Comparing pairs", 0, 3)
-    features = [normalize(side - side.mean(0), dim=1) for side in (images, texts)]
+    features = [_directions(side[:]) for side in (images, texts)]
     processes = inputs.objective.processes
     near = [nearest(side, NEAR + 1, copies, inputs.device, processes) for side in features]
     references = torch.randperm(pairs, generator=generator)[:_REFERENCES]
@@ -81,7 +82,7 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
     yield Progress("Comparing pairs", 1, 3)
     agreement = partial(feature_agreement, features[0], features[1], around)
     columns = {FEATURES: _shared(processes, agreement, image, caption)}
-    del features
+    del features, agreement  # which are as large as all that was read
     yield Progress("Comparing pairs", 2, 3)
     scope = inputs.objective.scope
     loaded = PairSpace(*inputs.embeddings(scope.start), _scale(inputs, scope.start), around, inputs.device)
@@ -122,8 +123,31 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
     return finish((yield from _canonical((images, texts), weights, *parts)))
 
 
+class _OnCpu:
+    """Features in float32 on the CPU, read when they are asked for.
+
+    Args:
+        side: shape ``(N, w)``, on the disk, in memory or on the device.
+    """
+
+    def __init__(self, side: Tensor | DiskMatrix) -> None:
+        self._side = side
+
+    def __len__(self) -> int:
+        return len(self._side)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        return self._side[rows].float().cpu()
+
+
+def _directions(features: Tensor) -> Tensor:
+    """From the mean, as unit vectors."""
+    away = features - features.mean(0)
+    return normalize(away, dim=1, out=away)
+
+
 def _canonical(
-    features: tuple[Tensor, Tensor],
+    features: tuple[Rows, Rows],
     weights: Tensor,
     measured: tuple[Tensor, Tensor],
     fold: Tensor,

@@ -171,12 +171,12 @@ class PairSpace:
         return self._steps(self.captions, self.images)
 
     def _steps(self, anchors: Tensor, others: Tensor) -> Tensor:
-        references, found = self.around.references, []
+        references, found = self.around.references, torch.empty_like(others)
         for rows in torch.split(torch.arange(len(anchors)), _ROWS):
             rivals = self._rivals(anchors[rows], others, references[None] == rows[:, None])
             pulled = torch.softmax(self.scale * rivals, 1) @ others[references]
-            found.append(normalize(others[rows] - pulled, dim=1))
-        return torch.cat(found)
+            found[rows] = normalize(others[rows] - pulled, dim=1)
+        return found
 
 
 def feature_agreement(
