@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from fiftyone_ecif.influence.heads import FeatureBatches, HeadScope
@@ -22,6 +23,7 @@ from fiftyone_ecif.misalignment.embeddings import DetectorInputs
 from fiftyone_ecif.misalignment.gathering import gather_evidence
 from fiftyone_ecif.misalignment.judgement import judge
 from fiftyone_ecif.misalignment.neighbours import nearest
+from fiftyone_ecif.store.disk_matrix import DiskMatrix
 
 _WIDTHS = 768, 512, 512  # of ViT-B-32: image features, text features, embeddings
 _SHOWN = 512  # numbers that images and captions have in common, in part
@@ -30,23 +32,27 @@ _NEIGHBOURS, _TRIED = 31, 1000
 _ROWS = 2**16  # at a time
 
 
-def features(pairs: int) -> tuple[Tensor, Tensor]:
-    """Of images and of captions, whose variance falls along their principal axes as ``1 / k``, shape ``(N, w)``."""
+def features(pairs: int, folder: Path) -> tuple[DiskMatrix, DiskMatrix]:
+    """Of images and of captions, on the disk in a folder, shape ``(N, w)``: their variance falls as ``1 / k``.
+
+    That is along their principal axes, which are not the coordinates.
+    """
     random = torch.Generator().manual_seed(0)
-    sides = [torch.empty(pairs, width) for width in _WIDTHS[:2]]
+    sides = [DiskMatrix(pairs, width, folder) for width in _WIDTHS[:2]]
     axes = [torch.linalg.qr(torch.randn(width, width, generator=random))[0] for width in _WIDTHS[:2]]
     for places in torch.split(torch.arange(pairs), _ROWS):
         shown = torch.randn(len(places), _SHOWN, generator=random)
         for side, turn in zip(sides, axes, strict=True):
             part = 0.5 * torch.randn(len(places), len(turn), generator=random)
             part[:, :_SHOWN] += shown
-            side[places] = (part * torch.arange(1, len(turn) + 1) ** -0.5) @ turn
+            side.write(places.numpy(), ((part * torch.arange(1, len(turn) + 1) ** -0.5) @ turn).numpy())
     return sides[0], sides[1]
 
 
 def neighbours(pairs: int) -> dict[str, Any]:
     """CPU seconds of one search for the neighbours of all images, and its recall, of some."""
-    images = features(pairs)[0]
+    with tempfile.TemporaryDirectory(prefix="ecif-detection-") as folder:
+        images = features(pairs, Path(folder))[0][:]
     start = time.process_time()
     found = nearest(images, _NEIGHBOURS).rows
     seconds = time.process_time() - start
@@ -64,11 +70,16 @@ def neighbours(pairs: int) -> dict[str, Any]:
 
 def detect(pairs: int) -> dict[str, Any]:
     """CPU seconds in all and by stage, and the most memory that was ever resident."""
-    sides = features(pairs)
+    with tempfile.TemporaryDirectory(prefix="ecif-detection-") as folder:
+        return _detect(*features(pairs, Path(folder)))
+
+
+def _detect(images: DiskMatrix, texts: DiskMatrix) -> dict[str, Any]:
+    pairs = len(images)
     random = torch.Generator().manual_seed(0)
     heads = [torch.randn(width, _WIDTHS[2], generator=random) / width**0.5 for width in _WIDTHS[:2]]
     scope = HeadScope(heads[0], heads[1], scale=20.0)
-    batches = FeatureBatches(sides[0], sides[1], random_partition(pairs, _BATCH, 0))
+    batches = FeatureBatches(images, texts, random_partition(pairs, _BATCH, 0))
     objective = ContrastiveLoss(scope, batches, pairs)
     start = last = time.process_time()
     stages: dict[str, float] = {}
@@ -79,7 +90,7 @@ def detect(pairs: int) -> dict[str, Any]:
         stages[stage] = stages.get(stage, 0.0) + now - last
         last = now
 
-    duplicates = find_duplicates(sides[0], [str(number) for number in range(pairs)])
+    duplicates = find_duplicates(images[:], [str(number) for number in range(pairs)])
     passed("Finding duplicates")
     work = gather_evidence(DetectorInputs(objective, scope.start, duplicates))
     stage = "Comparing pairs"
