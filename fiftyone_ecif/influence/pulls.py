@@ -10,7 +10,6 @@ from fiftyone_ecif.influence.losses import BatchLoss, RoleGradient
 from fiftyone_ecif.influence.scope import Scope
 
 _NOTHING = 1e-20  # a length whose square is still a number in float32
-_STEPS = 4  # of the power method for a direction; one that is not quite the leading one does nearly as well
 
 
 class Pulls:
@@ -78,11 +77,12 @@ class Remainder:
 
     def __init__(self, pulls: Tensor) -> None:
         self._pulls = pulls.flatten(1, 2)
+        self._lengths = torch.linalg.vector_norm(self._pulls, dim=2)
 
     @property
     def energy(self) -> Tensor:
         """The sum of the squares of what is left."""
-        energy: Tensor = torch.linalg.vector_norm(self._pulls).square()
+        energy: Tensor = self._lengths.square().sum()
         return energy
 
     @property
@@ -91,20 +91,22 @@ class Remainder:
         return self._pulls.sum(0)
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Takes out what goes in the direction in which most does, found by the power method from the greatest pull.
+        """Takes out what goes in the direction in which most does: the greatest pull, after a step of the power method.
 
         Whichever direction it is, what was taken out and what is left add up to
         the pulls, and after ``min(n, d)`` of them nothing is left but rounding.
+        One that is not quite the leading one does nearly as well.
 
         Returns:
             unit vectors, ``(k, d)``, and the length of the pulls along them, by role and pair, ``(k, 2 n)``
         """
-        greatest = torch.linalg.vector_norm(self._pulls, dim=2).argmax(1)
+        greatest = self._lengths.argmax(1)
         direction = _unit(self._pulls[torch.arange(len(greatest)), greatest][:, None])
-        for _ in range(_STEPS):  # products of rows, which are faster than those of columns
-            direction = _unit(_unit(direction @ self._pulls.mT) @ self._pulls)
+        # products of rows, which are faster than those of columns
+        direction = _unit(_unit(direction @ self._pulls.mT) @ self._pulls)
         along = (direction @ self._pulls.mT)[:, 0]
         self._pulls.addcmul_(along[..., None], direction, value=-1)
+        self._lengths = torch.linalg.vector_norm(self._pulls, dim=2)
         return direction[:, 0], along
 
 
