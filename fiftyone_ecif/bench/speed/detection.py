@@ -50,7 +50,10 @@ def features(pairs: int, folder: Path) -> tuple[DiskMatrix, DiskMatrix]:
 
 
 def neighbours(pairs: int) -> dict[str, Any]:
-    """CPU seconds of one search for the neighbours of all images, and its recall, of some."""
+    """One search for the neighbours of all images: CPU ``seconds``, and of some images its ``recall``.
+
+    ``dense`` are the CPU seconds of comparing all with all, extrapolated from those images.
+    """
     with tempfile.TemporaryDirectory(prefix="ecif-detection-") as folder:
         images = features(pairs, Path(folder))[0][:]
     start = time.process_time()
@@ -86,9 +89,9 @@ def _detect(images: DiskMatrix, texts: DiskMatrix) -> dict[str, Any]:
 
     def passed(stage: str) -> None:
         nonlocal last
-        now = time.process_time()
-        stages[stage] = stages.get(stage, 0.0) + now - last
-        last = now
+        seconds = time.process_time()
+        stages[stage] = stages.get(stage, 0.0) + seconds - last
+        last = seconds
 
     duplicates = find_duplicates(images[:], [str(number) for number in range(pairs)])
     passed("Finding duplicates")
@@ -96,14 +99,14 @@ def _detect(images: DiskMatrix, texts: DiskMatrix) -> dict[str, Any]:
     stage = "Comparing pairs"
     while True:
         try:
-            now = next(work).stage
+            following = next(work).stage
         except StopIteration as done:
             passed(stage)
             judge(done.value)
             passed("Judging")
             break
         passed(stage)
-        stage = now
+        stage = following
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"pairs": pairs, "seconds": last - start, "memory_gib": memory, "stages": stages}
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -477,6 +478,24 @@ def test_heads_in_closed_form_are_made_twice_the_second_time_mostly_of_pairs_tha
                                                         found.judgement.score, strict=True)}  # fmt: skip
     of_each = [score[row.tobytes()] for images, *_ in made[folds:] for row in images.numpy()]
     assert np.corrcoef(weights, of_each)[0, 1] < -0.8
+
+
+def test_features_are_freed_before_pairs_are_measured(monkeypatch):
+    alive, directions, measure = [], gathering._directions, signals.PairSpace.measure
+
+    def watched(features):
+        found = directions(features)
+        alive.append(ref(found))
+        return found
+
+    def measured(space, image, caption):
+        assert [found for found in alive if found() is not None] == []
+        return measure(space, image, caption)
+
+    monkeypatch.setattr(gathering, "_directions", watched)
+    monkeypatch.setattr(signals.PairSpace, "measure", measured)
+    result_of(run_detectors(inputs(), ["calibrated"]))
+    assert len(alive) == 2  # of images and of captions
 
 
 def test_many_rows_in_parts_are_as_few(monkeypatch):

@@ -119,10 +119,19 @@ def index_only(monkeypatch):
     monkeypatch.setattr(neighbours, "EXACT_ON_CPU", 0)
 
 
-def test_an_index_finds_nearly_all_neighbours_with_their_exact_similarity(index_only):
-    centres = draw(60, 32, seed=1)
-    embeddings = centres[torch.arange(6000) % 60] + 0.7 * draw(6000, 32)
+@pytest.mark.parametrize("width", [32, 200])  # codes of one number and of two
+def test_an_index_finds_nearly_all_neighbours_with_their_exact_similarity(width, index_only, monkeypatch):
+    exact, searched = neighbours._exact, []
+
+    def watched(units, rows, *of):
+        searched.append(len(rows))
+        return exact(units, rows, *of)
+
+    monkeypatch.setattr(neighbours, "_exact", watched)
+    centres = draw(60, width, seed=1)
+    embeddings = centres[torch.arange(6000) % 60] + 0.7 * draw(6000, width)
     found = nearest(embeddings, 10)
+    assert searched == [256]  # those that it is tried on
     units = torch.nn.functional.normalize(embeddings, dim=1)
     dense = (units @ units.T).fill_diagonal_(-1)
     expected = dense.topk(10, dim=1)
