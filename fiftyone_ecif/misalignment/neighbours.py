@@ -17,8 +17,9 @@ from fiftyone_ecif.errors import EcifError
 
 #: Rows beyond which a CPU looks neighbours up in an index, see :func:`nearest`.
 EXACT_ON_CPU = 100_000
-#: The share of true neighbours that an index is to find, tried on some rows.
-RECALL = 0.99
+_RECALL = (
+    0.994  # share of true neighbours that an index finds of the rows it is tried on, to find 99 % of those of others
+)
 _BLOCK = {"cpu": (1024, 16384), "gpu": (4096, 65536)}  # of the similarity matrix that is in memory at a time
 _CHUNK = 64  # columns of which only the best is looked at first
 _TRIED = 256  # rows on which an index is held against the truth
@@ -52,8 +53,8 @@ def nearest(
 
     Exact up to 100,000 rows and on a GPU: ``N^2 d`` multiplications, a block
     of the similarity matrix in memory. Beyond that, a CPU looks in an index
-    (faiss), as far as it takes to find 99 % of the neighbours of 256 rows, with
-    exact similarities; where an index does not find them, as in noise without
+    (faiss), as far as it takes to find 99 % of the neighbours, as tried on 256
+    rows, with exact similarities; where an index does not find them, as in noise without
     any neighbours to speak of, it is exact again.
 
     Args:
@@ -221,9 +222,9 @@ class _Index:
     def _tune(self, asked: Tensor, truth: Tensor) -> None:
         near = torch.from_numpy(self._lists.search(self._turned(asked), self._lists.ntotal)[1])
         own = torch.from_numpy(self._lists.search(self._turned(self._units[truth.flatten()]), 1)[1]).view(truth.shape)
-        self._index.nprobe = min(_enough(_places(own, near), (1 + RECALL) / 2), self._lists.ntotal)
+        self._index.nprobe = min(_enough(_places(own, near), (1 + _RECALL) / 2), self._lists.ntotal)
         most = min(_MOST_COMPARED, len(self._units))
-        enough = _enough(_places(truth, self._candidates(asked, most)), RECALL)
+        enough = _enough(_places(truth, self._candidates(asked, most)), _RECALL)
         self.finds = enough <= most
         self._compared = min(max(enough, self._count) + _SPARE, len(self._units))
 
