@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from fiftyone_ecif.models.attention import attention, is_plain, mix
 from fiftyone_ecif.models.tangents import LayerNorm, Linear, Softmax
-
-_POSITIONAL = 13  # arguments of attention that torch gives without a name
 
 
 class _Adapted(NamedTuple):
@@ -57,10 +55,10 @@ class FlatLayers(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is linear:
             return self._linear(*args, **kwargs)
-        if func is multi_head_attention_forward and _is_plain(args, kwargs):
-            return self._attention(args, kwargs)
+        if func is multi_head_attention_forward and is_plain(args, kwargs):
+            return attention(args, kwargs, self._linear, Softmax.apply)
         if func is scaled_dot_product_attention and len(args) == 3 and not any(kwargs.values()):
-            return _mix(*args)
+            return mix(*args, softmax=Softmax.apply)
         if func is layer_norm:
             return _normed(*args, **kwargs)
         if not self._has_adapted(args, kwargs):
@@ -79,22 +77,6 @@ class FlatLayers(TorchFunctionMode):
             a, b = adapted.a, adapted.b
         rows = Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias, a, b)
         return cast(Tensor, rows.reshape(*input.shape[:-1], rows.shape[-1]))
-
-    def _attention(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, None]:
-        """What ``multi_head_attention_forward`` makes of sequences ``(t, n, w)``."""
-        query, key, value, _, heads, weight, bias, *_, out_weight, out_bias = args
-        inputs = [each.transpose(0, 1) for each in (query, key, value)]
-        if kwargs.get("use_separate_proj_weight"):
-            weights = [kwargs[f"{name}_proj_weight"] for name in "qkv"]
-            biases = [None] * 3 if bias is None else bias.chunk(3)
-            parts = [self._linear(*each) for each in zip(inputs, weights, biases, strict=True)]
-        elif query is key is value:
-            parts = list(self._linear(inputs[0], weight, bias).chunk(3, -1))
-        else:
-            parts = [self._linear(each, weight, bias).chunk(3, -1)[place] for place, each in enumerate(inputs)]
-        q, k, v = (part.view(*part.shape[:2], heads, -1).transpose(1, 2) for part in parts)
-        mixed = _mix(q, k, v, kwargs.get("attn_mask"))
-        return self._linear(mixed.transpose(1, 2).flatten(2), out_weight, out_bias).transpose(0, 1), None
 
     def _has_adapted(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         values = (*args, *kwargs.values()) if self._adapted else ()
@@ -126,23 +108,3 @@ def _normed(
     """As torch's function ``layer_norm``."""
     normed: Tensor = LayerNorm.apply(input, list(shape), weight, bias, eps)
     return normed
-
-
-def _mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of heads ``(..., t, d)``; what a mask of bools holds is left out."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    if mask is not None:
-        scores = scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    mixed: Tensor = Softmax.apply(scores) @ v
-    return mixed
-
-
-def _is_plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether torch's attention is asked for what most towers do: no more than a mask of ``(t, t)``."""
-    if len(args) != _POSITIONAL or args[0].ndim != 3:
-        return False
-    bias_k, _, add_zero = args[7:10]
-    mask = kwargs.get("attn_mask")
-    asked = (kwargs.get("need_weights", True), kwargs.get("key_padding_mask") is not None, kwargs.get("training", True))
-    odd = bias_k is not None or add_zero or any(asked) or kwargs.get("static_k") is not None
-    return not odd and (mask is None or mask.ndim == 2)

@@ -7,23 +7,17 @@ the activations alone gives it for each sample of the batch apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FunctionType
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, multi_head_attention_forward
+from torch.nn.functional import gelu, layer_norm, linear, multi_head_attention_forward
 from torch.overrides import TorchFunctionMode
 
+from fiftyone_ecif.models.attention import attention, is_plain
+
 _NEAR, _FAR = 1e-3, 1e-2  # relative distance of the same numbers but for rounding, and of others
-# torch's attention hands itself over as a whole; of this one the layers inside are seen
-_attention = FunctionType(
-    multi_head_attention_forward.__code__, {**vars(torch.nn.functional), "has_torch_function": lambda _: False}
-)
-_attention.__kwdefaults__, _attention.__defaults__ = (
-    multi_head_attention_forward.__kwdefaults__,
-    multi_head_attention_forward.__defaults__,
-)
 
 
 class LayerCall(NamedTuple):
@@ -75,9 +69,10 @@ class LayerCalls(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func is layer_norm:
             return self._layer_norm(*args, **kwargs)
-        if func is multi_head_attention_forward:
-            with self:
-                return _attention(*args, **kwargs)
+        if func is multi_head_attention_forward and is_plain(args, kwargs):
+            return attention(args, kwargs, self._linear, partial(torch.softmax, dim=-1))
+        if func is gelu:
+            return _gelu(*args, **kwargs)
         found = func(*args, **kwargs)
         if isinstance(found, Tensor | tuple | list):  # not its precision or its device
             self.elsewhere.update(self._used((args, tuple(kwargs.values()))))
@@ -122,6 +117,32 @@ class LayerCalls(TorchFunctionMode):
                 yield from self._used(one)
         elif id(value) in self._names:
             yield self._names[id(value)]
+
+
+def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    function = partial(gelu, approximate=approximate)
+    if not (input.requires_grad and torch.is_grad_enabled()):
+        return function(input)
+    return cast(Tensor, _OneSlope.apply(function, input))
+
+
+class _OneSlope(torch.autograd.Function):
+    """A function of each number apart, whose derivative is computed once and serves all backward passes."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Of the shape of ``x``."""
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            y = function(at)
+            (slope,) = torch.autograd.grad(y, at, torch.ones_like(y))
+        ctx.save_for_backward(slope)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:
+        """The gradient of ``x``."""
+        return None, slope * ctx.saved_tensors[0]
 
 
 class _Layer(NamedTuple):

@@ -69,11 +69,12 @@ def test_a_layer_norm_has_its_derivatives(x, weight, bias):
 
 CAUSAL = torch.full((TOKENS, TOKENS), -torch.inf, dtype=torch.float64).triu(1)
 PADDED = torch.arange(TOKENS) >= torch.tensor([TOKENS, TOKENS - 1, TOKENS - 2])[:, None]
+EACH_HEADS = random(2 * PAIRS, TOKENS, TOKENS, seed=7)
 ATTENTION = {
     "plain": ({}, {}),
     "causal": ({}, {"attn_mask": CAUSAL}),
     "a mask of bools": ({}, {"attn_mask": CAUSAL < 0}),
-    "a mask for each head": ({}, {"attn_mask": CAUSAL.expand(2 * PAIRS, -1, -1)}),
+    "a mask for each head": ({}, {"attn_mask": EACH_HEADS}),
     "padding": ({}, {"key_padding_mask": PADDED}),
     "weights": ({}, {"need_weights": True}),
     "tokens first": ({"batch_first": False}, {}),

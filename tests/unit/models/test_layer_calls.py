@@ -158,3 +158,38 @@ def test_what_is_not_understood_is_not_given(way, count):
         )
         for name, one in zip(names, expected, strict=True):
             torch.testing.assert_close(found[name][n], one.flatten(), rtol=1e-10, atol=1e-12)
+
+
+class Attends(nn.Module):
+    """Attention of an image's parts, with what torch can be told about it."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.layer, self.told = nn.MultiheadAttention(4, 2, batch_first=True), told
+        self.masks = torch.randn(3 * 2, 5, 5, dtype=torch.float64)
+
+    def forward(self, inputs):  # (n, 5, 4)
+        told = {"attn_mask": self.masks[: 2 * len(inputs)]} if self.told == "each head's mask" else {}
+        mixed = self.layer(inputs, inputs, inputs, need_weights=self.told == "weights", **told)[0]
+        return functional.gelu(mixed, approximate="tanh").sum(1)
+
+
+@pytest.mark.parametrize("told", ["nothing", "each head's mask", "weights"])
+def test_layers_within_attention_are_seen(told):
+    torch.manual_seed(0)
+    module = Attends(told).double().eval().requires_grad_(False)
+    weights = dict(module.named_parameters())
+    inputs, direction = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+
+    def run(each):
+        return functional_call(module, weights, (each,))
+
+    layers = SampleLayers(run, inputs, weights, {})
+    assert layers.names == (set() if told == "weights" else set(weights))
+    for _ in range(2 if layers.names else 0):  # passes
+        for name, rows in layers.gradients(direction):
+            leaf = weights[name].clone().requires_grad_()
+            embeddings = functional_call(module, weights | {name: leaf}, (inputs,))
+            for n in range(3):
+                expected = torch.autograd.grad(embeddings[n] @ direction[n], leaf, retain_graph=True)[0]
+                torch.testing.assert_close(rows[n], expected.flatten())
