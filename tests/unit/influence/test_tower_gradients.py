@@ -140,6 +140,33 @@ def test_what_all_embeddings_have_in_common_takes_few_directions():
     assert neglected > 0.05**2 * all_of_it
 
 
+class ShiftsOfKinds(Shifts):
+    """Embeddings of some kinds, the last number of an input: those of each kind are moved alike."""
+
+    def __init__(self, width, kinds):
+        super().__init__(kinds * width)
+        self.kinds = kinds
+
+    def embed_images(self, theta, images):
+        return images[:, :-1] + theta.view(2, self.kinds, -1)[0, images[:, -1].long()]
+
+    def embed_captions(self, theta, captions):
+        return captions[:, :-1] + theta.view(2, self.kinds, -1)[1, captions[:, -1].long()]
+
+
+@pytest.mark.parametrize(("kinds", "tolerance"), [(8, 0.1), (8, 1e-2), (4, 1e-2)])
+def test_the_tolerance_bounds_the_error_where_embeddings_are_alike(kinds, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.arange(64) % kinds
+    centres = torch.randn(kinds, 16, generator=generator, dtype=torch.float64)[kind]
+    noise = torch.randn(2, 64, 16, generator=generator, dtype=torch.float64)
+    scope, batch = ShiftsOfKinds(16, kinds), [torch.cat([centres + part, kind[:, None]], 1) for part in noise]
+    exact, most = tower_gradients(scope, scope.start, batch, tolerance=0.0)
+    found, spent = tower_gradients(scope, scope.start, batch, tolerance=tolerance)
+    assert relative_error(found, exact) < tolerance
+    assert spent < most
+
+
 def test_stored_gradients_are_as_exact_as_is_asked_for():
     scope, batch = make_scope(VIT, SoftmaxLoss(), 2), make_batch(12)
     basis = torch.linalg.qr(torch.randn(len(scope.start), 5, dtype=torch.float64)).Q
