@@ -154,7 +154,7 @@ def cached(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
     """Stored gradients of both roles beside those that hooks see, in as many coordinates; random weights."""
     scope, batch, _ = problem(text, pairs, width, layers)
     if not isinstance(scope, HeadScope):
-        return {"scope": text, "weights": "random"} | _deep(scope, scope.start, batch, repeats)
+        return {"scope": text, "weights": "random"} | _deep(scope, scope.start, batch, batch, repeats)
     projection = principal_projection(scope, scope.start, [batch])
     ways = {
         "stored": lambda: projection.removal_gradients(scope.start, batch),
@@ -166,16 +166,21 @@ def cached(text: str, pairs: int, width: int, layers: int, repeats: int) -> Row:
 
 @one_thread()
 def cached_trained(text: str, pairs: int, repeats: int) -> Row:
-    """Likewise for a deep scope of a small trained model, on the pairs that it was trained on."""
+    """Likewise for a deep scope of a small trained model, on the pairs that it was trained on.
+
+    Captions are as long as they are. Hooks run the model as it is, which takes them at the length of the context.
+    """
     from fiftyone_ecif.bench.fidelity.world import make_world  # which needs FiftyOne
 
     world = make_world(400, 100, 300)
     encoder, choice = world.encoder, parse_scope(text)
     scope = TowerScope(encoder.model, encoder.scope_names(choice), encoder.loss, choice.rank)
     pixels, tokens = world.batches(text, torch.arange(pairs), pairs, 0)[0]
-    tokens = nn.functional.pad(tokens, (0, encoder.model.context_length - tokens.shape[1]))  # which hooks need
+    padded = nn.functional.pad(tokens, (0, encoder.model.context_length - tokens.shape[1]))
     theta = scope.start + _MOVED * torch.randn(len(scope.start), generator=torch.Generator().manual_seed(0))
-    return {"scope": text, "weights": "trained"} | _deep(scope, theta, (pixels.float(), tokens), repeats)
+    return {"scope": text, "weights": "trained"} | _deep(
+        scope, theta, (pixels.float(), tokens), (pixels.float(), padded), repeats
+    )
 
 
 @one_thread()
@@ -185,7 +190,7 @@ def cached_fitted(text: str, pairs: int, width: int, layers: int, repeats: int, 
     batch, choice = (pixels[:pairs], tokens[:pairs]), parse_scope(text)
     scope = TowerScope(model, scope_parameters(model, choice, batch), SoftmaxLoss(), choice.rank)
     theta = scope.start + _MOVED * torch.randn(len(scope.start), generator=torch.Generator().manual_seed(0))
-    return {"scope": text, "weights": f"{steps} steps"} | _deep(scope, theta, batch, repeats)
+    return {"scope": text, "weights": f"{steps} steps"} | _deep(scope, theta, batch, batch, repeats)
 
 
 def _fitted(width: int, layers: int, steps: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -211,7 +216,9 @@ def _fitted(width: int, layers: int, steps: int) -> tuple[nn.Module, Tensor, Ten
     return model, pixels, tokens
 
 
-def _deep(scope: Scope, theta: Tensor, batch: tuple[Tensor, Tensor], repeats: int) -> Row:
+def _deep(
+    scope: Scope, theta: Tensor, batch: tuple[Tensor, Tensor], of_hooks: tuple[Tensor, Tensor], repeats: int
+) -> Row:
     """Of one batch; ``error`` is the length of what is missing to exact gradients over the length of those."""
     assert isinstance(scope, TowerScope)
     pairs = len(batch[0])
@@ -219,7 +226,7 @@ def _deep(scope: Scope, theta: Tensor, batch: tuple[Tensor, Tensor], repeats: in
     projection = BasisProjection(scope, gradient_basis(theta, [(objective, _DIRECTIONS)]))
     ways = {
         "stored": lambda: projection.removal_gradients(theta, batch),
-        "hooks": _linear_hooks(scope.model, batch),
+        "hooks": _linear_hooks(scope.model, of_hooks),
     }
     found = side_by_side(repeats, ways, clock=time.process_time)
     kept, exact = (
