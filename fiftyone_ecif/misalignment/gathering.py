@@ -101,6 +101,7 @@ def gather_evidence(inputs: DetectorInputs) -> Generator[Progress, None, Evidenc
         theta = yield from _fit(inputs, others, number, folds)
         space = PairSpace(*inputs.embeddings(theta), _scale(inputs, theta), around, inputs.device)
         columns[FITTED][held] = _shared(processes, space.measure, image[held], caption[held])
+        del space  # before there is another one
     yield Progress("Refitting", folds, folds)
 
     def finish(canonical: np.ndarray) -> Evidence:
@@ -177,6 +178,7 @@ def _canonical(
         heads = canonical_heads(sides[0], sides[1], weights[others], ridge)
         space = PairSpace(*heads.embed(*features), CANONICAL_SCALE, around, device)
         found[held] = _shared(processes, space.measure, measured[0][held], measured[1][held])
+        del space
         yield Progress("Refitting", folds, folds)
     return found
 

@@ -161,33 +161,47 @@ def test_what_is_not_understood_is_not_given(way, count):
 
 
 class Attends(nn.Module):
-    """Attention of an image's parts, with what torch can be told about it."""
+    """Attention between the parts of an image, in ways that torch has for it."""
 
-    def __init__(self, told):
+    def __init__(self, way):
         super().__init__()
-        self.layer, self.told = nn.MultiheadAttention(4, 2, batch_first=True), told
+        widths = {"kdim": 3, "vdim": 2} if way == "narrow keys" else {}
+        self.layer, self.way = nn.MultiheadAttention(4, 2, batch_first=True, **widths), way
         self.masks = torch.randn(3 * 2, 5, 5, dtype=torch.float64)
 
     def forward(self, inputs):  # (n, 5, 4)
-        told = {"attn_mask": self.masks[: 2 * len(inputs)]} if self.told == "each head's mask" else {}
-        mixed = self.layer(inputs, inputs, inputs, need_weights=self.told == "weights", **told)[0]
+        keys, values = inputs, inputs
+        if self.way == "other keys":
+            keys, values = inputs.flip(1), inputs.tanh()
+        elif self.way == "narrow keys":
+            keys, values = inputs[..., :3], inputs[..., :2]
+        told = {"attn_mask": self.masks[: 2 * len(inputs)]} if self.way == "each head's mask" else {}
+        mixed = self.layer(inputs, keys, values, need_weights=self.way == "with weights", **told)[0]
         return functional.gelu(mixed, approximate="tanh").sum(1)
 
 
-@pytest.mark.parametrize("told", ["nothing", "each head's mask", "weights"])
-def test_layers_within_attention_are_seen(told):
+@pytest.mark.parametrize(
+    ("way", "hidden"),
+    [
+        ("plain", set()),
+        ("other keys", set()),
+        ("narrow keys", {"layer.in_proj_bias"}),
+        ("each head's mask", set()),
+        ("with weights", {f"layer.{name}" for name, _ in nn.MultiheadAttention(4, 2).named_parameters()}),
+    ],
+)
+def test_layers_within_attention_are_seen(way, hidden):
     torch.manual_seed(0)
-    module = Attends(told).double().eval().requires_grad_(False)
+    module = Attends(way).double().eval().requires_grad_(False)
     weights = dict(module.named_parameters())
     inputs, direction = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-
-    def run(each):
-        return functional_call(module, weights, (each,))
-
-    layers = SampleLayers(run, inputs, weights, {})
-    assert layers.names == (set() if told == "weights" else set(weights))
+    layers = SampleLayers(lambda each: functional_call(module, weights, (each,)), inputs, weights, {})
+    assert layers.names == set(weights) - hidden
     for _ in range(2 if layers.names else 0):  # passes
+        found = {name: torch.zeros(3, weights[name].numel(), dtype=torch.float64) for name in layers.names}
         for name, rows in layers.gradients(direction):
+            found[name] += rows
+        for name, rows in found.items():
             leaf = weights[name].clone().requires_grad_()
             embeddings = functional_call(module, weights | {name: leaf}, (inputs,))
             for n in range(3):
