@@ -70,15 +70,17 @@ class LayerCalls(TorchFunctionMode):
         if func is layer_norm:
             return self._layer_norm(*args, **kwargs)
         if func is multi_head_attention_forward and is_plain(args, kwargs):
+            self.elsewhere.update(self._used(kwargs.get("attn_mask")))
             return attention(args, kwargs, self._linear, partial(torch.softmax, dim=-1))
         if func is gelu:
-            return _gelu(*args, **kwargs)
+            return self._gelu(*args, **kwargs)
         found = func(*args, **kwargs)
         if isinstance(found, Tensor | tuple | list):  # not its precision or its device
             self.elsewhere.update(self._used((args, tuple(kwargs.values()))))
         return found
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        self.elsewhere.update(self._used(input))
         return self._keep(False, input, linear(input, weight, bias), weight, bias)
 
     def _layer_norm(
@@ -89,6 +91,7 @@ class LayerCalls(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
+        self.elsewhere.update(self._used(input))
         output = layer_norm(input, normalized_shape, weight, bias, eps)
         if len(normalized_shape) != 1:
             self.elsewhere.update(self._used((weight, bias)))
@@ -98,6 +101,13 @@ class LayerCalls(TorchFunctionMode):
         with torch.no_grad():
             normal = layer_norm(input, normalized_shape, eps=eps)
         return self._keep(True, normal, output, weight, bias)
+
+    def _gelu(self, input: Tensor, approximate: str = "none") -> Tensor:
+        self.elsewhere.update(self._used(input))
+        function = partial(gelu, approximate=approximate)
+        if not (input.requires_grad and torch.is_grad_enabled()):
+            return function(input)
+        return cast(Tensor, _OneSlope.apply(function, input))
 
     def _keep(
         self, normalises: bool, inputs: Tensor, output: Tensor, weight: Tensor | None, bias: Tensor | None
@@ -117,13 +127,6 @@ class LayerCalls(TorchFunctionMode):
                 yield from self._used(one)
         elif id(value) in self._names:
             yield self._names[id(value)]
-
-
-def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    function = partial(gelu, approximate=approximate)
-    if not (input.requires_grad and torch.is_grad_enabled()):
-        return function(input)
-    return cast(Tensor, _OneSlope.apply(function, input))
 
 
 class _OneSlope(torch.autograd.Function):

@@ -99,6 +99,12 @@ class Odd(nn.Module):
         hidden = self.first(inputs)
         if self.way == "transposed":
             hidden = hidden @ self.first.weight.T
+        elif self.way == "through a gelu":
+            hidden = hidden + functional.gelu(self.first.bias)
+        elif self.way == "as an input":
+            hidden = hidden @ functional.linear(self.first.weight, self.second.weight)
+        elif self.way == "normalised":
+            hidden = hidden @ functional.layer_norm(self.first.weight, [4], self.second.bias)
         elif self.way == "overwritten":
             hidden.relu_()
         elif self.way == "input overwritten":
@@ -123,7 +129,10 @@ class Odd(nn.Module):
 
 WAYS = {
     "plain": {"first", "second"},
-    "transposed": {"second"},
+    "transposed": {"first.bias", "second"},
+    "through a gelu": {"first.weight", "second"},
+    "as an input": {"first.bias", "second.bias"},
+    "normalised": {"first.bias", "second.weight"},
     "overwritten": {"second"},
     "input overwritten": {"first"},
     "twice": {"first", "second"},
@@ -142,9 +151,7 @@ def test_what_is_not_understood_is_not_given(way, count):
     weights = dict(module.named_parameters())
     inputs, direction = torch.randn(count, 3, 4, dtype=torch.float64), torch.randn(count, 4, dtype=torch.float64)
     layers = SampleLayers(lambda each: functional_call(module, weights, (each,)), inputs, weights, {})
-    seen = {name for name in weights if name.split(".")[0] in WAYS[way]}
-    if way == "transposed":
-        seen |= {"first.bias"}
+    seen = {name for name in weights if name.startswith(tuple(WAYS[way]))}
     assert layers.names == seen
     found = {name: torch.zeros(count, weights[name].numel(), dtype=torch.float64) for name in seen}
     for name, rows in layers.gradients(direction):
@@ -168,14 +175,18 @@ class Attends(nn.Module):
         widths = {"kdim": 3, "vdim": 2} if way == "narrow keys" else {}
         self.layer, self.way = nn.MultiheadAttention(4, 2, batch_first=True, **widths), way
         self.masks = torch.randn(3 * 2, 5, 5, dtype=torch.float64)
+        if way == "a weight as a mask":
+            self.between = nn.Linear(5, 5)
 
     def forward(self, inputs):  # (n, 5, 4)
+        told = {"attn_mask": self.masks[: 2 * len(inputs)]} if self.way == "each head's mask" else {}
+        if self.way == "a weight as a mask":
+            inputs, told = self.between(inputs.mT).mT, {"attn_mask": self.between.weight}
         keys, values = inputs, inputs
         if self.way == "other keys":
             keys, values = inputs.flip(1), inputs.tanh()
         elif self.way == "narrow keys":
             keys, values = inputs[..., :3], inputs[..., :2]
-        told = {"attn_mask": self.masks[: 2 * len(inputs)]} if self.way == "each head's mask" else {}
         mixed = self.layer(inputs, keys, values, need_weights=self.way == "with weights", **told)[0]
         return functional.gelu(mixed, approximate="tanh").sum(1)
 
@@ -187,6 +198,7 @@ class Attends(nn.Module):
         ("other keys", set()),
         ("narrow keys", {"layer.in_proj_bias"}),
         ("each head's mask", set()),
+        ("a weight as a mask", {"between.weight"}),
         ("with weights", {f"layer.{name}" for name, _ in nn.MultiheadAttention(4, 2).named_parameters()}),
     ],
 )
