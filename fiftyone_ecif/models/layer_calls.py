@@ -46,6 +46,8 @@ class LayerCall(NamedTuple):
 class LayerCalls(TorchFunctionMode):
     """Entered, it sees linear layers and layer norms that use some weights.
 
+    The derivative of a GELU is kept, as many backward passes go through it.
+
     Args:
         weights: by name, as the model is given them.
 

@@ -219,7 +219,10 @@ def _fitted(width: int, layers: int, steps: int) -> tuple[nn.Module, Tensor, Ten
 def _deep(
     scope: Scope, theta: Tensor, batch: tuple[Tensor, Tensor], of_hooks: tuple[Tensor, Tensor], repeats: int
 ) -> Row:
-    """Of one batch; ``error`` is the length of what is missing to exact gradients over the length of those."""
+    """Of one batch, and of the same as hooks take it.
+
+    ``error`` is the length of what is missing to exact gradients over the length of those.
+    """
     assert isinstance(scope, TowerScope)
     pairs = len(batch[0])
     objective = ContrastiveLoss(scope, _AsTheyAre(batch), pairs)

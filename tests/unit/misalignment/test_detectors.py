@@ -498,6 +498,19 @@ def test_features_are_freed_before_pairs_are_measured(monkeypatch):
     assert len(alive) == 2  # of images and of captions
 
 
+def test_embeddings_are_held_once(monkeypatch):
+    spaces, start = [], signals.PairSpace.__init__
+
+    def watched(space, *of):
+        assert [found for found in spaces if found() is not None] == []
+        spaces.append(ref(space))
+        start(space, *of)
+
+    monkeypatch.setattr(signals.PairSpace, "__init__", watched)
+    result_of(run_detectors(inputs(), ["calibrated"]))
+    assert len(spaces) > 10  # of the weights as loaded, of refits, and of heads in closed form twice
+
+
 def test_many_rows_in_parts_are_as_few(monkeypatch):
     for module in (embeddings, neighbour_influence):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
