@@ -144,9 +144,8 @@ class _CommonMap:
         missed = (found - directions @ self.map) * doubt.rsqrt()
         weights = along.square().sum(1)
         own, whole = weights @ missed.square().sum(1), weights @ found.square().sum(1)
-        squares = torch.stack([own, (along.T @ missed).square().sum(), whole]) / weights.sum().clamp(
-            min=torch.finfo(weights.dtype).tiny
-        )
+        total = weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        squares = torch.stack([own, (along.T @ missed).square().sum(), whole]) / total
         for kept, square in zip((self._own, self._added, self._all), squares.tolist(), strict=True):
             kept.append(square)
         self._seen.addmm_(directions.T, directions)
