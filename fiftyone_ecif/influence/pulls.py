@@ -67,28 +67,40 @@ class Pulls:
         tangent: Tensor = whole - along * own[:, None, None]
         return tangent
 
+    def root_of_spread(self, tower: int) -> Tensor:
+        """Which pulls on a tower's embeddings change its parameters most: ``L``, lower triangular, shape ``(d, d)``.
+
+        What a pull ``r`` does to parameters is taken to be as long as ``r @ L``. ``L @ L.T`` is the
+        covariance of the embeddings over its mean variance, and as much again in all directions: parameters
+        move embeddings most where embeddings differ most.
+        """
+        own = self._units[tower]
+        covariance, unit = torch.cov(own.T, correction=0).view(2 * own.shape[1:]), torch.eye(own.shape[1]).to(own)
+        mean = covariance.trace().clamp(min=torch.finfo(own.dtype).tiny) / len(unit)
+        root: Tensor = torch.linalg.cholesky(unit + covariance / mean)
+        return root
+
 
 class Remainder:
     """Pulls on some embeddings, of which what goes in a direction of each is taken out, again and again.
 
     Args:
         pulls: shape ``(k, 2, n, d)``, as :meth:`Pulls.of` gives them; they are overwritten.
+
+    Attributes:
+        on_all: the sum over the embeddings of what is left, by role and pair, shape ``(2 n, d)``.
     """
 
     def __init__(self, pulls: Tensor) -> None:
         self._pulls = pulls.flatten(1, 2)
         self._lengths = torch.linalg.vector_norm(self._pulls, dim=2)
+        self.on_all = self._pulls.sum(0)
 
     @property
     def energy(self) -> Tensor:
         """The sum of the squares of what is left."""
         energy: Tensor = self._lengths.square().sum()
         return energy
-
-    @property
-    def on_all(self) -> Tensor:
-        """The sum over the embeddings of what is left, by role and pair, shape ``(2 n, d)``."""
-        return self._pulls.sum(0)
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Takes out what goes in the direction in which most does: the greatest pull, after a step of the power method.
@@ -106,6 +118,7 @@ class Remainder:
         direction = _unit(_unit(direction @ self._pulls.mT) @ self._pulls)
         along = (direction @ self._pulls.mT)[:, 0]
         self._pulls.addcmul_(along[..., None], direction, value=-1)
+        self.on_all.addmm_(along.T, direction[:, 0], alpha=-1)
         self._lengths = torch.linalg.vector_norm(self._pulls, dim=2)
         return direction[:, 0], along
 

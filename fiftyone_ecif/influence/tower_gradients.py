@@ -91,20 +91,22 @@ class _Side:
 
     Attributes:
         common: the map that the embeddings have in common, as far as it is known.
-        left: of the pulls.
+        left: of the pulls, each times the root of the embeddings' spread, so that its length is what it matters.
         missing: the squared length, as estimated, of what gradients would miss if what is left went through that map.
         passes: that were made.
     """
 
     def __init__(self, pulls: Pulls, number: int, backward: SampleGradients, gradients: Tensor) -> None:
         self._along, self._lengths, self._gradients = backward.along, pulls.lengths[number], gradients
-        self.common, self.left = _CommonMap(pulls.shape[1], gradients), Remainder(pulls.of(number))
+        self._root = pulls.root_of_spread(number)
+        self.common, self.left = _CommonMap(pulls.shape[1], gradients), Remainder(pulls.of(number) @ self._root)
         self.missing, self.passes = float("inf"), 0
 
     def step(self) -> None:
         """Makes one more pass."""
         directions, along = self.left.take()
-        found = self._along(directions / self._lengths)
+        pulled = torch.linalg.solve_triangular(self._root, directions, upper=False, left=False)
+        found = self._along(pulled / self._lengths)
         self._gradients.addmm_(along.T, found)
         self.common.learn(directions, found, along)
         self.missing, self.passes = self.common.error(self.left), self.passes + 1

@@ -75,3 +75,21 @@ def test_nothing_is_taken_where_nothing_pulls():
     directions, along = left.take()
     assert not along.any()
     assert directions.isfinite().all()
+
+
+def test_the_root_of_spread_is_that_of_the_covariance_and_as_much_in_all_directions():
+    _, sides, pulls = make_pulls("softmax", 40, 6)
+    for tower in (0, 1):
+        units = normalize(sides[tower], dim=1)
+        spread = torch.cov(units.T, correction=0)
+        root = pulls.root_of_spread(tower)
+        torch.testing.assert_close(root @ root.T, torch.eye(6).double() + spread / spread.diagonal().mean())
+        assert not root.triu(1).any()
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 3), (3, 1), (4, 4)])
+def test_equal_embeddings_have_no_spread(count, width):
+    scope, sides, _ = make_pulls("softmax", 1, width)
+    pulls = Pulls(scope, scope.loss, scope.start, *sides.expand(2, count, width))
+    assert pulls.root_of_spread(0).isfinite().all()
+    torch.testing.assert_close(pulls.root_of_spread(0).diagonal(), torch.ones(width).double(), rtol=0.5, atol=0)
