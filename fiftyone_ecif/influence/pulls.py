@@ -71,12 +71,12 @@ class Pulls:
         """Which pulls on a tower's embeddings change its parameters most: ``L``, lower triangular, shape ``(d, d)``.
 
         What a pull ``r`` does to parameters is taken to be as long as ``r @ L``. ``L @ L.T`` is the
-        covariance of the embeddings over its mean variance, and as much again in all directions: parameters
-        move embeddings most where embeddings differ most.
+        covariance of the embeddings over its mean variance, plus the unit matrix: parameters move embeddings
+        most where embeddings differ most.
         """
         own = self._units[tower]
         covariance, unit = torch.cov(own.T, correction=0).view(2 * own.shape[1:]), torch.eye(own.shape[1]).to(own)
-        mean = covariance.trace().clamp(min=torch.finfo(own.dtype).tiny) / len(unit)
+        mean = covariance.trace().clamp(min=torch.finfo(own.dtype).eps) / len(unit)  # less is rounding
         root: Tensor = torch.linalg.cholesky(unit + covariance / mean)
         return root
 
