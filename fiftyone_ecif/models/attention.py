@@ -47,8 +47,10 @@ def attention(
         weights = [kwargs[f"{name}_proj_weight"] for name in "qkv"]
         biases = [None] * 3 if bias is None else bias.chunk(3)
         parts = [linear(*each) for each in zip(inputs, weights, biases, strict=True)]
-    elif query is key is value:
-        parts = list(linear(inputs[0], weight, bias).chunk(3, -1))
+    elif key is value:
+        parts = list(linear(inputs[1], weight, bias).chunk(3, -1))
+        if query is not key:
+            parts[0] = linear(inputs[0], weight, bias).chunk(3, -1)[0]
     else:
         parts = [linear(each, weight, bias).chunk(3, -1)[place] for place, each in enumerate(inputs)]
     q, k, v = (part.view(*part.shape[:2], heads, -1).transpose(1, 2) for part in parts)

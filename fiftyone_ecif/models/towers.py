@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fiftyone_ecif.models.last_block import last_of_image, last_of_text
+from fiftyone_ecif.models.replaced import replaced
 
 
 @contextlib.contextmanager
@@ -27,7 +29,8 @@ def differentiable_attention() -> Iterator[None]:
 class Tower(nn.Module):
     """One tower of a model as a module, so that ``functional_call`` can replace its parameters.
 
-    Tokens may be fewer than the context of a text tower with a :func:`causal_mask`.
+    Tokens may be fewer than the context of a text tower with a :func:`causal_mask`. Of the last block that is
+    computed which is read.
 
     Args:
         model: an open_clip model.
@@ -42,28 +45,16 @@ class Tower(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Embeddings before normalisation, shape ``(n, d)``, of images ``(n, 3, h, w)`` or tokens ``(n, t)``."""
         if self.tower == "image":
-            return cast(Tensor, self.model.encode_image(inputs, normalize=False))
-        mask, length = causal_mask(self.model), inputs.shape[1]
-        if mask is None or length == len(mask):
-            return cast(Tensor, self.model.encode_text(inputs, normalize=False))
-        text = "model.text." if hasattr(self.model, "text") else "model."
-        cut = {
-            f"{text}positional_embedding": _text_tower(self.model).positional_embedding[:length],
-            f"{text}attn_mask": mask[:length, :length],
-        }
-        return cast(Tensor, functional_call(_TextTower(self.model), cut, (inputs,)))
-
-
-class _TextTower(nn.Module):
-    """The text tower with whatever places and mask it has been given."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model: Any = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Embeddings before normalisation, shape ``(n, d)``, of tokens ``(n, t)``."""
-        return cast(Tensor, self.model.encode_text(tokens, normalize=False))
+            visual = replaced(self.model.visual, last_of_image(self.model.visual, inputs))
+            return cast(Tensor, replaced(self.model, {"visual": visual}).encode_image(inputs, normalize=False))
+        text, mask, length = _text_tower(self.model), causal_mask(self.model), inputs.shape[1]
+        parts = last_of_text(text, inputs)
+        if mask is not None and length < len(mask):
+            parts |= {"positional_embedding": text.positional_embedding[:length], "attn_mask": mask[:length, :length]}
+        model = replaced(text, parts)
+        if text is not self.model:
+            model = replaced(self.model, {"text": model})
+        return cast(Tensor, model.encode_text(inputs, normalize=False))
 
 
 def causal_mask(model: Any) -> Tensor | None:

@@ -630,12 +630,13 @@ def test_a_caption_of_ten_thousand_words_counts_as_its_beginning(dataset, train,
     sample = train.first()
     words = ("a red seven left of a green two " * 1250).split()
     found = []
-    for count in (10_000, 200):
+    for count in (10_000, 200, 2):
         sample.caption = " ".join(words[:count])
         sample.save()
         score(train, val, overwrite=True)
         found.append(train.values("ecif_influence"))
-    assert found[0] == found[1]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)  # how many captions are encoded at once changes their rounding
+    assert found[0] != pytest.approx(found[2], rel=1e-2)
     assert np.isfinite(found[0]).all()
 
 
