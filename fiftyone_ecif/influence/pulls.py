@@ -53,19 +53,19 @@ class Pulls:
             tower: 0 for images, 1 for captions.
         """
         own, others = self._units[tower], self._units[1 - tower]
-        each, pulled = torch.arange(len(own)), []
-        for as_anchor, as_other in zip(self._gradients[tower], self._gradients[1 - tower], strict=True):
-            part = own.new_zeros(len(own), *others.shape)
+        each, pulls = torch.arange(len(own)), own.new_zeros(len(own), 2, *others.shape)
+        for role, as_anchor, as_other in zip(
+            pulls.unbind(1), self._gradients[tower], self._gradients[1 - tower], strict=True
+        ):
             for gradient in as_anchor:
-                part += gradient.matrix()[..., None] * (others - (gradient.mean @ others)[:, None])
+                weight = gradient.matrix()[..., None]
+                role.addcmul_(weight, others).addcmul_(weight, (gradient.mean @ others)[:, None], value=-1)
             for gradient in as_other:
-                part -= _carried(gradient, gradient.mean[..., None] * others[:, None]).transpose(0, 1)
-                part[each, each] += gradient.aggregate(others)
-            pulled.append(part)
-        whole = self._scale * torch.stack(pulled, dim=1)
-        along = (whole * own[:, None, None]).sum(-1, keepdim=True)
-        tangent: Tensor = whole - along * own[:, None, None]
-        return tangent
+                role -= _carried(gradient, gradient.mean[..., None] * others[:, None]).transpose(0, 1)
+                role[each, each] += gradient.aggregate(others)
+        pulls *= self._scale
+        along = (pulls.flatten(1, 2) @ own[..., None]).view(*pulls.shape[:3], 1)
+        return pulls.addcmul_(along, own[:, None, None], value=-1)
 
     def root_of_spread(self, tower: int) -> Tensor:
         """Which pulls on a tower's embeddings change its parameters most: ``L``, lower triangular, shape ``(d, d)``.
@@ -85,28 +85,36 @@ class Remainder:
     """Pulls on some embeddings, of which what goes in a direction of each is taken out, again and again.
 
     Args:
-        pulls: shape ``(k, 2, n, d)``, as :meth:`Pulls.of` gives them; they are overwritten.
+        pulls: shape ``(k, 2, n, d)``, as :meth:`Pulls.of` gives them.
+        spared (0.0): a share of their energy. The weakest pulls, equally many on each embedding, that have no more
+            together are never taken out, which spares most of the work: few pairs compete with each other.
 
     Attributes:
         on_all: the sum over the embeddings of what is left, by role and pair, shape ``(2 n, d)``.
     """
 
-    def __init__(self, pulls: Tensor) -> None:
-        self._pulls = pulls.flatten(1, 2)
-        self._lengths = torch.linalg.vector_norm(self._pulls, dim=2)
-        self.on_all = self._pulls.sum(0)
+    def __init__(self, pulls: Tensor, spared: float = 0.0) -> None:
+        pulls = pulls.flatten(1, 2)
+        self.on_all = pulls.sum(0)
+        lengths, self._pairs = torch.linalg.vector_norm(pulls, dim=2).sort(1, descending=True)
+        energy = lengths.square().sum(0)
+        left = energy.flip(0).cumsum(0).flip(0)  # by how many of each are taken out
+        count = max(int((left > spared * energy.sum()).sum()), 1)
+        self._lengths, self._pairs = lengths[:, :count], self._pairs[:, :count]
+        self._pulls = pulls.gather(1, self._pairs[..., None].expand(-1, -1, pulls.shape[2]))
+        self._weak = left[count:][:1].sum()
 
     @property
     def energy(self) -> Tensor:
         """The sum of the squares of what is left."""
-        energy: Tensor = self._lengths.square().sum()
+        energy: Tensor = self._weak + self._lengths.square().sum()
         return energy
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Takes out what goes in the direction in which most does: the greatest pull, after a step of the power method.
 
         Whichever direction it is, what was taken out and what is left add up to
-        the pulls, and after ``min(n, d)`` of them nothing is left but rounding.
+        the pulls, and after ``min(n, d)`` of them nothing is left but rounding and what was spared.
         One that is not quite the leading one does nearly as well.
 
         Returns:
@@ -118,9 +126,10 @@ class Remainder:
         direction = _unit(_unit(direction @ self._pulls.mT) @ self._pulls)
         along = (direction @ self._pulls.mT)[:, 0]
         self._pulls.addcmul_(along[..., None], direction, value=-1)
-        self.on_all.addmm_(along.T, direction[:, 0], alpha=-1)
         self._lengths = torch.linalg.vector_norm(self._pulls, dim=2)
-        return direction[:, 0], along
+        taken = along.new_zeros(len(along), len(self.on_all)).scatter_(1, self._pairs, along)
+        self.on_all.addmm_(taken.T, direction[:, 0], alpha=-1)
+        return direction[:, 0], taken
 
 
 def _unit(rows: Tensor) -> Tensor:

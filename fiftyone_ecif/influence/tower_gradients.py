@@ -27,6 +27,7 @@ from fiftyone_ecif.influence.scope import TOWERS, SampleGradients, Scope
 TOLERANCE = 1e-2
 # errors were mostly up to 1.35 times as large as they were estimated, once 1.5 times; of embeddings of two kinds twice
 _MARGIN = 0.7
+_SPARED = 0.05  # energy of pulls that no pass is made for, over what may be missing
 _RIDGES = 1e-2, 1e2  # the least that float32 can do with, and what leaves nothing in common
 
 
@@ -61,7 +62,7 @@ def tower_gradients(
     pulls = Pulls(scope, loss, theta, backward[0].embeddings, backward[1].embeddings, role)
     count, width = pulls.shape
     gradients = theta.new_zeros(2 * count, len(theta) if basis is None else basis.shape[1])
-    sides = [_Side(pulls, number, backward[number], gradients) for number in (0, 1)]
+    sides = [_Side(pulls, number, backward[number], gradients, tolerance) for number in (0, 1)]
     unfinished = list(sides)
     while unfinished:
         side = max(unfinished, key=lambda each: each.missing)
@@ -88,6 +89,7 @@ class _Side:
         number: 0 for images, 1 for captions.
         backward: gradients of the embeddings along directions.
         gradients: what they are added to, shape ``(2n, r)``.
+        tolerance: see :func:`tower_gradients`.
 
     Attributes:
         common: the map that the embeddings have in common, as far as it is known.
@@ -96,10 +98,13 @@ class _Side:
         passes: that were made.
     """
 
-    def __init__(self, pulls: Pulls, number: int, backward: SampleGradients, gradients: Tensor) -> None:
+    def __init__(
+        self, pulls: Pulls, number: int, backward: SampleGradients, gradients: Tensor, tolerance: float
+    ) -> None:
         self._along, self._lengths, self._gradients = backward.along, pulls.lengths[number], gradients
         self._root = pulls.root_of_spread(number)
-        self.common, self.left = _CommonMap(pulls.shape[1], gradients), Remainder(pulls.of(number) @ self._root)
+        self.common = _CommonMap(pulls.shape[1], gradients)
+        self.left = Remainder(pulls.of(number) @ self._root, _SPARED * tolerance**2)
         self.missing, self.passes = float("inf"), 0
 
     def step(self) -> None:

@@ -70,8 +70,29 @@ def test_most_goes_in_the_directions_that_are_taken_first(kind):
             assert left.energy <= 1.2 * values[:, number:].sum()
 
 
-def test_nothing_is_taken_where_nothing_pulls():
-    left = Remainder(torch.zeros(3, 2, 3, 4))
+@pytest.mark.parametrize("spared", [1e-6, 1e-3, 0.1])
+def test_the_weakest_pulls_are_spared(spared):
+    _, _, pulls = make_pulls("softmax", 12, 6)
+    for tower in (0, 1):
+        whole, taken = pulls.of(tower).flatten(1, 2), torch.zeros(12, 24, 6, dtype=torch.float64)
+        left = Remainder(pulls.of(tower), spared)
+        torch.testing.assert_close(left.energy, whole.square().sum())
+        torch.testing.assert_close(left.on_all, whole.sum(0))
+        for _ in range(6):
+            directions, along = left.take()
+            taken += along[..., None] * directions[:, None]
+            torch.testing.assert_close((whole - taken).square().sum(), left.energy)
+            torch.testing.assert_close((whole - taken).sum(0), left.on_all)
+        lengths, never = whole.norm(dim=2), (taken == 0).all(2)
+        assert never.any()
+        assert lengths[never].square().sum() <= spared * whole.square().sum()
+        for row, kept in zip(lengths, ~never, strict=True):
+            assert row[kept].min() >= row[~kept].max()
+
+
+@pytest.mark.parametrize("spared", [0.0, 0.1])
+def test_nothing_is_taken_where_nothing_pulls(spared):
+    left = Remainder(torch.zeros(3, 2, 3, 4), spared)
     directions, along = left.take()
     assert not along.any()
     assert directions.isfinite().all()
