@@ -69,6 +69,8 @@ NAMES = [*VISIONS, *TEXTS, *(f"custom, {name}" for name in TEXTS)]
 
 @pytest.mark.parametrize(("kind", "tower", "config"), KNOWN, ids=NAMES)
 def test_embeddings_and_derivatives_are_those_of_the_whole_block(kind, tower, config):
+    if "eos_id" in config.get("text", {}) and not hasattr(open_clip.CLIPTextCfg, "eos_id"):
+        pytest.skip("this open_clip has no pool at a token of the end")
     model = make(kind, **config)
     inputs = inputs_of(tower)
     part = model.visual if tower == "image" else getattr(model, "text", model)
