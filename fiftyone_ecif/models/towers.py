@@ -29,8 +29,8 @@ def differentiable_attention() -> Iterator[None]:
 class Tower(nn.Module):
     """One tower of a model as a module, so that ``functional_call`` can replace its parameters.
 
-    Tokens may be fewer than the context of a text tower with a :func:`causal_mask`. Of the last block that is
-    computed which is read.
+    Tokens may be fewer than the context of a text tower with a :func:`causal_mask`. Of the last block no more is
+    computed than is read.
 
     Args:
         model: an open_clip model.
